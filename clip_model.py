@@ -1,0 +1,588 @@
+"""CLIP written out: tokenizer, both image towers, text tower, public weights, preprocessing, class embeddings.
+
+References:
+  Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021 (arXiv 2103.00020)
+  github.com/openai/CLIP: parameter names, initialisation, byte-pair vocabulary and the nine public checkpoints
+"""
+
+import gzip
+import hashlib
+import html
+import math
+import mmap
+import os
+import pickle
+import re
+import struct
+import textwrap
+import urllib.request
+import zipfile
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+
+import ftfy
+import regex
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PUBLIC_CLIPS = {  # name: file, bytes, SHA-256 (github.com/openai/CLIP, clip/clip.py); load_clip knows the address
+    "RN50": ("RN50.pt", 255827503, "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
+    "RN101": ("RN101.pt", 291791292, "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
+    "RN50x4": ("RN50x4.pt", 421854225, "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
+    "RN50x16": ("RN50x16.pt", 661125706, "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
+    "RN50x64": ("RN50x64.pt", 1353500174, "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
+    "ViT-B/32": ("ViT-B-32.pt", 353976522, "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16": ("ViT-B-16.pt", 350837078, "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14": ("ViT-L-14.pt", 932768134, "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L/14@336px": (
+        "ViT-L-14-336px.pt", 934088680, "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+}
+PUBLIC_BPE = (  # address, bytes, SHA-256
+    "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz", 1356917,
+    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+)
+
+
+def fetch(url, size, sha256, cache_dir, flag):
+    """Path of a public file in the cache folder, downloaded where it is absent. Its SHA-256 is checked each time."""
+    folder = Path(cache_dir or os.environ.get("RICHKD_CACHE") or "~/.cache/richkd").expanduser()
+    path = folder / url.split("/")[-1]
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlopen(url, timeout=10).close()  # the next line alone would wait long for a dead network
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # appears whole and checked, or not
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(f"could not download {url} ({size:,} bytes): {error}; put it at {path}, "
+                                    f"or pass {flag} PATH") from None
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path}: SHA-256 is {found}, expected {sha256}; move it away to have it downloaded again, "
+                         f"or pass {flag} {path} to use it as it is")
+    return path
+
+
+# Tokenizer ------------------------------------------------------------------------------------------------------------
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = regex.compile(  # CLIP's split into words: a digit stands alone, letters and signs do not mix
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+NUM_MERGES = 49152 - 256 - 2  # CLIP uses the first 48,894 of the 262,144 merges in the public file
+
+
+def load_merges(path=None, cache_dir=None):
+    """The byte-pair merges of a BPE file, plain or .gz: a list of (left, right) symbols, at most CLIP's 48,894.
+
+    Without a path the public file, kept in `cache_dir`, $RICHKD_CACHE or ~/.cache/richkd. Raises ValueError where the
+    file is no list of symbol pairs, FileNotFoundError where it is missing or cannot be downloaded.
+    """
+    path = fetch(*PUBLIC_BPE, cache_dir, "--bpe") if path is None else path
+    data = Path(path).read_bytes()
+    try:
+        lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no BPE file, plain or .gz: {error}") from None
+    header = int("#version" in lines[0])
+    pairs = [tuple(line.split()) for line in lines[header : header + NUM_MERGES] if line.strip()]
+    for number, pair in enumerate(pairs, header + 1):
+        if len(pair) != 2:
+            raise ValueError(f"{path}:{number}: expected two symbols, found {' '.join(pair)[:60]!r}")
+    return pairs
+
+
+class Tokenizer:
+    """CLIP's lower-case byte-pair encoding; the ids are those of OpenAI's tokenizer.
+
+    `merges` are (left, right) pairs of symbols in order of priority. The vocabulary is 256 bytes, the same 256 at the
+    end of a word, the merges, then the start and the end token: without merges a byte-level tokenizer of 514 ids.
+    """
+
+    def __init__(self, merges=()):
+        merges = [tuple(pair) for pair in merges]
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's order: these bytes first,
+        moved = [byte for byte in range(256) if byte not in printable]  # the others written as characters from 256 on
+        self.symbols = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(moved)}
+        byte_of = {symbol: byte for byte, symbol in self.symbols.items()}
+        tokens = [*byte_of, *(symbol + "</w>" for symbol in byte_of), *(left + right for left, right in merges)]
+        self.ids = {token: i for i, token in enumerate(tokens)}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.start, self.end = len(tokens), len(tokens) + 1
+        self.vocab_size = len(tokens) + 2
+        self.cache = {START: [self.start], END: [self.end]}  # word: ids; written out, the two specials are special
+        self.bytes = [bytes(byte_of[symbol] for symbol in token.removesuffix("</w>")) + b" " * token.endswith("</w>")
+                      for token in tokens] + [START.encode(), END.encode()]
+
+    def encode_word(self, word):
+        """Ids of one word: the neighbours of lowest rank are merged wherever they meet, until none has a rank."""
+        parts = [self.symbols[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
+            if best not in self.ranks:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                step = 2 if (parts[i], *parts[i + 1 : i + 2]) == best else 1
+                merged.append("".join(parts[i : i + step]))
+                i += step
+            parts = merged
+        return [self.ids[part] for part in parts]
+
+    def encode(self, text):
+        """Text to a list of ids without start and end: mojibake repaired, HTML unescaped twice, lower case."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip().lower()
+        ids = []
+        for word in WORDS.findall(text):
+            if word not in self.cache:
+                self.cache[word] = self.encode_word(word)
+            ids += self.cache[word]
+        return ids
+
+    def decode(self, ids):
+        """Ids to text; a space ends each word, so that those around punctuation may be new."""
+        return b"".join(self.bytes[int(i)] for i in ids).decode("utf-8", errors="replace").strip()
+
+    def __call__(self, texts, context_length, truncate=False):
+        """One text or a list of B texts to (B, context_length) int64: start, ids, end, zeros.
+
+        A text that does not fit raises ValueError or, with `truncate`, is cut, the end token last.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
+        for row, text in zip(tokens, texts):
+            ids = [self.start, *self.encode(text), self.end]
+            if len(ids) > context_length and not truncate:
+                raise ValueError(f"{text[:80]!r} is {len(ids)} tokens with start and end, the context length is "
+                                 f"{context_length}: shorten it or pass truncate=True")
+            if len(ids) > context_length:
+                ids[context_length - 1 :] = [self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+# Transformer: the text tower and the ViT image tower ------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameters of nn.MultiheadAttention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a width of {width} does not divide into {heads} heads; CLIP's heads are 64 wide")
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x, causal):
+        B, L, width = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, L, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, width))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x, causal):
+        x = x + self.attn(self.ln_1(x), causal)
+        hidden = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers, heads):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+
+    def forward(self, x, causal=False):  # (B, L, width) to the same
+        for block in self.resblocks:
+            x = block(x, causal)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, input_resolution, patch_size, width, layers, heads, embed_dim):
+        super().__init__()
+        self.input_resolution = input_resolution
+        length = (input_resolution // patch_size) ** 2 + 1
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(length, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+
+    def forward(self, images):
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, width)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = self.transformer(self.ln_pre(x + self.positional_embedding))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+# ModifiedResNet: three stem convolutions, average pooling instead of strides, attention pooling at the end ------------
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, channels, planes, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        nn.init.zeros_(self.bn3.weight)
+        self.downsample = nn.Identity()
+        if stride > 1 or channels != 4 * planes:
+            self.downsample = nn.Sequential(OrderedDict([
+                ("-1", nn.AvgPool2d(stride)),
+                ("0", nn.Conv2d(channels, 4 * planes, 1, bias=False)),
+                ("1", nn.BatchNorm2d(4 * planes)),
+            ]))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        return F.relu(out + self.downsample(x), inplace=True)
+
+
+class AttentionPool(nn.Module):
+    """One attention layer whose only query is the mean of the positions."""
+
+    def __init__(self, side, width, heads, embed_dim):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side**2 + 1, width))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, embed_dim)
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)  # (B, side * side, width)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, width / heads)
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))  # one query: (B, width) to (B, D)
+
+
+class ModifiedResNet(nn.Module):
+    def __init__(self, input_resolution, width, layers, heads, embed_dim):
+        super().__init__()
+        self.input_resolution = input_resolution
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        channels = width
+        for stage, blocks in enumerate(layers):
+            planes = width * 2**stage
+            first = Bottleneck(channels, planes, stride=2 if stage else 1)
+            channels = 4 * planes
+            rest = [Bottleneck(channels, planes, stride=1) for _ in range(blocks - 1)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *rest))
+        self.attnpool = AttentionPool(input_resolution // 32, channels, heads, embed_dim)
+        self.to(memory_format=torch.channels_last)  # faster convolutions, on CPU as on GPU
+
+    def forward(self, images):
+        x = images.contiguous(memory_format=torch.channels_last)
+        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = F.relu(bn(conv(x)), inplace=True)
+        x = F.avg_pool2d(x, 2)
+        return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+
+
+# CLIP -----------------------------------------------------------------------------------------------------------------
+
+
+class CLIP(nn.Module):
+    """Image and text towers with OpenAI's parameter names and initialisation.
+
+    `vision_layers` is a number of blocks (ViT, with `vision_patch_size`) or four of them (ModifiedResNet, with None).
+    The image tower's heads are 64 wide. Attributes: `visual.input_resolution`, `context_length`, `vocab_size`,
+    `embed_dim` and the parameter `logit_scale`, the natural logarithm of the factor on the cosines.
+    """
+
+    def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
+                 context_length, vocab_size, transformer_width, transformer_heads, transformer_layers):
+        super().__init__()
+        self.embed_dim, self.context_length, self.vocab_size = embed_dim, context_length, vocab_size
+        if isinstance(vision_layers, int):
+            self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers,
+                                            vision_width // 64, embed_dim)
+        else:
+            self.visual = ModifiedResNet(image_resolution, vision_width, vision_layers, 32 * vision_width // 64,
+                                         embed_dim)
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, transformer_width))
+        self.ln_final = nn.LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(transformer_width**-0.5 * torch.randn(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=transformer_width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * transformer_layers * transformer_width) ** -0.5)
+            nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * transformer_width) ** -0.5)
+            nn.init.normal_(block.mlp["c_proj"].weight, std=(2 * transformer_layers * transformer_width) ** -0.5)
+
+    def encode_image(self, images):
+        """Images (B, 3, H, W), float as `preprocess` makes them, to features (B, D), not of unit length."""
+        side = self.visual.input_resolution
+        if images.shape[1:] != (3, side, side) or not images.is_floating_point():
+            raise ValueError(f"encode_image takes float (B, 3, {side}, {side}), found {images.dtype} "
+                             f"{tuple(images.shape)}; preprocess(images, {side}) makes it")
+        return self.visual(images)
+
+    def encode_text(self, tokens):
+        """Token ids (B, L), int64, L up to `context_length`, to features (B, D), not of unit length.
+
+        The feature is that of the end token, the largest id of a row. Attention being causal, what follows it has no
+        influence; the columns behind the batch's last end token are not computed.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
+            raise ValueError(f"encode_text takes ids (B, at most {self.context_length}), found {tuple(tokens.shape)}")
+        end = tokens.argmax(dim=1)
+        length = int(end.max()) + 1
+        x = self.token_embedding(tokens[:, :length]) + self.positional_embedding[:length]
+        x = self.transformer(x, causal=True)[torch.arange(len(x), device=x.device), end]  # (B, width)
+        return self.ln_final(x) @ self.text_projection
+
+
+def build_clip(state_dict):
+    """CLIP from tensors in OpenAI's layout, all sizes read from their shapes: float32, eval mode, copies throughout.
+
+    Raises ValueError for an image tower of unknown kind and for a tensor missing, unknown or of a wrong shape.
+    """
+    integers = ("input_resolution", "context_length", "vocab_size")  # beside the weights in OpenAI's archives
+    state = {key: tensor for key, tensor in state_dict.items() if key not in integers}
+
+    def shape(key, dims):
+        if getattr(state.get(key), "ndim", None) != dims:
+            raise ValueError(f"no CLIP in OpenAI's layout: tensor {key!r} is missing or has not {dims} dimensions")
+        return state[key].shape
+
+    def count(prefix):
+        return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+
+    if "visual.proj" in state:
+        vision_width, _, _, patch = shape("visual.conv1.weight", 4)
+        vision_layers = count("visual.transformer.resblocks.")
+        resolution = patch * math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
+    elif "visual.layer1.0.conv1.weight" in state:
+        vision_width, patch = shape("visual.layer1.0.conv1.weight", 4)[0], None
+        vision_layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+        resolution = 32 * math.isqrt(shape("visual.attnpool.positional_embedding", 2)[0] - 1)
+    else:
+        raise ValueError(f"a vision tower of unknown kind: among {len(state)} tensors there is neither 'visual.proj' "
+                         "(OpenAI's ViT) nor 'visual.layer1.0.conv1.weight' (its ModifiedResNet)")
+    context_length, width = shape("positional_embedding", 2)
+    with torch.device("meta"):  # shapes only: the tensors themselves are assigned
+        clip = CLIP(shape("text_projection", 2)[1], resolution, vision_layers, vision_width, patch, context_length,
+                    shape("token_embedding.weight", 2)[0], width, width // 64, count("transformer.resblocks."))
+    state = {key: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+             for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    try:
+        clip.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # names all that is missing, unknown or of a wrong shape, on many lines
+        raise ValueError(f"no CLIP in OpenAI's layout: {textwrap.shorten(str(error), 400)}") from None
+    return clip.to(memory_format=torch.channels_last).eval()
+
+
+# Checkpoint files, read without executing anything they hold ----------------------------------------------------------
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Reads `data.pkl` of an archive: tensors, dictionaries and module shells, refusing everything else by name."""
+
+    ALLOWED = {
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor_v2": lambda data, offset, size, stride, *_: data.as_strided(size, stride, offset),
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    }
+
+    def __init__(self, archive):
+        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        super().__init__(archive.open(pickled))
+        self.archive, self.folder = archive, pickled.removesuffix("data.pkl") + "data/"
+        self.mapped = mmap.mmap(archive.fp.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def persistent_load(self, key):
+        _, dtype, record, _, elements = key  # "storage", dtype, name of the record, device, number of elements
+        info = self.archive.getinfo(self.folder + record)
+        start = info.header_offset + 30 + sum(struct.unpack_from("<HH", self.mapped, info.header_offset + 26))
+        data = memoryview(self.mapped)[start : start + info.file_size]
+        if zlib.crc32(data) != info.CRC or len(data) != elements * dtype.itemsize:
+            raise zipfile.BadZipFile(f"record {info.filename} is damaged")
+        return torch.frombuffer(data, dtype=dtype) if elements else torch.empty(0, dtype=dtype)
+
+    def find_class(self, module, name):
+        dtype = getattr(torch, name.removesuffix("Storage").lower(), None)
+        if module == "torch" and name.endswith("Storage") and isinstance(dtype, torch.dtype):
+            return dtype
+        if module.split(".")[0] == "__torch__":  # a TorchScript module: only its attributes are of interest
+            return SimpleNamespace
+        if module == "torch.jit._pickle":  # a list of numbers among them
+            return lambda values: values
+        if f"{module}.{name}" not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return self.ALLOWED[f"{module}.{name}"]
+
+
+def read_tensors(path):
+    """{name: tensor} of a TorchScript archive or a file by torch.save, plain or under "state_dict" or "model".
+
+    Nothing in the file is executed. A zip archive is mapped: its tensors are views of the file. Raises ValueError
+    where the file is damaged, is no such file or asks for more than tensors.
+    """
+
+    def flatten(shell, prefix=""):
+        for name, value in vars(shell).items():
+            if isinstance(value, SimpleNamespace):
+                yield from flatten(value, f"{prefix}{name}.")
+            elif isinstance(value, torch.Tensor):
+                yield prefix + name, value
+
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                state = TensorUnpickler(archive).load()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # torch.save before version 1.6
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes can raise anything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {refused[1]}, refused" if refused else f"{type(error).__name__} {error}".split("\n")[0]
+        raise ValueError(f"{path}: no TorchScript archive or state dict that can be read: {reason}") from None
+    state = dict(flatten(state)) if isinstance(state, SimpleNamespace) else state
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def load_clip(name_or_path, cache_dir=None):
+    """CLIP from a public name (downloaded once to `cache_dir`, $RICHKD_CACHE or ~/.cache/richkd) or from a file.
+
+    Float32, eval mode, on the CPU. Raises ValueError for an unknown name and a file that is not wholly a CLIP in
+    OpenAI's layout, FileNotFoundError for a missing file and for a public one that cannot be downloaded.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in PUBLIC_CLIPS:
+        file, size, sha256 = PUBLIC_CLIPS[str(name_or_path)]
+        path = fetch(f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}", size, sha256, cache_dir,
+                     "--clip")
+    elif not path.exists():
+        error = FileNotFoundError if path.suffix else ValueError
+        raise error(f"{str(path)!r} is neither a file nor a public CLIP; these are {', '.join(PUBLIC_CLIPS)}")
+    tensors = read_tensors(path)
+    try:
+        return build_clip(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def resize_weights(size_in, size_out):
+    """Pillow's antialiased bicubic resize of one axis: (size_out, size_in) float64, integers in units of 2**-22."""
+    scale = size_in / size_out
+    stretch = max(scale, 1.0)  # antialiasing: the kernel widens where the axis shrinks
+    centre = (torch.arange(size_out, dtype=torch.float64)[:, None] + 0.5) * scale
+    first, last = (centre - 2 * stretch + 0.5).long().clamp(min=0), (centre + 2 * stretch + 0.5).long()
+    pixel = torch.arange(size_in)
+    x = ((pixel + 0.5 - centre) / stretch).abs()  # (size_out, size_in)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # cubic convolution, a = -1/2
+    weights = torch.where(x < 1, near, far) * ((x < 2) & (pixel >= first) & (pixel < last))
+    weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
+    return torch.trunc(weights + 0.5 * weights.sign())
+
+
+def preprocess(images, resolution):
+    """CLIP's image transform: RGB uint8 (B, 3, H, W) to normalised float32 (B, 3, resolution, resolution).
+
+    The shorter side is resized to `resolution` (bicubic, antialiased) and the centre cropped, on the images' device.
+    The grey levels are Pillow's: integer weights, width first, each axis rounded; float64 holds their sums exactly.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"preprocess takes uint8 (B, 3, H, W), found {images.dtype} {tuple(images.shape)}")
+    short, x = min(images.shape[2:]), images
+    for axis in (3, 2):
+        size = images.shape[axis]
+        resized = int(resolution * size / short)
+        start = round((resized - resolution) / 2)
+        if resized == size:
+            x = x.narrow(axis, start, resolution)
+        else:
+            weights = resize_weights(size, resized)[start : start + resolution].to(x.device)
+            x = x.double() @ weights.T if axis == 3 else weights @ x.double()
+            x = x.add_(2**21).mul_(2**-22).floor_().clamp_(0, 255)
+    mean, std = (torch.tensor(value, device=x.device).view(3, 1, 1) for value in (MEAN, STD))
+    return x.float().div(255).sub_(mean).div_(std)
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+def load_templates(path):
+    """The prompt templates of a file: one a line, `{}` for the class name; empty lines and `#` comments are skipped.
+
+    Raises ValueError with file and line for a line without `{}`, and for a file without templates.
+    """
+    lines = enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1)
+    templates = {number: line.strip() for number, line in lines if line.strip() and line.strip()[0] != "#"}
+    for number, template in templates.items():
+        if "{}" not in template:
+            raise ValueError(f"{path}:{number}: no {{}} for the class name in the template {template[:80]!r}")
+    if not templates:
+        raise ValueError(f"{path}: no template; expected one a line, with {{}} for the class name")
+    return list(templates.values())
+
+
+def clean_class_name(name):
+    """A data set's class name as words: the first of a comma list, spaces for underscores."""
+    return " ".join(name.split(",")[0].replace("_", " ").split())
+
+
+@torch.no_grad()
+def class_features(clip, tokenizer, class_names, templates, batch_size=256, progress=None):
+    """Class embeddings (K, D): K names in M templates, each prompt at unit length, their mean at unit length.
+
+    `progress(done, total)` is called after each batch of the K * M prompts. Raises ValueError where a prompt is too
+    long or the tokenizer is not this CLIP's.
+    """
+    if tokenizer.vocab_size != clip.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size}; "
+                         "take the BPE file that it was trained with")
+    prompts = [template.replace("{}", clean_class_name(name)) for name in class_names for template in templates]
+    tokens = tokenizer(prompts, clip.context_length).to(clip.logit_scale.device)
+    features = []
+    for batch in tokens.split(batch_size):
+        features.append(F.normalize(clip.encode_text(batch).float(), dim=1))
+        if progress:
+            progress(sum(map(len, features)), len(tokens))
+    features = torch.cat(features).view(len(class_names), len(templates), -1)  # (K, M, D)
+    return F.normalize(features.mean(dim=1), dim=1)

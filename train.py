@@ -1,0 +1,509 @@
+"""Train a student: alone, by a baseline of distillation, or by RichKD (arXiv 2511.09286).
+
+    python train.py                                                  # rendered shapes, a tiny CLIP; CPU, no download
+    python train.py --method kd                                      # plain distillation from the same teacher
+    python train.py --dataset cifar100 --teacher resnet110 --student resnet20          # the paper's setting
+    python train.py --dataset cifar100 --teacher resnet32x4 --teacher-weights resnet32x4.pth --student resnet8x4
+
+What a run needs and does not find (the teacher, the tiny CLIP, CLIP's targets) is made first and cached. The run folder
+holds config.json, log.csv (a row an epoch), last.pt (to resume from), student.pt (for evaluate.py) and summary.json.
+The same command resumes an unfinished run. Accuracies are top-1 in percent; the one reported is the last epoch's.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import clip_model
+import data
+import models
+import richkd
+
+HERE = Path(__file__).resolve().parent
+
+# What a method fixes. Everything else is shared, so that methods differ in their loss alone.
+METHODS = {
+    "scratch": {"logit_weight": 0.0, "feature_weight": 0.0},
+    "kd": {"alpha": 1.0, "feature_weight": 0.0},
+    "crd": {"lam": 1.0, "logit_weight": 0.0},
+    "richkd-l": {"feature_weight": 0.0},
+    "richkd-f": {"logit_weight": 0.0},
+    "richkd": {},
+}
+
+# What depends on the data set.
+CIFAR = dict(teacher=("resnet110",), student="resnet20", clip="ViT-L/14", epochs=240, batch_size=64, lr=0.05,
+             weight_decay=5e-4)  # the schedule of CRD (Tian 2020), which the paper follows
+RECIPES = {
+    "shapes": {**CIFAR, "teacher": ("resnet20",), "student": "resnet8", "clip": "tiny", "epochs": 30},
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "tiny-imagenet": CIFAR,
+    "imagenet": dict(teacher=("resnet34",), student="resnet18", clip="ViT-L/14", epochs=100, batch_size=256, lr=0.1,
+                     weight_decay=1e-4),
+}
+
+
+def setting(default, text, **extra):
+    return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting with its line of help; the command line is made from it. None: what RECIPES says."""
+    dataset: str = setting("shapes", "one of " + ", ".join(data.DATASETS))
+    data_dir: str = setting("data", "where the data set lies or is downloaded to (tiny-imagenet: or its zip)")
+    image_size: int = setting(None, "side to which the classifiers' images are brought; the data set's own", type=int)
+    method: str = setting("richkd", "one of " + ", ".join(METHODS))
+    teacher: tuple = setting(None, "architecture of the conventional teacher; several are fused", nargs="+")
+    teacher_weights: tuple = setting(None, "a checkpoint a teacher; without, it is trained first, and kept", nargs="+")
+    student: str = setting(None, "the student's architecture", type=str)
+    clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint's path", type=str)
+    bpe: str = setting(None, "CLIP's BPE merges, bpe_simple_vocab_16e6.txt.gz; without, downloaded", type=str)
+    prompts: str = setting(str(HERE / "prompts.txt"), "templates, one a line, {} for the class name")
+    clip_scale: float = setting(None, "scale of CLIP's cosines; without, CLIP's own exp(logit_scale)", type=float)
+    alpha: float = setting(0.7, "the teacher's share of the fused logits")
+    lam: float = setting(0.7, "the teacher's share of the fused features")
+    temperature: float = setting(3.0, "of the logit loss")
+    logit_weight: float = setting(3.0, "weight of the logit loss; 0: none")
+    feature_weight: float = setting(0.8, "weight of the feature loss; 0: none")
+    num_negatives: int = setting(16384, "negatives of the feature loss")
+    epochs: int = setting(None, "passes over the training images, the teacher's too", type=int)
+    batch_size: int = setting(None, "images a step", type=int)
+    lr: float = setting(None, "learning rate at the start", type=float)
+    weight_decay: float = setting(None, "of SGD with momentum .9", type=float)
+    seed: int = setting(0, "of initialisation, order, augmentation and negatives (a teacher trained here: 0)")
+    amp: bool = setting(False, "bfloat16 autocast")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
+    workers: int = setting(8, "loader processes where images stream (imagenet)")
+    cache_dir: str = setting(os.environ.get("RICHKD_CACHE", str(Path.home() / ".cache" / "richkd")), "for teachers, CLIP's weights and targets")
+    out: str = setting(None, "run folder; without, runs/<dataset>-<method>-<teacher>-<student>-s<seed>", type=str)
+    overwrite: bool = setting(False, "start anew where the run folder holds a run")
+
+
+PLACES = ("data_dir", "device", "workers", "cache_dir", "out", "overwrite")  # what does not change a result
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def needs_teacher(config):
+    return config.logit_weight > 0 and config.alpha > 0 or config.feature_weight > 0 and config.lam > 0
+
+
+def needs_clip(config):
+    return config.logit_weight > 0 and config.alpha < 1 or config.feature_weight > 0 and config.lam < 1
+
+
+def resolve(config):
+    """Fill in what depends on the data set and the method. Raises ValueError, naming the valid values."""
+    if config.dataset not in data.DATASETS:
+        raise ValueError(f"unknown data set {config.dataset!r}; known: {', '.join(data.DATASETS)}")
+    if config.method not in METHODS:
+        raise ValueError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
+    default = Config()
+    for name, value in METHODS[config.method].items():
+        if getattr(config, name) not in (value, getattr(default, name)):
+            raise ValueError(f"{flag(name)} {getattr(config, name)} does not go with --method {config.method}, which "
+                             f"fixes it at {value}")
+    recipe = {**RECIPES[config.dataset], "image_size": data.DATASETS[config.dataset].image_size}
+    if (config.student or recipe["student"]).startswith(("mobilenet", "shufflenet")) and config.dataset != "imagenet":
+        recipe["lr"] = 0.01  # Tian 2020: they diverge at .05
+    recipe = {name: value for name, value in recipe.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **recipe, **METHODS[config.method])
+    for name, low, high in (("alpha", 0, 1), ("lam", 0, 1), ("logit_weight", 0, math.inf), ("workers", 0, math.inf),
+                            ("feature_weight", 0, math.inf), ("num_negatives", 1, math.inf), ("epochs", 1, math.inf),
+                            ("batch_size", 1, math.inf), ("image_size", 8, math.inf), ("seed", 0, 2**31)):
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"{flag(name)} {getattr(config, name)}: expected {low} to {high}")
+    for name in ("temperature", "lr", "clip_scale"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            raise ValueError(f"{flag(name)} {getattr(config, name)}: expected more than 0")
+    teacher, weights = config.teacher if needs_teacher(config) else (), config.teacher_weights or ()
+    if teacher and weights and len(weights) != len(teacher):
+        raise ValueError(f"{len(teacher)} --teacher and {len(weights)} --teacher-weights: expected one file a teacher")
+    for name in (config.student, *teacher):
+        models.build_model(name, 2)  # an unknown name raises
+    return dataclasses.replace(config, teacher=tuple(teacher), teacher_weights=tuple(weights) if teacher else (),
+                               clip=config.clip if needs_clip(config) else None)
+
+
+def settings(config):
+    """The settings that decide the result, as JSON has them."""
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in PLACES}))
+
+
+def run_folder(config):
+    """Its folder, made if need be. Raises ValueError where it holds something else than a run with these settings."""
+    teacher = "+".join(config.teacher) or (config.clip and Path(config.clip).stem) or "none"
+    name = f"{config.dataset}-{config.method}-{teacher}-{config.student}-s{config.seed}"
+    folder = Path(config.out or Path("runs") / name)
+    known = folder / "config.json"
+    if folder.exists() and not known.is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run (no config.json); name another folder by --out")
+    if known.is_file() and config.overwrite:
+        shutil.rmtree(folder)
+    elif known.is_file():
+        try:
+            old, new = json.loads(known.read_text())["settings"], settings(config)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{known} is damaged; --overwrite starts anew") from None
+        differ = [f"{flag(k)} {old.get(k)} there, {new.get(k)} here" for k in {**old, **new} if old.get(k) != new.get(k)]
+        if differ:
+            raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}; --out names another "
+                             "folder, --overwrite starts anew")
+    source = hashlib.sha256(b"".join((HERE / f"{m.__name__}.py").read_bytes() for m in
+                                     (richkd, clip_model, models, data))+ Path(__file__).read_bytes()).hexdigest()
+    if not known.is_file():
+        about = {"settings": settings(config), "places": {k: getattr(config, k) for k in PLACES},
+                 "torch": torch.__version__, "source": source}
+        data.write_atomically(known, json.dumps(about, indent=2).encode())
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and teachers
+
+
+def load_splits(config):
+    """{"train", "test" and the data set's shifts: Split}, images as they come (CLIP sees those)."""
+    names = ("train", "test", *data.DATASETS[config.dataset].shifts)
+    return {name: data.load_dataset(config.dataset, config.data_dir, name) for name in names}
+
+
+def resized(split, config):
+    """A split as the classifiers see it: at --image-size, on the device."""
+    images = data.resize(split.images, config.image_size)
+    return split._replace(images=images.to(config.device) if isinstance(images, torch.Tensor) else images)
+
+
+class Teachers(torch.nn.Module):
+    """Frozen conventional teachers as one: mean logits, concatenated features (the map that embeds them is linear, so
+    reading a concatenation is summing one map a teacher)."""
+
+    def __init__(self, teachers):
+        super().__init__()
+        self.teachers = torch.nn.ModuleList(teachers)
+        self.num_features = sum(teacher.num_features for teacher in teachers)
+
+    def forward(self, images):
+        logits, features = zip(*(teacher(images) for teacher in self.teachers))
+        return sum(logits) / len(logits), torch.cat(features, 1)  # (B,K), (B,C)
+
+
+def load_teachers(config, splits):
+    """The conventional teachers, frozen, on the device. One without a checkpoint is trained first by this script's own
+    `fit`, in the cache; it is the same for every student, method and seed."""
+    teachers = []
+    for name, weights in zip(config.teacher, config.teacher_weights or [None] * len(config.teacher)):
+        if weights is None:
+            own = resolve(Config(dataset=config.dataset, image_size=config.image_size, method="scratch", student=name,
+                                 epochs=config.epochs, batch_size=config.batch_size, weight_decay=config.weight_decay,
+                                 amp=config.amp, device=config.device, workers=config.workers))
+            digest = hashlib.sha256(json.dumps(settings(own), sort_keys=True).encode()).hexdigest()[:8]
+            folder = Path(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest}"
+            weights = run_folder(dataclasses.replace(own, out=str(folder))) / "student.pt"
+            if not (folder / "summary.json").is_file():
+                fit(own, folder, splits)
+        model = models.load_weights(name, weights, len(splits["train"].class_names))
+        teachers.append(models.freeze(model))
+    return Teachers(teachers).to(config.device) if teachers else None
+
+
+def load_clip(config):
+    """-> (CLIP on the device, its tokenizer). The tiny one is trained first, in the cache."""
+    path = config.clip
+    if config.clip == "tiny":
+        made_of = inspect.getsource(train_tiny_clip).encode() + data.render_captions(64)[0].numpy().tobytes()
+        path = Path(config.cache_dir) / f"clip-tiny-{hashlib.sha256(made_of).hexdigest()[:8]}.pt"
+        if not path.is_file():
+            data.save(path, train_tiny_clip(device=config.device).state_dict())
+    clip = clip_model.load_clip(path, config.cache_dir)
+    tokenizer = clip_model.Tokenizer()  # bytes alone
+    if clip.vocab_size != tokenizer.vocab_size:
+        tokenizer = clip_model.Tokenizer(clip_model.load_merges(config.bpe, config.cache_dir))
+    return clip.to(config.device), tokenizer
+
+
+def load_targets(config, splits):
+    """CLIP's view of every image of each split, unaugmented, computed once and kept in the cache:
+    {split name: (cosines (N,K), unit-length features (N,D)), both float16}, and the scale of the cosines."""
+    clip, tokenizer = load_clip(config)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    templates, resolution = clip_model.load_templates(config.prompts), clip.visual.input_resolution
+
+    def blocks(split, start):
+        classes = clip_model.class_features(clip, tokenizer, split.class_names, templates)  # (K,D)
+        for images in data.blocks(split.images, resolution, start, config.workers):
+            with torch.inference_mode(), autocast(config):
+                images = clip_model.preprocess(images.to(config.device), resolution)
+                features = F.normalize(clip.encode_image(images).float(), dim=1)  # (B,D)
+            yield richkd.zero_shot_logits(features, classes, 1.0), features
+
+    targets = {}
+    for name, split in splits.items():
+        key = {"checkpoint": digest.hexdigest(), "templates": templates, "class_names": split.class_names,
+               "dataset": config.dataset, "split": name, "images": data.fingerprint(split.images), "amp": config.amp}
+        short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+        path = Path(config.cache_dir) / f"targets-{config.dataset}-{name}-{short}.bin"
+        shape = (len(split.labels), len(split.class_names), clip.embed_dim)
+        targets[name] = data.cached_targets(path, key, shape, lambda start: blocks(split, start))
+    return targets, config.clip_scale or clip.logit_scale.exp().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def autocast(config):
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.amp)
+
+
+def to_input(images, mean, std):
+    """uint8 (B,3,H,W) -> what the classifiers read: float32, normalised, channels_last."""
+    return data.normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def predict(model, split, config):
+    """-> logits (N,K), float32, on the CPU: what `model` in eval mode says of every image of a split."""
+    info = data.DATASETS[config.dataset]
+    model.eval()
+    logits = []
+    for images, _, _ in data.batches(split, 500, workers=config.workers, device=config.device):
+        with autocast(config):
+            logits.append(model(to_input(images, info.mean, info.std))[0].float())
+    return torch.cat(logits).cpu()
+
+
+def accuracy(logits, labels):
+    """Top-1 in percent."""
+    return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def learning_rate(config, epoch):
+    """The rate of an epoch, counted from 0: divided by 10 after epochs 150, 180 and 210 of 240 (Tian 2020), on ImageNet
+    after 30, 60 and 90 of 100, or after the same fractions of another number of epochs."""
+    decays = (30, 60, 90) if config.dataset == "imagenet" else (62.5, 75, 87.5)
+    return config.lr * 0.1 ** sum(100 * epoch >= percent * config.epochs for percent in decays)
+
+
+def look_up(targets, index, scale):
+    """CLIP's (logits (B,K), features (B,D)), float32, for the images `index` of the training split."""
+    cosines, features = (table[index.to(table.device)].to(index.device).float() for table in targets)
+    return scale * cosines, features
+
+
+def train_epoch(config, epoch, train, student, criterion, optimizer, teachers, targets, scale, progress):
+    """One pass over the training split; returns the epoch's means, {"loss", "ce", "logit", "feature",
+    "train_accuracy"}. Raises FloatingPointError where the loss is no longer finite."""
+    # Everything random in an epoch comes from the epoch's own seed, so that a resumed run repeats it exactly.
+    seed, info = config.seed * 100_003 + epoch, data.DATASETS[config.dataset]
+    torch.manual_seed(seed)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, epoch)
+    student.train()
+    every = 1 if torch.device(config.device).type == "cpu" else 50  # reading a loss stalls a GPU
+    records, before, finite = [], progress.done, math.nan
+    batches = data.batches(train, config.batch_size, seed, workers=config.workers, device=config.device)
+    for step, (images, labels, index) in enumerate(batches, 1):
+        inputs = to_input(images, info.mean, info.std)
+        clip_outputs = look_up(targets, index, scale) if targets else (None, None)
+        with autocast(config):
+            with torch.no_grad():
+                teacher_outputs = teachers(inputs) if teachers else (None, None)
+            logits, features = student(inputs)
+        try:
+            loss, parts = criterion(logits, features, *teacher_outputs, *clip_outputs, labels, index)
+            right = 100 * (logits.detach().argmax(1) == labels).float().mean()
+            records.append({"loss": loss.detach(), **parts, "train_accuracy": right})
+            if step % every == 0 or step * config.batch_size >= len(train.labels):
+                for record in records[-every:]:
+                    if not math.isfinite(record["loss"]):
+                        raise ValueError(f"the loss is {record['loss'].item()}")
+                    finite = record["loss"].item()
+                progress.update(min(before + step * config.batch_size, before + len(train.labels)), f"epoch {epoch + 1}/"
+                                f"{config.epochs} | loss {finite:.3f} | accuracy {right.item():.1f} %")
+        except ValueError as error:
+            raise FloatingPointError(f"epoch {epoch + 1}, step {step}: {error}; last finite loss {finite:.4g}; the run "
+                                     f"folder keeps epoch {epoch}; a smaller --lr may help") from None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {name: torch.stack([record[name] for record in records]).mean().item() for name in records[0]}
+
+
+def fit(config, folder, splits):
+    """Train config.student on splits["train"], going on from folder/last.pt where there is one; write student.pt and
+    summary.json. Returns the summary."""
+    # Whatever can be missing is asked for before anything is trained: CLIP first, the teacher may take hours.
+    clip_targets, scale = load_targets(config, splits) if config.clip else ({}, None)
+    teachers = load_teachers(config, splits)
+    splits = {name: resized(split, config) for name, split in splits.items()}
+    train, N = splits["train"], len(splits["train"].labels)
+    targets = clip_targets.get("train")
+    if targets and isinstance(train.images, torch.Tensor):  # the images live on the device, so can the targets
+        targets = [table.to(config.device) for table in targets]
+
+    torch.manual_seed(config.seed)
+    student = models.build_model(config.student, len(train.class_names))
+    criterion = richkd.RichKD(
+        student.num_features, teachers.num_features if teachers else 0, targets[1].shape[1] if targets else 0, N,
+        alpha=config.alpha, lam=config.lam, temperature=config.temperature, logit_weight=config.logit_weight,
+        feature_weight=config.feature_weight, num_negatives=config.num_negatives, labels=train.labels, seed=config.seed)
+    student.to(config.device, memory_format=torch.channels_last)
+    criterion.to(config.device)
+    optimizer = torch.optim.SGD([*student.parameters(), *criterion.parameters()], lr=config.lr, momentum=0.9,
+                                weight_decay=config.weight_decay)
+    log = []
+    if (folder / "last.pt").is_file():
+        last = read_checkpoint(folder / "last.pt")
+        for name, part in (("student", student), ("criterion", criterion), ("optimizer", optimizer)):
+            part.load_state_dict(last[name])
+        log = last["log"]
+        print(f"{folder}: going on after epoch {len(log)} of {config.epochs}", file=sys.stderr)
+
+    progress = data.Progress(f"{config.method} {config.student}", config.epochs * N, start=len(log) * N)
+    for epoch in range(len(log), config.epochs):
+        began = time.time()
+        means = train_epoch(config, epoch, train, student, criterion, optimizer, teachers, targets, scale, progress)
+        seconds = time.time() - began
+        log.append({"epoch": epoch + 1, "lr": learning_rate(config, epoch), **means,
+                    "test_accuracy": accuracy(predict(student, splits["test"], config), splits["test"].labels),
+                    "images_per_second": N / seconds, "seconds": seconds})
+        data.save(folder / "last.pt", {"student": student.state_dict(), "criterion": criterion.state_dict(),
+                                       "optimizer": optimizer.state_dict(), "log": log})
+        write_csv(folder / "log.csv", log)
+        progress.update((epoch + 1) * N, "epoch {epoch}/{epochs} | loss {loss:.3f} | accuracy {train_accuracy:.1f} % | "
+                        "test {test_accuracy:.1f} %".format(epochs=config.epochs, **log[-1]), keep=True)
+
+    info = data.DATASETS[config.dataset]
+    data.save(folder / "student.pt", {
+        "model_name": config.student, "model": student.cpu().state_dict(), "class_names": train.class_names,
+        "mean": list(info.mean), "std": list(info.std), "image_size": config.image_size, "dataset": config.dataset})
+    summary = summarize(config, log, accuracies(config, student, teachers, clip_targets, scale, splits))
+    data.write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    return summary
+
+
+def accuracies(config, student, teachers, clip_targets, scale, splits):
+    """{"clip", "teacher", "fused", "student": {split: top-1 in percent}} on the splits not trained on; without a
+    teacher or without CLIP, what needs it is empty."""
+    table = {"clip": {}, "teacher": {}, "fused": {}, "student": {}}
+    for name, split in splits.items():
+        if name == "train":
+            continue
+        logits = {"student": predict(student, split, config)}
+        if teachers:
+            logits["teacher"] = predict(teachers, split, config)
+        if clip_targets:
+            logits["clip"] = scale * clip_targets[name][0].float()
+        if teachers and clip_targets:
+            logits["fused"] = richkd.fuse_logits(logits["teacher"], logits["clip"], config.alpha)
+        for who, z in logits.items():
+            table[who][name] = accuracy(z, split.labels)
+    return table
+
+
+def summarize(config, log, table):
+    """What summary.json holds. The accuracies are the last epoch's; the best one is chosen on the test split itself, so
+    it stands beside them for information only."""
+    best = max(log, key=lambda row: row["test_accuracy"])
+    return {
+        "dataset": config.dataset, "method": config.method, "teacher": "+".join(config.teacher) or None,
+        "student": config.student, "seed": config.seed, "epochs": config.epochs, "clip": config.clip,
+        **{f"{who}_accuracy": table[who].get("test") for who in ("student", "teacher", "clip", "fused")},
+        "shift_accuracy": table["student"].get("shift"), "accuracies": table,
+        "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"],
+        "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
+        "seconds": sum(row["seconds"] for row in log), "device": config.device, "torch": torch.__version__}
+
+
+def read_checkpoint(path):
+    """last.pt. Raises ValueError where it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError):
+        raise ValueError(f"{path} is damaged; --overwrite starts the run anew") from None
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    data.write_atomically(path, text.getvalue().encode())
+
+
+def run(config):
+    """What the command does: train, unless the run folder holds the finished run. Returns the summary, a dict."""
+    config = resolve(config)
+    folder = run_folder(config)
+    if (folder / "summary.json").is_file():
+        print(f"{folder} holds this run, finished; --overwrite trains anew")
+        return json.loads((folder / "summary.json").read_text())
+    return fit(config, folder, load_splits(config))
+
+
+def table(summary):
+    """The summary's accuracies as text: a row a model, a column a split."""
+    names = {"clip": f"CLIP zero-shot ({summary['clip']})", "teacher": f"teacher {summary['teacher']}",
+             "fused": "fused teacher", "student": f"student {summary['student']} ({summary['method']})"}
+    rows = {who: row for who, row in summary["accuracies"].items() if row}
+    width = max(len(names[who]) for who in rows)
+    lines = [" " * width + "".join(f"{split:>10}" for split in rows["student"])]
+    lines += [f"{names[who]:{width}}" + "".join(f"{value:10.1f}" for value in row.values()) for who, row in rows.items()]
+    return "\n".join(lines)
+
+
+def parse(config_class, text, arguments=None):
+    """Command line -> a config: a flag a field of the dataclass. A wrong command line is one line and exit 2."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: sys.exit(print(f"error: {message}; --help lists the flags", file=sys.stderr) or 2)
+    for field in dataclasses.fields(config_class):
+        extra = dict(field.metadata)
+        if field.default is False:
+            extra["action"] = "store_true"
+        elif "nargs" not in extra:
+            extra.setdefault("type", type(field.default))
+        default = "" if field.default in (None, False) else f" ({field.default})"
+        extra["help"] = extra["help"].replace("%", "%%") + default
+        parser.add_argument(flag(field.name), default=field.default, **extra)
+    return config_class(**vars(parser.parse_args(arguments)))
+
+
+def main(job):
+    """Run a script's job; what the user can mend is one line on stderr and exit status 2."""
+    try:
+        job()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on after the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(lambda: print(table(run(parse(Config, __doc__)))))
