@@ -1,11 +1,11 @@
-"""Evaluation of trained classifiers: metrics on logits, image corruptions, and readers for the published corrupted sets.
+"""Evaluation of trained classifiers: metrics on logits, image corruptions, and readers for the published test sets.
 
-Three sections, leaves first: metrics (they take logits, never a model), corruptions (uint8 images in, uint8 images out),
-published files. Every function can be copied alone, together with the few helpers that it names.
+Three sections, leaves first: metrics (they take logits, never a model), corruptions (uint8 images in, uint8 images out)
+and published files. Every function can be copied alone, together with the few helpers it names.
 
 References
-    Hendrycks and Dietterich 2019, arXiv 1903.12261: the corruptions, mCE and relative mCE; their code is
-        hendrycks/robustness, `ImageNet-C/create_c/make_{cifar,tinyimagenet,imagenet}_c.py`
+    Hendrycks and Dietterich 2019, arXiv 1903.12261: the corruptions, mCE and relative mCE; the published code is
+        hendrycks/robustness, ImageNet-C/create_c/make_cifar_c.py, make_tinyimagenet_c.py and make_imagenet_c.py
     Guo et al. 2017, arXiv 1706.04599: expected calibration error, temperature scaling
 """
 
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg, read_file
 
 # ---------------------------------------------------------------------------------------------------------- metrics
-# Logits are (N, K) of any float dtype, targets (N,) int64. Everything is computed in float64 and returned as a float,
-# shares and errors between 0 and 1.
+# Logits are (N, K) of any float dtype, targets (N,) int64. Everything is computed in float64; shares and errors lie
+# between 0 and 1. An image's confidence is its largest probability.
 
 
 def top_k_accuracy(logits, target, k=1):
-    """Share of the rows whose target is among the k largest logits (k is cut to K)."""
+    """Share of the rows whose target is among the k largest logits (among all of them if there are fewer)."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices  # (N, k)
     return top.eq(target[:, None]).any(dim=1).double().mean().item()
 
@@ -34,7 +34,7 @@ def nll(logits, target):
 
 
 def brier(logits, target):
-    """Mean squared distance between the probabilities and the one-hot target, summed over classes: 0 to 2 (Brier 1950)."""
+    """Mean squared distance of the probabilities from the one-hot target, summed over classes: 0 to 2 (Brier 1950)."""
     probabilities = logits.double().softmax(dim=1)
     return (probabilities - F.one_hot(target, logits.shape[1])).square().sum(dim=1).mean().item()
 
@@ -42,42 +42,108 @@ def brier(logits, target):
 def calibration_bins(logits, target, bins=15, equal_mass=False):
     """The points of a reliability diagram: (confidence, accuracy, count), each (bins,) float64.
 
-    Confidence is the largest probability. Bins of equal width hold (b/bins, (b+1)/bins]; bins of equal mass split the
-    sorted confidences into parts whose sizes differ by at most one. An empty bin has confidence and accuracy 0.
+    Bins of equal width hold (b / bins, (b + 1) / bins]; bins of equal mass are the sorted confidences in parts whose
+    sizes differ by at most one, the larger first. An empty bin has confidence and accuracy 0.
     """
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     if equal_mass:
-        parts = confidence.argsort(stable=True).tensor_split(bins)
         index = torch.empty_like(predicted)
-        for b, part in enumerate(parts):
+        for b, part in enumerate(confidence.argsort(stable=True).tensor_split(bins)):
             index[part] = b
     else:
         edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)
         index = torch.bucketize(confidence, edges[1:-1])
     count = torch.bincount(index, minlength=bins).double()
-    mean = [torch.bincount(index, values, minlength=bins) / count.clamp(min=1)
-            for values in (confidence, predicted.eq(target).double())]
-    return mean[0], mean[1], count
+    confidence, accuracy = (torch.bincount(index, value, minlength=bins) / count.clamp(min=1)
+                            for value in (confidence, predicted.eq(target).double()))
+    return confidence, accuracy, count
 
 
 def ece(logits, target, bins=15, equal_mass=False):
-    """Expected calibration error: the mean over images of |confidence - accuracy| of their bin (Guo 2017, eq. 3)."""
+    """Expected calibration error: |confidence - accuracy| of the bins, weighted by their counts (Guo 2017, eq. 3)."""
     confidence, accuracy, count = calibration_bins(logits, target, bins, equal_mass)
-    return (count * (confidence - accuracy).abs()).sum().item() / len(target)
+    return ((confidence - accuracy).abs() * count).sum().item() / len(target)
 
 
-# ------------------------------------------------------------------------------------------------------- corruptions
-# Each takes images uint8 (N, 3, H, W), a severity 1-5 and a torch.Generator (ignored where nothing is random), and
-# returns new uint8 images on the same device. The first line is the published table: one row for CIFAR-C (32 pixels),
-# one for Tiny-ImageNet-C (64) and one for ImageNet-C (224).
+def fit_temperature(logits, target):
+    """The temperature T in 0.001 ... 1000 at which logits / T have the least NLL (Guo 2017, section 4.2).
+
+    The NLL is convex in 1 / T, so that bisecting on the sign of its derivative finds the one minimum. Fit it on images
+    that are not reported.
+    """
+    logits = logits.double()
+    right = logits.gather(1, target[:, None]).mean()
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        temperature = math.sqrt(low * high)
+        expected = ((logits / temperature).softmax(dim=1) * logits).sum(dim=1).mean()
+        low, high = (low, temperature) if expected < right else (temperature, high)  # underconfident: sharpen
+    return temperature
+
+
+def quadrants(logits, target, threshold):
+    """Counts of images that are confident (confidence >= threshold) or unsure, and right or wrong."""
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    confident, right = confidence >= threshold, predicted == target
+    return {"confident_right": (confident & right).sum().item(), "confident_wrong": (confident & ~right).sum().item(),
+            "unsure_right": (~confident & right).sum().item(), "unsure_wrong": (~confident & ~right).sum().item()}
+
+
+def bootstrap_interval(statistic, samples, generator, resamples=1000, level=0.95):
+    """(low, high): the percentile interval of statistic(*samples) over images drawn with replacement (Efron 1979).
+
+    samples are tensors (N, ...) that are resampled together; statistic returns a number. For a mean, pass torch.mean and
+    [the value of each image]; for a paired difference, the differences.
+    """
+    def resample():
+        index = torch.randint(len(samples[0]), (len(samples[0]),), generator=generator, device=generator.device)
+        return float(statistic(*(sample[index.to(sample.device)] for sample in samples)))
+
+    values = torch.tensor([resample() for _ in range(resamples)], dtype=torch.float64)
+    return tuple(values.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist())
+
+
+# AlexNet's top-1 errors on ImageNet-C, mean over the five severities (hendrycks/robustness), and on the clean images
+# (torchvision's weights: 56.522 % right; 43.5 % error in the paper).
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880,
+    "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572,
+    "fog": 0.819324, "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840,
+    "jpeg_compression": 0.606500}
+ALEXNET_CLEAN_ERROR = 0.43478
+
+
+def mean_corruption_error(errors, alexnet=False, clean_error=None):
+    """mCE: the mean over the fifteen corruptions of a classifier's error, itself the mean over severities.
+
+    errors maps each of the fifteen names to that error; further names are left out. alexnet=False is the unnormalised
+    mean, as on CIFAR-C; alexnet=True divides each error by AlexNet's, as on ImageNet-C. With clean_error it is the
+    relative mCE: the clean error is first taken off, from AlexNet's too (paper, section 4.1). Raises on a missing name.
+    """
+    missing = [name for name in ALEXNET_ERRORS if name not in errors]
+    if missing:
+        raise ValueError(f"mCE needs all fifteen corruptions; missing are {', '.join(missing)}")
+    relative = clean_error is not None
+    ratios = [(errors[name] - (clean_error if relative else 0))
+              / ((baseline - (ALEXNET_CLEAN_ERROR if relative else 0)) if alexnet else 1)
+              for name, baseline in ALEXNET_ERRORS.items()]
+    return sum(ratios) / len(ratios)
+
+
+# ------------------------------------------------------------------------------------------------------ corruptions
+# Each takes images uint8 (N, 3, H, W), a severity 1-5 and a torch.Generator (ignored where nothing is random) and returns
+# new uint8 images on the same device; each image has its own random draws. The first line is the published table.
 
 
 def published(images, severity, cifar, tiny, imagenet):
-    """The parameter for `severity` in the published table nearest in size: shorter side below 48, below 120, or above."""
+    """The entry for `severity` in the table of CIFAR-C (made for 32 pixels), Tiny-ImageNet-C (64) or ImageNet-C (224).
+
+    The shorter side chooses: below 48, below 120, or above. The entries are in pixels and do not scale with the side.
+    """
     if severity not in (1, 2, 3, 4, 5):
-        raise ValueError(f"severity {severity!r}: the published corruptions have severities 1 to 5")
+        raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
     side = min(images.shape[-2:])
-    return (cifar if side < 48 else tiny if side < 120 else imagenet)[severity - 1]
+    return (cifar if side < 48 else tiny if side < 120 else imagenet)[int(severity) - 1]
 
 
 def to_uint8(x):
@@ -218,7 +284,8 @@ def defocus_blur(images, severity, generator=None):
     cut = radius - min(radius, math.ceil(c[0]) + margin)  # rows and columns of zeros around the disk
     kernel = kernel[..., cut:kernel.shape[-2] - cut, cut:kernel.shape[-1] - cut]
     x = F.pad(images / 255, [kernel.shape[-1] // 2] * 4, mode="reflect")
-    return to_uint8(F.conv2d(x.flatten(0, 1)[:, None], kernel).view(images.shape))
+    x = x.flatten(0, 1)[None]  # (1, N * 3, ...): as channels of one image it takes a tenth of the time
+    return to_uint8(F.conv2d(x, kernel.expand(x.shape[1], -1, -1, -1), groups=x.shape[1]).view(images.shape))
 
 
 def glass_blur(images, severity, generator):
@@ -413,26 +480,23 @@ def jpeg_compression(images, severity, generator=None):
 
 
 def canny(x, low, high):
-    """OpenCV's Canny edges of whole numbers x float (N, 1, H, W): bool. Sobel, gradient |dx| + |dy|, thinning along the
-    gradient's octant, and edges above `low` where they hang together with one above `high`."""
-    x = F.pad(x, [1] * 4, mode="replicate")
-    down, right = x[..., 2:, :] - x[..., :-2, :], x[..., :, 2:] - x[..., :, :-2]
-    dy = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
-    dx = right[..., :-2, :] + 2 * right[..., 1:-1, :] + right[..., 2:, :]
+    """OpenCV's Canny edges of whole numbers x float (N, 1, H, W), as bool: Sobel, gradient |dx| + |dy|, thinned to its
+    peaks along the nearest of four directions, kept above `high` and, where connected to those, above `low`."""
+    sobel = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    dx, dy = F.conv2d(F.pad(x, [1] * 4, mode="replicate"), torch.stack([sobel, sobel.T])[:, None]).split(1, dim=1)
     size = dx.abs() + dy.abs()
+    near = F.unfold(size, 3, padding=1).unflatten(1, (3, 3)).unflatten(-1, x.shape[2:])  # (N, 3, 3, H, W), 1 1 is here
+    horizontal, vertical = dy.abs() < 0.41421356 * dx.abs(), dy.abs() > 2.41421356 * dx.abs()  # tan 22.5 and 67.5 degrees
 
-    def neighbour(y, x):
-        return F.pad(size, [1] * 4)[..., 1 + y:1 + y + size.shape[-2], 1 + x:1 + x + size.shape[-1]]
+    def peak(y, x, strict):  # against the neighbour at (y, x) and the opposite one, of which the latter may tie
+        before, after = near[:, 1 + y, 1 + x, None], near[:, 1 - y, 1 - x, None]
+        return (size > before) & ((size > after) if strict else (size >= after))
 
-    flat, steep = dy.abs() < 0.41421356 * dx.abs(), dy.abs() > 2.41421356 * dx.abs()  # tan 22.5 and 67.5 degrees
-    rising = (dx < 0) == (dy < 0)
-    peak = torch.where(flat, (size > neighbour(0, -1)) & (size >= neighbour(0, 1)), torch.where(
-        steep, (size > neighbour(-1, 0)) & (size >= neighbour(1, 0)), torch.where(
-            rising, (size > neighbour(-1, -1)) & (size > neighbour(1, 1)),
-            (size > neighbour(-1, 1)) & (size > neighbour(1, -1)))))
-    weak, edge = peak & (size > low), peak & (size > high)
+    diagonal = torch.where((dx < 0) == (dy < 0), peak(-1, -1, True), peak(-1, 1, True))
+    peaks = torch.where(horizontal, peak(0, -1, False), torch.where(vertical, peak(-1, 0, False), diagonal))
+    edge = peaks & (size > high)
     while True:
-        grown = weak & (F.max_pool2d(edge.float(), 3, stride=1, padding=1) > 0)
+        grown = peaks & (size > low) & (F.max_pool2d(edge.float(), 3, stride=1, padding=1) > 0)
         if grown.equal(edge):
             return edge
         edge = grown
@@ -440,12 +504,12 @@ def canny(x, low, high):
 
 def distance(edge, limit):
     """Euclidean distance to the nearest edge pixel of bool (N, 1, H, W), at most `limit`."""
-    square = torch.where(edge, 0.0, limit ** 2)
+    square = torch.where(edge, 0.0, float(limit ** 2))
     step = torch.arange(-limit, limit + 1, device=edge.device)
     for axis in (-1, -2):
         square = F.pad(square.transpose(axis, -1), [limit, limit], value=limit ** 2)
         square = (square.unfold(-1, 2 * limit + 1, 1) + step ** 2).amin(dim=-1).transpose(axis, -1)
-    return square.clamp(max=limit ** 2).sqrt()
+    return square.sqrt()
 
 
 def spatter(images, severity, generator):
@@ -503,11 +567,92 @@ EXTRA = {f.__name__: f for f in (speckle_noise, gaussian_blur, spatter, saturate
 
 
 def corrupt(images, name, severity, generator):
-    """Corrupts images uint8 (N,3,H,W) -> uint8 (N,3,H,W)."""
+    """images uint8 (N, 3, H, W) under the corruption of that name (COMMON or EXTRA), severity 1-5: uint8, same device.
+
+    The images go through in parts of 2 ** 18 pixels, which bounds the memory at some 100 MB. The result depends on the
+    generator's state and device and on the order of the images; splitting a call changes the draws, unless it is split
+    between two parts. A generator on the CPU serves images on any device. Raises ValueError on bad arguments.
+    """
     known = {**COMMON, **EXTRA}
     if name not in known:
         raise ValueError(f"unknown corruption {name!r}; known are {', '.join(known)}")
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, 3, H, W)")
-    part = max(1, 2 ** 18 // (images.shape[2] * images.shape[3]))  # images at a time, which bounds the memory
-    return torch.cat([known[name](some, severity, generator) for some in images.split(part)])
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, 3, H, W), N > 0")
+    parts = images.split(max(1, 2 ** 18 // (images.shape[2] * images.shape[3])))
+    return torch.cat([known[name](part.contiguous(), severity, generator) for part in parts])
+
+
+# -------------------------------------------------------------------------------------------------- published files
+
+
+def read_cifar_c(directory, name, severity):
+    """One severity of CIFAR-10-C or CIFAR-100-C: images uint8 (N, 3, 32, 32), labels int64 (N,).
+
+    The folder holds <name>.npy uint8 (5 N, 32, 32, 3), severity-major, and labels.npy (5 N,), N being 10,000 as published.
+    Only the part asked for is read. Raises FileNotFoundError, or ValueError on a file of another shape.
+    """
+    def load(file):
+        path = Path(directory) / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; unpack CIFAR-10-C.tar or CIFAR-100-C.tar there")
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no NumPy array file, or is cut short: download it again") from error
+
+    images, labels = load(f"{name}.npy"), load("labels.npy")
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or not len(images):
+        raise ValueError(f"{name}.npy is {images.dtype} {images.shape}; expected uint8 (50000, 32, 32, 3)")
+    if labels.shape != images.shape[:1] or (labels.reshape(5, -1) != labels[:len(labels) // 5]).any():
+        raise ValueError(f"labels.npy is {labels.shape}; expected the labels of {name}.npy, {images.shape[:1]}, five times over")
+    published(images, severity, *[range(5)] * 3)  # refuses other severities
+    part = slice((severity - 1) * len(labels) // 5, severity * len(labels) // 5)
+    return torch.from_numpy(images[part].transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels[part].astype(np.int64))
+
+
+def imagenet_c_folder(directory, name, severity):
+    """The ImageFolder of one corruption of ImageNet-C or Tiny-ImageNet-C: <name>/<severity>, or one level further down as
+    the published archives unpack (blur/defocus_blur/1)."""
+    for path in (Path(directory) / name, *sorted(Path(directory).glob(f"*/{name}"))):
+        if (path / str(severity)).is_dir():
+            return path / str(severity)
+    raise FileNotFoundError(f"{directory} has no {name}/{severity}; expected the unpacked folders of ImageNet-C")
+
+
+def list_folder(root, class_names, folder_classes=None):
+    """The images of an ImageFolder whose classes are some of the classifier's: (paths, labels, columns).
+
+    A folder is called like its class (for ImageNet-V2, -A, -R and -Sketch: a WordNet id), or folder_classes maps it to one.
+    columns int64 (k,) are the classes that occur, ascending, and labels int64 (N,) count within them. Evaluate
+    logits[:, columns] against labels: the other classes are masked out before anything is computed from the logits, so
+    that the choice is among the set's own 200, as ImageNet-A and -R prescribe. Raises on unknown folders and on none.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder; expected one with a subfolder for each class")
+    classes = {folder: (folder_classes or {}).get(folder.name, folder.name)
+               for folder in sorted(root.iterdir()) if folder.is_dir()}
+    unknown = [name for name in classes.values() if name not in class_names]
+    if unknown:
+        raise ValueError(f"{root}: {len(unknown)} of {len(classes)} folders are no classes of the model, "
+                         f"first {unknown[0]!r}; the model's are {', '.join(class_names[:3])} ...")
+    files = [(path, class_names.index(name)) for folder, name in classes.items() for path in sorted(folder.iterdir())
+             if path.suffix.lower() in (".jpeg", ".jpg", ".png")]
+    if not files:
+        raise ValueError(f"{root} holds no images; expected <class>/<image>.jpeg, .jpg or .png")
+    paths, labels = zip(*files)
+    columns, labels = torch.tensor(labels).unique(return_inverse=True)
+    return list(paths), labels, columns
+
+
+def read_images(paths):
+    """Image files of one size as uint8 (N, 3, H, W) in RGB; ValueError where one does not decode or differs in size."""
+    images = []
+    for path in paths:
+        try:
+            images.append(decode_image(read_file(str(path)), ImageReadMode.RGB))
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not decode: {str(error).splitlines()[0]}") from error
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{path} is {tuple(images[-1].shape)}; the images before are {tuple(images[0].shape)}")
+    return torch.stack(images)

@@ -46,7 +46,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 # ---- parts that several networks share -------------------------------------------------------------------------------
-
 class Head(nn.Linear):
     """The last layer of every network: returns `(logits (B, K), features (B, C))`, so that the chain it ends does."""
 
@@ -118,7 +117,6 @@ def init_head(model, std=None):
 
 
 # ---- ResNet ----------------------------------------------------------------------------------------------------------
-
 class ZeroPadShortcut(nn.Module):
     """He's option A: subsample, and fill the new channels with zeros, half of them on either side; no parameters."""
 
@@ -175,7 +173,6 @@ def resnet50(num_classes):
 
 
 # ---- WideResNet ------------------------------------------------------------------------------------------------------
-
 class WideBlock(nn.Module):
     """BatchNorm and ReLU stand before the convolutions; where the width changes they also feed the shortcut."""
 
@@ -200,7 +197,6 @@ def wrn(depth, widen, num_classes):
 
 
 # ---- VGG -------------------------------------------------------------------------------------------------------------
-
 class PoolAt64(nn.Module):
     """The fourth max-pooling, which the public code applies to 64x64 images only, here maps of 8x8."""
 
@@ -223,7 +219,6 @@ def vgg(counts, num_classes):
 
 
 # ---- MobileNet -------------------------------------------------------------------------------------------------------
-
 class InvertedResidual(nn.Module):
     """Widen by `expansion`, filter each channel alone, and narrow again without an activation."""
 
@@ -264,7 +259,6 @@ def mobilenet_v1(num_classes):
 
 
 # ---- ShuffleNet ------------------------------------------------------------------------------------------------------
-
 class ShuffleV1Block(nn.Module):
     """1x1 in groups, shuffle, 3x3 per channel, 1x1 in groups; at stride 2 the pooled input is stacked, not added."""
 
@@ -310,13 +304,7 @@ class ShuffleV2Block(nn.Module):
         return shuffle(torch.cat([self.path(left, 1, self.left), self.path(right, self.left + 1, self.left + 3)], 1), 2)
 
 
-def shufflenet(block, widths, num_classes, last=None):
-    """Either ShuffleNet as it is on CIFAR: a 1x1 stem and no max-pooling."""
-    return staged(block, 1, (24, *widths), (4, 8, 4), (2, 2, 2), "linear", num_classes, last)
-
-
 # ---- the zoo ---------------------------------------------------------------------------------------------------------
-
 def from_torchvision(name, head, num_classes):
     """torchvision's network with its last layer, which is called `head`, turned into a `Head`."""
     model = torchvision.models.get_model(name, num_classes=num_classes)
@@ -335,8 +323,8 @@ CIFAR_MODELS = {  # name: function of num_classes, for 32x32 images
     "vgg13": partial(vgg, (2, 2, 2, 2, 2)), "vgg16": partial(vgg, (2, 2, 3, 3, 3)),
     "vgg19": partial(vgg, (2, 2, 4, 4, 4)),
     "mobilenetv2": mobilenetv2,
-    "shufflenetv1": partial(shufflenet, ShuffleV1Block, (240, 480, 960)),
-    "shufflenetv2": partial(shufflenet, ShuffleV2Block, (116, 232, 464), last=1024),
+    "shufflenetv1": partial(staged, ShuffleV1Block, 1, (24, 240, 480, 960), (4, 8, 4), (2, 2, 2), "linear"),
+    "shufflenetv2": partial(staged, ShuffleV2Block, 1, (24, 116, 232, 464), (4, 8, 4), (2, 2, 2), "linear", last=1024),
     "resnet50": resnet50,
 }
 IMAGENET_MODELS = {  # the same, for 224x224 images
@@ -371,7 +359,6 @@ def build_model(name, num_classes):
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
-
 # Public training scripts store their accuracy as a NumPy number, under NumPy 1's module name or NumPy 2's.
 NUMPY_NUMBERS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 NUMPY_NUMBERS += [np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OSUVMm"}]
@@ -477,8 +464,8 @@ def load_weights(model_name, path, num_classes=None):
 
 
 def freeze(model):
-    """A teacher: a copy of `model` in eval mode, without gradients, each BatchNorm that directly follows a convolution
-    folded into it (the same outputs up to rounding). `model` itself is left as it is."""
+    """A teacher: a copy of `model`, a network of this zoo, in eval mode and without gradients, each BatchNorm that
+    directly follows a convolution folded into it (the same outputs up to rounding). `model` is left as it is."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     for parent in list(frozen.modules()):
         children = list(parent.named_children())
@@ -487,11 +474,10 @@ def freeze(model):
             if isinstance(layer, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(layer, bn))
                 setattr(parent, bn_name, nn.Identity())
-    return frozen
+    return frozen.to(memory_format=torch.channels_last)  # the layout in which convolutions run faster
 
 
 # ---- the zoo at a glance ---------------------------------------------------------------------------------------------
-
 def multiply_adds(name, num_classes, size):
     """Of one forward pass of one image of size x size: convolutions and linear layers, counted without running them."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

@@ -102,11 +102,12 @@ def mlkd_loss(student_logits, teacher_logits, temperatures=(2.0, 3.0, 4.0, 5.0, 
         raise ValueError(f"temperatures are {temperatures}, expected > 0")
     B, K = student_logits.shape
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
     loss = 0.0
     with torch.autocast(student_logits.device.type, enabled=False):  # the products below stay in float32
         for T in temperatures:
-            log_student = (student_logits.to(dtype) / T).log_softmax(1)
-            student, teacher = log_student.exp(), (teacher_logits.to(dtype) / T).softmax(1)
+            log_student = (student_logits / T).log_softmax(1)
+            student, teacher = log_student.exp(), (teacher_logits / T).softmax(1)
             loss = loss + T**2 * torch.nn.functional.kl_div(log_student, teacher, reduction="batchmean")
             loss = loss + (teacher @ teacher.T - student @ student.T).square().sum() / B
             loss = loss + (teacher.T @ teacher - student.T @ student).square().sum() / K
@@ -151,32 +152,25 @@ def rkd_loss(student, teacher, distance_weight=25.0, angle_weight=50.0):
     return distance_weight * smooth_l1(*distances) + angle_weight * smooth_l1(*angles)
 
 
-def nce_loss(positive, negative, Z, num_images, mask=None):
+def nce_loss(positive, negative, Z, num_images, weight=1.0):
     """Noise-contrastive estimation of CRD for one bank: equation (6), mean over the batch.
 
-    positive (B,) and negative (B, J) are the scores v . r / tau, Z () the normaliser; mask (B, J) bool marks negatives
-    to leave out. D = P / (P + c) says "the pair is real". With h = score - log(Z c), - log D is softplus(-h) and
-    - log(1 - D) softplus(h): exact, without overflow, and h is all that is kept for the backward pass. A masked row's
-    sum is scaled by J / (number left): its expectation is that of J uniform draws from the images not masked.
+    positive (B,) and negative (B, J) are the scores v . r / tau, Z () the normaliser, weight (B, J) the negatives'.
+    D = P / (P + c) says "the pair is real". With h = score - log(Z c), - log D is softplus(-h) and - log(1 - D)
+    softplus(h): nothing overflows, and of the (B, J) steps only h is kept for the backward pass.
     Tian et al., "Contrastive Representation Distillation", ICLR 2020, equation 18; RepDistiller `crd/criterion.py`.
     """
     J = negative.shape[1]
     c = J / num_images + 1e-7
     offset = (Z * c).log()
-    terms = torch.nn.functional.softplus(negative - offset)  # (B, J)
-    if mask is None:
-        terms = terms.sum(1)
-    else:
-        terms = terms.masked_fill_(mask, 0).sum(1) * J / (J - mask.sum(1, dtype=torch.int32)).clamp(min=1)
+    positive = torch.nn.functional.softplus(offset - positive)
+    negative = (torch.nn.functional.softplus(negative - offset) * weight).sum(1)
     constant = J * torch.tensor(c * num_images / J, dtype=torch.float64).log().item()  # the numerator is J/N, not c
-    return (torch.nn.functional.softplus(offset - positive) + terms).mean() + constant
+    return (positive + negative).mean() + constant
 
 
 def ensemble_text_features(text_features):
-    """One feature per class from M templates: equation (1). (K, M, D) -> (K, D) of unit length.
-
-    Radford et al. (CLIP), section 3.1.4: the mean of unit text features, brought to unit length again.
-    """
+    """A class's feature from M templates: equation (1), Radford et al. (CLIP), section 3.1.4. (K, M, D) -> (K, D)."""
     normalize = torch.nn.functional.normalize
     text_features = text_features.to(torch.promote_types(text_features.dtype, torch.float32))
     return normalize(normalize(text_features, dim=2).mean(1), dim=1)
@@ -211,7 +205,7 @@ def fuse_teachers(logits, weights=None):
 
 
 def fuse_logits(teacher_logits, clip_logits, alpha=0.7):
-    """alpha * teacher + (1 - alpha) * CLIP, alpha in [0, 1]: equation (3). (B, K), (B, K) -> (B, K), float32 or more."""
+    """alpha * teacher + (1 - alpha) * CLIP, alpha in [0, 1]: equation (3). (B, K), (B, K) -> (B, K)."""
     if teacher_logits.shape != clip_logits.shape:
         raise ValueError(f"shapes differ: teacher {tuple(teacher_logits.shape)}, CLIP {tuple(clip_logits.shape)}")
     if not 0 <= alpha <= 1:
@@ -263,8 +257,8 @@ class ContrastiveMemory(torch.nn.Module):
 
     State, all of it in `state_dict`: the banks (N, d); Z (2,), -1 until the first batch sets it, as published, to
     N * mean exp(v . r / tau); `step`, which with `seed` determines the draw. Under an initialised torch.distributed
-    every rank gathers all ranks' rows and keeps the same state; batches must be of one size. (DistributedDataParallel
-    around it: broadcast_buffers=False, or it sends the banks at every step.)
+    all ranks update with the rows of all, of batches of one size, and their states stay equal (so give
+    DistributedDataParallel broadcast_buffers=False, or it sends the banks at every step).
     """
 
     def __init__(self, num_images, d=128, num_negatives=16384, temperature=0.07, momentum=0.5, *, labels=None,
@@ -298,20 +292,25 @@ class ContrastiveMemory(torch.nn.Module):
             raise ValueError(f"student {tuple(student.shape)}, fused {tuple(fused.shape)}, index {tuple(index.shape)}: "
                              f"expected (B, {d}), (B, {d}), (B,)")
         index = index.to(device)
-        if ((index < 0) | (index >= N) | (student + fused).isnan().any(1)).any():  # one reading from the device
-            raise ValueError(f"index {index.min()}..{index.max()}, expected 0..{N - 1}, or an embedding holds NaN")
+        outside = (index < 0) | (index >= N)
+        if (outside | (student + fused).isnan().any(1)).any():  # one reading from the device, before anything changes
+            raise ValueError(f"index {index.min()}..{index.max()}, expected 0..{N - 1}" if outside.any() else
+                             "the features hold NaN")
         if negatives is None:  # a function of seed and step alone, so that every rank draws the same
             self.step += 1
             generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + int(self.step))
             shape = (self.num_negatives,) if self.negatives == "shared" else (len(index), self.num_negatives)
             negatives = torch.randint(N, shape, generator=generator, device=device)
-        mask = None if self.labels is None else self.labels[negatives] == self.labels[index][:, None]  # (B, J)
+        weight = 1.0
+        if self.labels is not None:  # the rest of a row stands for all J: its expectation is that of other-class draws
+            weight = (self.labels[negatives] != self.labels[index][:, None]).to(student.dtype)  # (B, J)
+            weight *= weight.shape[1] / weight.sum(1, keepdim=True).clamp(min=1)
         with torch.autocast(student.device.type, enabled=False):
-            scores = self.scores(student, self.fused_bank, index, negatives), self.scores(
-                fused, self.student_bank, index, negatives)
+            scores = [self.scores(student, self.fused_bank, index, negatives),
+                      self.scores(fused, self.student_bank, index, negatives)]
             if self.Z[0] < 0:
-                self.Z.copy_(torch.stack([self.partition(*pair, mask) for pair in scores]))
-            loss = sum(nce_loss(*pair, Z, N, mask) for pair, Z in zip(scores, self.Z))
+                self.Z.copy_(torch.stack([self.partition(*pair, weight) for pair in scores]))
+            loss = sum(nce_loss(*pair, Z, N, weight) for pair, Z in zip(scores, self.Z))
         self.update(student.detach(), fused.detach(), index)
         return loss
 
@@ -323,13 +322,9 @@ class ContrastiveMemory(torch.nn.Module):
         return (anchor * bank[index].to(anchor.dtype)).sum(1), negative
 
     @torch.no_grad()
-    def partition(self, positive, negative, mask):
-        """Z = N * mean of exp(score) over positives and (not masked) negatives of all ranks: ()."""
-        J = negative.shape[1]
-        total, left = negative.exp(), J
-        if mask is not None:
-            total, left = total.masked_fill_(mask, 0), (J - mask.sum(1, dtype=torch.int32)).clamp(min=1)
-        mean = (positive.exp() + total.sum(1) * J / left) / (J + 1)  # (B,)
+    def partition(self, positive, negative, weight):
+        """Z = N * mean of exp(score) over the positives and the weighted negatives of all ranks: ()."""
+        mean = (positive.exp() + (negative.exp() * weight).sum(1)) / (1 + negative.shape[1])  # (B,)
         return gather(mean).mean() * len(self.student_bank)
 
     @torch.no_grad()
@@ -350,8 +345,8 @@ class RichKD(torch.nn.Module):
 
     student_features, teacher_features, clip_features: widths C of the three features; num_images: N. For several
     teachers give `fuse_teachers(logits)` and the concatenation of their features. RichKD (L) is feature_weight=0,
-    (F) is logit_weight=0; a part of weight 0 is neither computed nor allocated. alpha = lam = 1 is the teacher alone
-    (KD, DKD, MLKD, CRD, ...), 0 is CLIP alone; what has no weight may be None, in the constructor and in `forward`.
+    (F) is logit_weight=0; a part of weight 0 is neither computed, allocated nor returned. alpha = lam = 1 is the teacher
+    alone (KD, DKD, CRD, ...), 0 is CLIP alone; what has no weight may be None, in the constructor and in `forward`.
 
     logit_loss: "kd" | "dkd" | "mlkd" (which has its own temperatures); standardize: equation (8) on both logits.
     feature_loss: "crd" (all maps learn) | "mse" (student's map against the fused embedding) | "rkd" (student's features
@@ -391,34 +386,36 @@ class RichKD(torch.nn.Module):
                 target, index):
         """Logits (B, K), features (B, C), target and index (B,) int64 -> (loss (), {"ce", "logit", "feature"}).
 
-        The parts are weighted and detached: they add up to the loss; one of weight 0 is absent. ValueError: shapes, an
-        index outside 0..N-1, NaN.
+        The parts are weighted and detached: they add up to the loss. ValueError: shapes, index outside 0..N-1, NaN.
         """
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        student_logits = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
         losses = {}
         if self.ce_weight:
-            losses["ce"] = self.ce_weight * torch.nn.functional.cross_entropy(student_logits.to(dtype), target)
+            losses["ce"] = self.ce_weight * torch.nn.functional.cross_entropy(student_logits, target)
         if self.logit_weight:
-            # A teacher alone is taken as it is, so that alpha = 1 is KD to the bit; below, lam = 1 is CRD.
+            # A teacher alone is taken as it is: alpha = 1 is KD to the bit, and lam = 1 below is CRD.
             fused = teacher_logits if self.alpha == 1 else clip_logits
             if 0 < self.alpha < 1:
                 fused = fuse_logits(teacher_logits, clip_logits, self.alpha)
             pair = [standardize_logits(z) if self.standardize else z for z in (student_logits, fused)]
             if self.logit_loss == "kd":
                 loss = kd_loss(*pair, self.temperature)
+            elif self.logit_loss == "dkd":
+                loss = dkd_loss(*pair, target, temperature=self.temperature)
             else:
-                loss = mlkd_loss(*pair) if self.logit_loss == "mlkd" else dkd_loss(
-                    *pair, target, temperature=self.temperature)
+                loss = mlkd_loss(*pair)
             losses["logit"] = self.logit_weight * loss
         if self.feature_weight:
             teacher = self.teacher_embed(teacher_features) if self.lam > 0 else None
-            clip = self.clip_embed(clip_features) if self.lam < 1 else None
-            fused = fuse_features(teacher, clip, self.lam) if 0 < self.lam < 1 else teacher if self.lam == 1 else clip
-            if self.feature_loss == "rkd":
-                loss = rkd_loss(student_features, fused)
+            fused = self.clip_embed(clip_features) if self.lam < 1 else teacher
+            if 0 < self.lam < 1:
+                fused = fuse_features(teacher, fused, self.lam)
+            if self.feature_loss == "crd":
+                loss = self.memory(self.student_embed(student_features), fused, index)
+            elif self.feature_loss == "mse":
+                loss = mse_loss(self.student_embed(student_features), fused)
             else:
-                student = self.student_embed(student_features)
-                loss = mse_loss(student, fused) if self.feature_loss == "mse" else self.memory(student, fused, index)
+                loss = rkd_loss(student_features, fused)
             losses["feature"] = self.feature_weight * loss
         loss = sum(losses.values())
         if loss.isnan():

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import pickle
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -152,30 +151,32 @@ def settings(config):
 
 
 def run_folder(config):
-    """Its folder, made if need be. Raises ValueError where it holds something else than a run with these settings."""
-    teacher = "+".join(config.teacher) or (config.clip and Path(config.clip).stem) or "none"
+    """The run's folder, with its config.json. Raises ValueError where it holds something else than this run."""
+    teacher = "+".join(config.teacher) or "none"
     name = f"{config.dataset}-{config.method}-{teacher}-{config.student}-s{config.seed}"
     folder = Path(config.out or Path("runs") / name)
     known = folder / "config.json"
     if folder.exists() and not known.is_file() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run (no config.json); name another folder by --out")
-    if known.is_file() and config.overwrite:
-        shutil.rmtree(folder)
-    elif known.is_file():
+        raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names another folder")
+    begun = any((folder / file).is_file() for file in ("last.pt", "summary.json"))
+    if begun and config.overwrite:
+        for file in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json"):  # nothing that is not a run's
+            (folder / file).unlink(missing_ok=True)
+    elif begun:
         try:
             old, new = json.loads(known.read_text())["settings"], settings(config)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{known} is damaged; --overwrite starts anew") from None
-        differ = [f"{flag(k)} {old.get(k)} there, {new.get(k)} here" for k in {**old, **new} if old.get(k) != new.get(k)]
+            differ = [f"{flag(k)} {old.get(k)} there, {new.get(k)} here" for k in {**old, **new}
+                      if old.get(k) != new.get(k)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{known} is damaged; --overwrite starts the run anew") from None
         if differ:
             raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}; --out names another "
                              "folder, --overwrite starts anew")
-    source = hashlib.sha256(b"".join((HERE / f"{m.__name__}.py").read_bytes() for m in
-                                     (richkd, clip_model, models, data))+ Path(__file__).read_bytes()).hexdigest()
-    if not known.is_file():
-        about = {"settings": settings(config), "places": {k: getattr(config, k) for k in PLACES},
-                 "torch": torch.__version__, "source": source}
-        data.write_atomically(known, json.dumps(about, indent=2).encode())
+        return folder
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")))).hexdigest()
+    about = {"settings": settings(config), "places": {name: getattr(config, name) for name in PLACES},
+             "torch": torch.__version__, "source": source}
+    data.write_atomically(known, json.dumps(about, indent=2).encode())
     return folder
 
 
@@ -243,10 +244,9 @@ def load_clip(config):
     return clip.to(config.device), tokenizer
 
 
-def load_targets(config, splits):
+def load_targets(config, clip, tokenizer, splits):
     """CLIP's view of every image of each split, unaugmented, computed once and kept in the cache:
-    {split name: (cosines (N,K), unit-length features (N,D)), both float16}, and the scale of the cosines."""
-    clip, tokenizer = load_clip(config)
+    {split name: (cosines (N,K), unit-length features (N,D)), both float16}."""
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -268,7 +268,7 @@ def load_targets(config, splits):
         path = Path(config.cache_dir) / f"targets-{config.dataset}-{name}-{short}.bin"
         shape = (len(split.labels), len(split.class_names), clip.embed_dim)
         targets[name] = data.cached_targets(path, key, shape, lambda start: blocks(split, start))
-    return targets, config.clip_scale or clip.logit_scale.exp().item()
+    return targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,7 +357,12 @@ def fit(config, folder, splits):
     """Train config.student on splits["train"], going on from folder/last.pt where there is one; write student.pt and
     summary.json. Returns the summary."""
     # Whatever can be missing is asked for before anything is trained: CLIP first, the teacher may take hours.
-    clip_targets, scale = load_targets(config, splits) if config.clip else ({}, None)
+    clip_targets, scale = {}, None
+    if config.clip:
+        clip, tokenizer = load_clip(config)
+        clip_targets = load_targets(config, clip, tokenizer, splits)
+        scale = config.clip_scale or clip.logit_scale.exp().item()
+        del clip
     teachers = load_teachers(config, splits)
     splits = {name: resized(split, config) for name, split in splits.items()}
     train, N = splits["train"], len(splits["train"].labels)

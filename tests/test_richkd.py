@@ -1,0 +1,564 @@
+"""richkd.py against hand-computed values, the public implementations' numbers, brute force and gradcheck.
+
+golden_richkd.json: made once in float64 (torch 2.14.1) by the public code, with the inputs of `wave` below:
+KD and standardisation from sunshangquan/logit-standardization-KD, DKD and RKD from megvii-research/mdistiller, MLKD's
+`kd_loss + bc_loss + cc_loss` at the five temperatures from Jin-Ying/Multi-Level-Logit-Distillation, two steps of CRD
+(`ContrastMemory` and `ContrastLoss`, N 12, d 4, 6 negatives) from HobbitLong/RepDistiller.
+"""
+
+import copy
+import inspect
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import richkd
+from richkd import ContrastiveMemory, RichKD
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_richkd.json").read_text())
+
+
+def wave(*shape, scale=1.0, phase=0.0):
+    """Deterministic float64 numbers that need no random generator."""
+    return (scale * torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 1.7 + phase)).reshape(shape)
+
+
+STUDENT, TEACHER, TARGET = wave(4, 6, scale=4, phase=0.3), wave(4, 6, scale=5, phase=1.1), torch.tensor([2, 0, 5, 3])
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype).reshape(actual.shape),
+                               rtol=tolerance, atol=tolerance)
+
+
+# ---- the losses
+
+@pytest.mark.parametrize("name, function", [
+    ("kd", lambda s: richkd.kd_loss(s, TEACHER, 3.0)),
+    ("kd_standardized", lambda s: richkd.kd_loss(*map(richkd.standardize_logits, (s, TEACHER)), 2.0)),
+    ("dkd", lambda s: richkd.dkd_loss(s, TEACHER, TARGET, 1.0, 8.0, 4.0)),
+    ("mlkd", lambda s: richkd.mlkd_loss(s, TEACHER)),
+    ("rkd", lambda s: richkd.rkd_loss(s, wave(5, 4, scale=1.5, phase=0.9))),
+])
+def test_loss_and_gradient_equal_the_public_code(name, function):
+    student = wave(5, 3, scale=2, phase=0.2) if name == "rkd" else STUDENT.clone()
+    loss = function(student.requires_grad_())
+    loss.backward()
+    close(loss.detach(), GOLDEN[name]["loss"])
+    close(student.grad, GOLDEN[name]["grad"][0])
+
+
+def test_standardize_equals_the_public_code():
+    close(richkd.standardize_logits(TEACHER), GOLDEN["standardize"])
+
+
+def test_kd_by_hand():
+    # teacher (3/4, 1/4), student (1/2, 1/2); and the T^2 on logits that scale with T
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    teacher = torch.tensor([[math.log(3.0), 0.0]])
+    close(richkd.kd_loss(torch.zeros(1, 2), teacher, 1.0), expected, 1e-6)
+    close(richkd.kd_loss(torch.zeros(1, 2), 4 * teacher, 4.0), 16 * expected, 1e-6)
+
+
+def test_kd_of_a_class_the_teacher_rules_out():
+    teacher = torch.tensor([[math.log(3.0), 0.0, -math.inf]])
+    expected = 0.75 * math.log(0.75 * 3) + 0.25 * math.log(0.25 * 3)
+    close(richkd.kd_loss(torch.zeros(1, 3), teacher, 1.0), expected, 1e-6)
+
+
+def test_dkd_with_both_weights_one_target_split():
+    # Zhao et al., equation 6: KD = TCKD + (1 - p_y of the teacher) NCKD, row by row
+    for row in range(len(TARGET)):
+        s, t, y = STUDENT[row:row + 1], TEACHER[row:row + 1], TARGET[row:row + 1]
+        p = (t / 4).softmax(1)[0, y]
+        close(richkd.kd_loss(s, t, 4.0), richkd.dkd_loss(s, t, y, 1.0, (1 - p).item(), 4.0))
+
+
+def test_dkd_stays_finite_where_the_public_logarithm_overflows():
+    student = torch.tensor([[600.0, 0.0, -1.0]], requires_grad=True)
+    loss = richkd.dkd_loss(student, torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0]))
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+
+
+def test_mse_by_hand():
+    close(richkd.mse_loss(torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.0, 1.0]])), 0.5, 1e-6)
+
+
+@pytest.mark.parametrize("function", [
+    lambda s: richkd.kd_loss(s, TEACHER, 3.0),
+    lambda s: richkd.dkd_loss(s, TEACHER, TARGET),
+    lambda s: richkd.mlkd_loss(s, TEACHER),
+    lambda s: richkd.kd_loss(richkd.standardize_logits(s), TEACHER),
+    lambda s: richkd.mse_loss(s, TEACHER),
+    lambda s: richkd.rkd_loss(s, TEACHER[:, :3]),
+    lambda s: richkd.fuse_features(s, TEACHER, 0.3),
+    lambda s: richkd.nce_loss(s[:, 0], s[:, 1:], torch.tensor(7.0, dtype=torch.float64), 20),
+], ids="kd dkd mlkd standardize mse rkd fuse nce".split())
+def test_gradcheck(function):
+    assert torch.autograd.gradcheck(function, STUDENT.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("loss", [richkd.kd_loss, richkd.mlkd_loss, richkd.rkd_loss, richkd.mse_loss,
+                                  lambda s, t: richkd.dkd_loss(s, t, TARGET)])
+def test_half_precision_and_autocast_compute_in_float32(loss):
+    student, teacher = STUDENT.bfloat16().requires_grad_(), TEACHER.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(student, teacher)
+    value.backward()
+    full = student.detach().float().requires_grad_()
+    expected = loss(full, teacher.float())
+    expected.backward()
+    assert value.dtype == torch.float32 and torch.equal(value, expected)
+    assert torch.equal(student.grad, full.grad.bfloat16())
+
+
+# ---- fusion
+
+def test_ensemble_and_zero_shot_by_hand():
+    text = torch.tensor([[[3.0, 0.0], [0.0, 0.5]], [[0.0, -2.0], [0.0, -7.0]]])  # lengths must not matter
+    features = richkd.ensemble_text_features(text)
+    half = math.sqrt(0.5)
+    close(features, [[half, half], [0.0, -1.0]], 1e-6)
+    logits = richkd.zero_shot_logits(torch.tensor([[0.0, 9.0], [2.0, 0.0]]), 5 * features, 100.0)
+    close(logits, [[100 * half, -100.0], [100 * half, 0.0]], 1e-5)
+
+
+def test_fusion_by_hand():
+    close(richkd.fuse_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[11.0, -8.0]]), 0.7), [[4.0, -1.0]], 1e-6)
+    fused = richkd.fuse_features(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 0.75)
+    close(fused, [[3 / math.sqrt(10), 1 / math.sqrt(10)]], 1e-6)
+
+
+def test_fuse_teachers_and_one_embed_of_their_concatenation():
+    a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0, -2.0]])
+    close(richkd.fuse_teachers([a, b]), [[3.0, 0.0]], 1e-6)
+    close(richkd.fuse_teachers([a, b], [3, 1]), [[2.0, 1.0]], 1e-6)
+    assert torch.equal(richkd.fuse_teachers([TEACHER]), TEACHER)
+    torch.manual_seed(0)
+    embed, features = richkd.Embed(5, 4), torch.randn(3, 5)
+    left, right = embed.linear.weight[:, :2], embed.linear.weight[:, 2:]
+    separate = features[:, :2] @ left.T + features[:, 2:] @ right.T + embed.linear.bias
+    torch.testing.assert_close(embed(features), normalize(separate, dim=1))
+
+
+# ---- the contrastive memory
+
+def small_memory(**settings):
+    memory = ContrastiveMemory(12, 4, 6, **settings).double()
+    memory.student_bank.copy_(normalize(wave(12, 4, phase=0.5), dim=1))
+    memory.fused_bank.copy_(normalize(wave(12, 4, phase=2.5), dim=1))
+    return memory
+
+
+def unit(B, d, phase):
+    return normalize(wave(B, d, phase=phase), dim=1).requires_grad_()
+
+
+def test_crd_equals_the_public_code_over_two_steps():
+    memory = small_memory()
+    negatives = ((torch.arange(36) * 5 + 3) % 12).view(2, 3, 6)
+    index = torch.tensor([[1, 4, 7], [4, 0, 11]])
+    for k, golden in enumerate(GOLDEN["crd"]):
+        student, fused = unit(3, 4, 0.7 + k), unit(3, 4, 1.9 + k)
+        loss = memory(student, fused, index[k], negatives[k])
+        loss.backward()
+        close(loss.detach(), golden["loss"], 1e-8)
+        close(student.grad, golden["grad"][0], 1e-8)
+        close(fused.grad, golden["grad"][1], 1e-8)
+        close(memory.Z, golden["Z"])
+        close(memory.student_bank, golden["banks"][0])
+        close(memory.fused_bank, golden["banks"][1])
+
+
+def test_banks_start_in_the_published_range():
+    memory = ContrastiveMemory(1000, 48, 4, seed=3)
+    for bank in (memory.student_bank, memory.fused_bank):
+        assert bank.abs().max() <= 0.25 and bank.abs().max() > 0.2499  # 1 / sqrt(d / 3)
+        assert abs(bank.mean()) < 3e-3 and abs(bank.var() - 0.25**2 / 3) < 1e-3
+    assert not torch.equal(memory.student_bank, memory.fused_bank)
+
+
+def test_shared_negatives_equal_the_same_negatives_given_per_image():
+    negatives, index = torch.tensor([0, 3, 3, 8, 9, 11]), torch.tensor([1, 4, 7])
+    results = []
+    for given in (negatives, negatives.expand(3, 6)):
+        memory, student, fused = small_memory(), unit(3, 4, 0.7), unit(3, 4, 1.9)
+        loss = memory(student, fused, index, given)
+        loss.backward()
+        results.append((loss.detach(), student.grad, fused.grad, memory.Z))
+    for shared, per_image in zip(*results):
+        close(shared, per_image, 1e-12)
+
+
+def brute_force(memory, student, fused, index, negatives, labels):
+    """Equation (6) by loops, in the published form of two probabilities; negatives (B, J), same-class ones left out."""
+    N, J = len(memory.student_bank), negatives.shape[1]
+    total = 0.0
+    for anchor, bank, Z in ((student, memory.fused_bank, memory.Z[0]), (fused, memory.student_bank, memory.Z[1])):
+        for i, positive in enumerate(index):
+            P = torch.exp(anchor[i] @ bank[positive] / 0.07) / Z
+            total -= torch.log(P / (P + J / N + 1e-7))
+            kept = [j for j in negatives[i] if labels[j] != labels[positive]]
+            for j in kept:
+                P = torch.exp(anchor[i] @ bank[j] / 0.07) / Z
+                total -= torch.log(J / N / (P + J / N + 1e-7)) * J / len(kept)
+    return total / len(index)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_same_class_negatives_are_masked(per_image):
+    labels, index = torch.arange(12) % 3, torch.tensor([1, 4, 8])
+    negatives = torch.tensor([[0, 1, 2, 3, 4, 8], [5, 7, 9, 10, 1, 3], [2, 0, 5, 4, 4, 6]])
+    if not per_image:
+        negatives = negatives[:1].expand(3, 6)
+    memory = small_memory(labels=labels)
+    memory.Z.copy_(torch.tensor([3e5, 5e5]))
+    student, fused = unit(3, 4, 0.7), unit(3, 4, 1.9)
+    expected = brute_force(memory, student, fused, index, negatives, labels)
+    gradient = torch.autograd.grad(expected, (student, fused))
+    loss = memory(student, fused, index, negatives if per_image else negatives[0])
+    loss.backward()
+    close(loss.detach(), expected.detach())
+    close(student.grad, gradient[0])
+    close(fused.grad, gradient[1])
+
+
+def test_shared_and_per_image_estimate_one_expectation():
+    """Both means over many draws lie within 4 standard errors of the exact one: J times the mean over other classes."""
+    N, J, index = 40, 16, torch.tensor([0, 7, 22])
+    labels = torch.arange(N) % 4
+    means = {}
+    for mode in ("shared", "per-image"):
+        memory = ContrastiveMemory(N, 4, J, labels=labels, negatives=mode, seed=1).double()
+        memory.student_bank.copy_(normalize(wave(N, 4, phase=0.5), dim=1))
+        memory.fused_bank.copy_(normalize(wave(N, 4, phase=2.5), dim=1))
+        memory.Z.copy_(torch.tensor([3e5, 5e5]))
+        memory.momentum = 1.0  # the banks stay as they are
+        student, fused = unit(3, 4, 0.7).detach(), unit(3, 4, 1.9).detach()
+        losses = torch.stack([memory(student, fused, index) for _ in range(1500)])
+        others = torch.stack([(labels != labels[i]).nonzero()[:, 0] for i in index])  # (3, 30), each equally likely
+        exact = 0.0
+        for anchor, bank, Z in ((student, memory.fused_bank, memory.Z[0]), (fused, memory.student_bank, memory.Z[1])):
+            for i, positive in enumerate(index):
+                P = torch.exp(bank @ anchor[i] / 0.07) / Z
+                noise = J / N
+                exact -= torch.log(P[positive] / (P[positive] + noise + 1e-7))
+                exact -= J * torch.log(noise / (P[others[i]] + noise + 1e-7)).mean()
+        exact = exact / 3
+        error = losses.std() / len(losses)**0.5
+        assert abs(losses.mean() - exact) < 4 * error, mode
+        assert error < 0.01 * exact
+        means[mode] = losses.mean()
+    assert means["shared"] != means["per-image"]
+
+
+def test_gradcheck_of_the_memory():
+    memory, index = small_memory(labels=torch.arange(12) % 3), torch.tensor([1, 4, 7])
+
+    def loss(student, fused):
+        return copy.deepcopy(memory)(student, fused, index)
+    memory.Z.fill_(1e5)
+    assert torch.autograd.gradcheck(loss, (unit(3, 4, 0.7), unit(3, 4, 1.9)), atol=1e-4)
+
+
+def test_an_image_twice_in_a_batch_leaves_its_last_row():
+    memory, student, fused = small_memory(), unit(3, 4, 0.7), unit(3, 4, 1.9)
+    old = memory.student_bank[5].clone()
+    memory(student, fused, torch.tensor([5, 2, 5]))
+    close(memory.student_bank[5], normalize(0.5 * old + 0.5 * student[2].detach(), dim=0))
+
+
+def test_only_the_banks_grow_with_the_data_set():
+    def numbers(N):
+        memory = ContrastiveMemory(N, 8, 4, labels=torch.arange(N) % 3, bank_dtype=torch.float16)
+        return {name: tensor.nbytes for name, tensor in memory.state_dict().items()}
+    small, large = numbers(10), numbers(1000)
+    assert {name for name in small if small[name] != large[name]} == {"student_bank", "fused_bank"}
+    assert large["student_bank"] == 1000 * 8 * 2
+
+
+def test_half_precision_banks_give_nearly_the_same_loss():
+    losses = []
+    for dtype in (torch.float32, torch.float16):
+        memory = ContrastiveMemory(50, 8, 20, bank_dtype=dtype)
+        memory.student_bank.copy_(normalize(wave(50, 8), dim=1))
+        memory.fused_bank.copy_(normalize(wave(50, 8, phase=1.3), dim=1))
+        for k in range(3):
+            loss = memory(unit(5, 8, k).float(), unit(5, 8, k + 0.4).float(), torch.arange(5) * 7 + k)
+        losses.append(loss.item())
+        assert memory.student_bank.dtype == dtype and loss.dtype == torch.float32
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+# ---- the method
+
+B, K, N = 6, 5, 30
+
+
+def batch(step=0):
+    """The eight arguments of RichKD.forward in float32, student widths 7, teacher 9, CLIP 11."""
+    tensors = [wave(B, width, scale=3, phase=step + 0.1 * width).float() for width in (K, 7, K, 9, K, 11)]
+    tensors[2] = tensors[2].flip(1)
+    for i in (0, 1):
+        tensors[i].requires_grad_()
+    return [*tensors, torch.arange(B) % K, (torch.arange(B) * 4 + step) % N]
+
+
+def make(**settings):
+    torch.manual_seed(0)
+    return RichKD(7, 9, 11, N, **{"d": 8, "num_negatives": 12, **settings})
+
+
+def test_the_loss_is_its_weighted_parts():
+    method = make(ce_weight=0.5)
+    z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
+    memory = copy.deepcopy(method.memory)
+    loss, parts = method(z_s, f_s, z_t, f_t, z_c, f_c, target, index)
+    fused = normalize(0.7 * method.teacher_embed(f_t) + 0.3 * method.clip_embed(f_c), dim=1)
+    close(parts["ce"], 0.5 * torch.nn.functional.cross_entropy(z_s, target).detach(), 1e-6)
+    close(parts["logit"], 3 * richkd.kd_loss(z_s, 0.7 * z_t + 0.3 * z_c, 3.0).detach(), 1e-6)
+    close(parts["feature"], 0.8 * memory(method.student_embed(f_s), fused, index).detach(), 1e-5)
+    close(loss.detach(), sum(parts.values()), 1e-6)
+    assert not any(part.requires_grad for part in parts.values())
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in method.parameters())
+    assert z_s.grad.abs().sum() > 0 and f_s.grad.abs().sum() > 0
+
+
+def test_alpha_and_lam_of_one_are_kd_and_crd_to_the_bit():
+    method = make(alpha=1, lam=1)
+    z_s, f_s, z_t, f_t, _, _, target, index = batch()
+    student = z_s.detach().clone().requires_grad_()
+    memory = copy.deepcopy(method.memory)
+    loss, parts = method(z_s, f_s, z_t, f_t, None, None, target, index)
+    kd = 3.0 * richkd.kd_loss(student, z_t, 3.0)
+    crd = 0.8 * memory(method.student_embed(f_s), method.teacher_embed(f_t), index)
+    expected = torch.nn.functional.cross_entropy(student, target) + kd + crd
+    assert torch.equal(parts["logit"], kd) and torch.equal(parts["feature"], crd) and torch.equal(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert torch.equal(z_s.grad, student.grad)
+    assert not hasattr(method, "clip_embed")
+
+
+def test_clip_alone():
+    method = make(alpha=0, lam=0, ce_weight=0)
+    z_s, f_s, _, _, z_c, f_c, target, index = batch()
+    memory = copy.deepcopy(method.memory)
+    _, parts = method(z_s, f_s, None, None, z_c, f_c, target, index)
+    assert torch.equal(parts["logit"], 3.0 * richkd.kd_loss(z_s, z_c, 3.0))
+    assert torch.equal(parts["feature"], 0.8 * memory(method.student_embed(f_s), method.clip_embed(f_c), index))
+    assert set(parts) == {"logit", "feature"} and not hasattr(method, "teacher_embed")
+
+
+def test_a_part_of_weight_zero_is_neither_computed_nor_allocated():
+    logits_only = make(feature_weight=0)
+    z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
+    _, parts = logits_only(z_s, None, z_t, None, z_c, None, target, None)
+    assert set(parts) == {"ce", "logit"} and not logits_only.state_dict()
+    _, parts = make(logit_weight=0)(z_s, f_s, None, f_t, None, f_c, target, index)
+    assert set(parts) == {"ce", "feature"}
+    assert set(make(logit_weight=0, feature_weight=0)(z_s, *[None] * 5, target, None)[1]) == {"ce"}
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({"logit_loss": "dkd"}, lambda s, t, y: richkd.dkd_loss(s, t, y, 1.0, 8.0, 3.0)),
+    ({"logit_loss": "mlkd"}, lambda s, t, y: richkd.mlkd_loss(s, t)),
+    ({"standardize": True, "temperature": 2.0},
+     lambda s, t, y: richkd.kd_loss(richkd.standardize_logits(s), richkd.standardize_logits(t), 2.0)),
+])
+def test_other_logit_losses_take_the_fused_logits(settings, expected):
+    z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
+    _, parts = make(feature_weight=0, logit_weight=1, **settings)(z_s, f_s, z_t, f_t, z_c, f_c, target, index)
+    close(parts["logit"], expected(z_s, 0.7 * z_t + 0.3 * z_c, target).detach(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["mse", "rkd"])
+def test_other_feature_losses_take_the_fused_features(name):
+    method = make(feature_loss=name, feature_weight=1, logit_weight=0)
+    z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
+    loss, parts = method(z_s, f_s, z_t, f_t, z_c, f_c, target, index)
+    fused = normalize(0.7 * method.teacher_embed(f_t) + 0.3 * method.clip_embed(f_c), dim=1)
+    expected = richkd.rkd_loss(f_s, fused) if name == "rkd" else richkd.mse_loss(method.student_embed(f_s), fused)
+    close(parts["feature"], expected.detach(), 1e-6)
+    loss.backward()
+    assert f_s.grad.abs().sum() > 0
+    assert method.teacher_embed.linear.weight.grad is None and not hasattr(method, "memory")
+
+
+def test_autocast_changes_nothing():
+    arguments = [x.detach().bfloat16() if x.is_floating_point() else x for x in batch()]
+    full = [x.float() if x.is_floating_point() else x for x in arguments]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = make()(*arguments)
+    assert loss.dtype == torch.float32
+    close(loss, make()(*full)[0], 1e-6)
+
+
+def test_forward_modifies_none_of_its_arguments():
+    arguments = batch()
+    before = [x.detach().clone() for x in arguments]
+    make(labels=torch.arange(N) % K)(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(arguments, before))
+
+
+@pytest.mark.parametrize("mode", ["shared", "per-image"])
+def test_everything_survives_a_checkpoint(mode):
+    settings = dict(negatives=mode, labels=torch.arange(N) % K, seed=4)
+    method = make(**settings)
+    for step in range(2):
+        method(*batch(step))
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    torch.manual_seed(1)
+    resumed = RichKD(7, 9, 11, N, d=8, num_negatives=12, **{**settings, "labels": torch.arange(N) % K})
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(2, 4):
+        assert torch.equal(method(*batch(step))[0], resumed(*batch(step))[0])
+    for name, tensor in method.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_every_step_draws_anew_and_seeds_differ():
+    loss = [make(seed=seed, momentum=1.0)(*batch())[1]["feature"] for seed in (0, 0, 1)]
+    assert loss[0] == loss[1] != loss[2]
+    method = make(momentum=1.0)
+    assert len({method(*batch())[1]["feature"].item() for _ in range(3)}) == 3
+
+
+# ---- two processes
+
+def two_steps(rank, world, folder):
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    method = make(seed=5, labels=torch.arange(N) % K)
+    losses = []
+    for step in range(2):
+        rows = slice(rank * B // world, (rank + 1) * B // world)
+        losses.append(method(*(x[rows] for x in batch(step)))[0].detach())
+    torch.save({"losses": torch.stack(losses), "state": method.state_dict()}, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_keep_the_banks_of_one(tmp_path):
+    torch.multiprocessing.spawn(two_steps, (2, str(tmp_path)), nprocs=2)
+    two_steps(0, 1, str(tmp_path))
+    first, second, alone = (torch.load(tmp_path / name, weights_only=True) for name in ("2-0.pt", "2-1.pt", "1-0.pt"))
+    for name, tensor in first["state"].items():
+        assert torch.equal(tensor, second["state"][name]), name
+        close(tensor.double(), alone["state"][name], 1e-6)
+    close((first["losses"] + second["losses"]) / 2, alone["losses"], 1e-5)
+    assert (first["losses"] != second["losses"]).all()
+
+
+# ---- each function alone, and bad input
+
+CALLS = {
+    "kd_loss": (STUDENT, TEACHER, 3.0), "standardize_logits": (STUDENT,), "dkd_loss": (STUDENT, TEACHER, TARGET),
+    "mlkd_loss": (STUDENT, TEACHER), "mse_loss": (STUDENT, TEACHER), "rkd_loss": (STUDENT, TEACHER),
+    "nce_loss": (STUDENT[:, 0], STUDENT, torch.tensor(9.0), 40), "ensemble_text_features": (wave(2, 3, 4),),
+    "zero_shot_logits": (STUDENT, TEACHER, 100.0), "fuse_teachers": ([STUDENT, TEACHER], [1, 2]),
+    "fuse_logits": (STUDENT, TEACHER, 0.7), "fuse_features": (STUDENT, TEACHER, 0.7), "gather": (STUDENT,),
+}
+
+
+def test_every_function_is_called_alone():
+    assert set(CALLS) == {name for name, _ in inspect.getmembers(richkd, inspect.isfunction)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_function_works_from_its_source_and_torch_alone(name):
+    namespace = {"torch": torch}
+    exec(inspect.getsource(getattr(richkd, name)), namespace)
+    assert torch.equal(namespace[name](*CALLS[name]), getattr(richkd, name)(*CALLS[name]))
+
+
+def test_every_class_works_from_its_source_and_the_names_it_uses():
+    def alone(name, *needed):
+        namespace = {"torch": torch}
+        for part in (*needed, name):
+            exec(inspect.getsource(getattr(richkd, part)), namespace)
+        return namespace[name]
+    assert alone("Embed")(7, 4)(torch.randn(2, 7)).shape == (2, 4)
+    memory = alone("ContrastiveMemory", "nce_loss", "gather")(12, 4, 6)
+    memory(unit(3, 4, 0.7).float(), unit(3, 4, 1.9).float(), torch.tensor([1, 4, 7]))
+    method = alone("RichKD", *CALLS, "Embed", "ContrastiveMemory")(7, 9, 11, N, d=8, num_negatives=12)
+    method(*batch())
+
+
+def bad(position, value):
+    arguments = batch()
+    arguments[position] = value
+    return lambda: make()(*arguments)
+
+
+NAN = torch.full((4, 6), math.nan)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: richkd.kd_loss(STUDENT, TEACHER[:, :5]), r"\(4, 6\).*\(4, 5\)"),
+    (lambda: richkd.dkd_loss(STUDENT, TEACHER[:3], TARGET), r"\(4, 6\).*\(3, 6\)"),
+    (lambda: richkd.dkd_loss(STUDENT, TEACHER, TARGET[:2]), r"\(2,\).*\(4, 6\)"),
+    (lambda: richkd.mlkd_loss(STUDENT, TEACHER[:, :5]), r"\(4, 6\).*\(4, 5\)"),
+    (lambda: richkd.mse_loss(STUDENT, TEACHER[:, :5]), r"\(4, 6\).*\(4, 5\)"),
+    (lambda: richkd.rkd_loss(STUDENT, TEACHER[:3]), r"\(4, 6\).*\(3, 6\)"),
+    (lambda: richkd.rkd_loss(STUDENT[:1], TEACHER[:1]), "at least 2|B >= 2"),
+    (lambda: richkd.zero_shot_logits(STUDENT, TEACHER[:, :5], 1.0), r"\(4, 6\).*\(4, 5\)"),
+    (lambda: richkd.fuse_logits(STUDENT, TEACHER[:, :5], 0.5), r"\(4, 6\).*\(4, 5\)"),
+    (lambda: richkd.fuse_features(STUDENT, TEACHER[:, :5], 0.5), r"\(4, 6\).*\(4, 5\)"),
+    (lambda: richkd.fuse_teachers([STUDENT, TEACHER[:, :5]]), r"\(4, 6\).*\(4, 5\)"),
+    (lambda: richkd.fuse_teachers([STUDENT, TEACHER], [1.0]), "expected 2"),
+    (lambda: richkd.fuse_teachers([STUDENT, TEACHER], [1.0, -1.0]), "-1"),
+    (lambda: richkd.Embed(7)(STUDENT), r"\(4, 6\).*7"),
+    (lambda: richkd.fuse_logits(STUDENT, TEACHER, 1.1), "alpha is 1.1"),
+    (lambda: richkd.fuse_features(STUDENT, TEACHER, math.nan), "lam is nan"),
+    (lambda: make(alpha=-0.1), "alpha is -0.1"),
+    (lambda: make(lam=2), "lam is 2"),
+    (lambda: make(temperature=0), "temperature is 0"),
+    (lambda: make(nce_temperature=-1), "temperature is -1"),
+    (lambda: richkd.kd_loss(STUDENT, TEACHER, 0), "temperature is 0"),
+    (lambda: richkd.dkd_loss(STUDENT, TEACHER, TARGET, temperature=-1), "temperature is -1"),
+    (lambda: richkd.mlkd_loss(STUDENT, TEACHER, (1.0, 0.0)), "expected > 0"),
+    (lambda: make(logit_loss="kl"), "kd, dkd, mlkd"),
+    (lambda: make(feature_loss="l2"), "crd, mse, rkd"),
+    (lambda: make(negatives="all"), "shared, per-image"),
+    (lambda: make(labels=torch.zeros(5)), r"\(5,\).*\(30,\)"),
+    (lambda: richkd.kd_loss(NAN, TEACHER), "NaN"),
+    (lambda: richkd.dkd_loss(STUDENT, NAN, TARGET), "NaN"),
+    (lambda: richkd.mlkd_loss(NAN, TEACHER), "NaN"),
+    (bad(0, torch.full((B, K), math.nan)), "NaN"),
+    (bad(2, torch.full((B, K), math.nan)), "NaN"),
+    (bad(1, torch.full((B, 7), math.nan)), "NaN"),
+    (bad(1, torch.zeros(B, 8)), r"\(6, 8\).*7"),
+    (bad(4, torch.zeros(B, 4)), r"\(6, 5\).*\(6, 4\)"),
+    (bad(7, torch.tensor([0, 1, 2, 3, 4, N])), "0..30, expected 0..29"),
+    (bad(7, torch.tensor([0, 1, 2, 3, 4, -1])), "-1..4, expected 0..29"),
+    (bad(7, torch.arange(5)), r"\(5,\)"),
+    (lambda: make(logit_weight=0, feature_weight=0)(NAN, *[None] * 5, TARGET, None), "NaN"),
+])
+def test_bad_input_is_one_clear_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_input_leaves_the_memory_alone():
+    method = make()
+    method(*batch())
+    before = copy.deepcopy(method.state_dict())
+    nan = math.nan
+    for position, value in ((1, torch.full((B, 7), nan)), (7, torch.full((B,), N)), (0, torch.full((B, K), nan))):
+        arguments = batch(1)
+        arguments[position] = value
+        with pytest.raises(ValueError):
+            method(*arguments)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
