@@ -180,12 +180,12 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, causal):
+    def forward(self, x, causal, keep):
         B, L, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, L, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, width))
+        x = F.scaled_dot_product_attention(q[:, :, :keep], k, v, is_causal=causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -211,8 +211,8 @@ class Block(nn.Module):
         self.mlp = MLP(width)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x, causal):
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x, causal, keep):
+        x = x[:, :keep] + self.attn(self.ln_1(x), causal, keep)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -221,10 +221,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
-    def forward(self, x, causal=False):  # (B, L, width) to the same
-        for block in self.resblocks:
-            x = block(x, causal)
-        return x
+    def forward(self, x, causal=False, keep=None):
+        """(B, L, width) to the same, or to its first `keep` positions: the last block computes no others."""
+        for block in self.resblocks[:-1]:
+            x = block(x, causal, None)
+        return self.resblocks[-1](x, causal, keep)
 
 
 class VisionTransformer(nn.Module):
@@ -243,7 +244,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images):
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, width)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        x = self.transformer(self.ln_pre(x + self.positional_embedding))
+        x = self.transformer(self.ln_pre(x + self.positional_embedding), keep=1)
         return self.ln_post(x[:, 0]) @ self.proj
 
 
@@ -521,41 +522,52 @@ def load_clip(name_or_path, cache_dir=None):
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def resize_weights(size_in, size_out):
-    """Pillow's antialiased bicubic resize of one axis: (size_out, size_in) float64, integers in units of 2**-22."""
-    scale = size_in / size_out
-    stretch = max(scale, 1.0)  # antialiasing: the kernel widens where the axis shrinks
-    centre = (torch.arange(size_out, dtype=torch.float64)[:, None] + 0.5) * scale
-    first, last = (centre - 2 * stretch + 0.5).long().clamp(min=0), (centre + 2 * stretch + 0.5).long()
-    pixel = torch.arange(size_in)
-    x = ((pixel + 0.5 - centre) / stretch).abs()  # (size_out, size_in)
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # cubic convolution, a = -1/2
-    weights = torch.where(x < 1, near, far) * ((x < 2) & (pixel >= first) & (pixel < last))
-    weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
-    return torch.trunc(weights + 0.5 * weights.sign())
+def resize_axis(x, axis, size, start, stop):
+    """Lines `start` to `stop` of uint8 (B, 3, H, W), its `axis` resized to `size` by Pillow's antialiased bicubic.
+
+    Pillow's weights are integers in units of 2**-22, a line is rounded once, half up; float64 holds the sums exactly.
+    In blocks, as 16 neighbouring lines depend on few others.
+    """
+    scale = x.shape[axis] / size
+    stretch = max(scale, 1.0)  # antialiasing: the kernel widens where the image shrinks
+    lines = []
+    for block in torch.arange(start, stop, dtype=torch.float64).split(16):
+        centre = (block[:, None] + 0.5) * scale
+        first = (centre - 2 * stretch + 0.5).long().clamp(min=0)
+        last = (centre + 2 * stretch + 0.5).long().clamp(max=x.shape[axis])
+        pixel = torch.arange(first[0].item(), last[-1].item())
+        t = ((pixel - centre + 0.5) / stretch).abs()  # (lines, pixels)
+        cubic = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2)  # a = -1/2
+        weights = cubic * ((t < 2) & (pixel >= first) & (pixel < last))
+        weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
+        weights = ((weights + 0.5 * weights.sign()).trunc() / 2**22).to(x.device)
+        used = x.narrow(axis, pixel[0].item(), len(pixel)).double()
+        line = used @ weights.T if axis == 3 else (weights.expand(len(x), 3, -1, -1) @ used)
+        lines.append(line.add_(0.5).clamp_(0, 255).to(torch.uint8))
+    return torch.cat(lines, dim=axis)
 
 
 def preprocess(images, resolution):
     """CLIP's image transform: RGB uint8 (B, 3, H, W) to normalised float32 (B, 3, resolution, resolution).
 
-    The shorter side is resized to `resolution` (bicubic, antialiased) and the centre cropped, on the images' device.
-    The grey levels are Pillow's: integer weights, width first, each axis rounded; float64 holds their sums exactly.
+    The shorter side is resized to `resolution`, the centre cropped: on the images' device, with Pillow's grey levels.
+    Raises ValueError for other images.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"preprocess takes uint8 (B, 3, H, W), found {images.dtype} {tuple(images.shape)}")
-    short, x = min(images.shape[2:]), images
-    for axis in (3, 2):
-        size = images.shape[axis]
-        resized = int(resolution * size / short)
-        start = round((resized - resolution) / 2)
-        if resized == size:
+    sides = images.shape[2:]
+    H, W = (int(resolution * side / min(sides)) for side in sides)
+    # Pillow takes the width first, from version 13 on the height where that shrinks by over twice as many lines
+    height_first = sides[0] - H > max(0, 2 * (sides[1] - W))
+    x = images
+    for axis, size in ((2, H), (3, W)) if height_first else ((3, W), (2, H)):
+        start = round((size - resolution) / 2)
+        if size == x.shape[axis]:
             x = x.narrow(axis, start, resolution)
         else:
-            weights = resize_weights(size, resized)[start : start + resolution].to(x.device)
-            x = x.double() @ weights.T if axis == 3 else weights @ x.double()
-            x = x.add_(2**21).mul_(2**-22).floor_().clamp_(0, 255)
-    mean, std = (torch.tensor(value, device=x.device).view(3, 1, 1) for value in (MEAN, STD))
-    return x.float().div(255).sub_(mean).div_(std)
+            x = resize_axis(x, axis, size, start, start + resolution)
+    mean, std = (255 * torch.tensor(value, device=x.device).view(3, 1, 1) for value in (MEAN, STD))
+    return x.float().sub_(mean).div_(std)
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------

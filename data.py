@@ -455,25 +455,30 @@ def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, d
 
     Without a seed: in order from image `start`, unchanged. With one: shuffled and augmented, everything drawn from the
     seed, so that an epoch can be repeated exactly. Of each batch of `batch_size` images, rank r of `world` gets every
-    world-th one: the ranks together see the same batches, crops and flips as one process would.
+    world-th one: the ranks together see the same batches, crops and flips as one process would (in training all but
+    those that a last batch has over a multiple of `world`).
     """
     images, labels, _ = split
     generator = torch.Generator().manual_seed(seed or 0)
     order = torch.arange(start, len(labels)) if seed is None else torch.randperm(len(labels), generator=generator)
+
+    def share(index):  # in training equal shares, since gradients are averaged over ranks
+        return slice(rank, len(index) if seed is None else len(index) // world * world, world)
+
+    parts = [index for index in order.split(batch_size) if len(index[share(index)])]
     if isinstance(images, Stream):
-        items = [[(i, None if seed is None else seed * len(labels) + i) for i in index[rank::world].tolist()]
-                 for index in order.split(batch_size)]
+        items = [[(i, None if seed is None else seed * len(labels) + i) for i in index[share(index)].tolist()]
+                 for index in parts]
         loader = torch.utils.data.DataLoader(images, batch_sampler=items, num_workers=workers,
                                              pin_memory=torch.device(device).type == "cuda")
         for batch, index in loader:
             yield tuple(x.to(device, non_blocking=True) for x in (batch, labels[index], index))
         return
-    for index in order.split(batch_size):
-        at = index.to(images.device)
-        batch = images[at]
+    for index in parts:
+        batch = images[index.to(images.device)]
         if seed is not None:
             batch = augment(batch, generator)
-        yield tuple(x[rank::world].to(device, non_blocking=True) for x in (batch, labels[index], index))
+        yield tuple(x[share(index)].to(device, non_blocking=True) for x in (batch, labels[index], index))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

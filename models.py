@@ -236,6 +236,7 @@ class InvertedResidual(nn.Module):
 
 def mobilenetv2(num_classes):
     """MobileNetV2 of width 0.5 for CIFAR: the second and the fifth group keep their resolution, but not the stem."""
+    # expansion, channels, blocks, stride of each group
     plan = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
     groups, in_channels = [], 16
     for expansion, out_channels, count, stride in plan:
@@ -249,6 +250,7 @@ def mobilenetv2(num_classes):
 
 def mobilenet_v1(num_classes):
     """MobileNetV1 of width 1 for ImageNet, with mdistiller's names."""
+    # channels and stride of each pair of convolutions
     plan = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
     layers, width = [nn.Sequential(*conv_bn_relu(3, 32, 3, 2))], 32
     for out_channels, stride in plan:
@@ -367,16 +369,14 @@ NUMPY_NUMBERS += [np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All
 def read_state(path):
     """The tensors of a checkpoint file, {name: tensor}: a bare state dict, or one under "model", "state_dict" or "net",
     with or without the `module.` of DataParallel. Executes nothing; raises as `load_weights`."""
-    try:
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise  # these name the file and what is wrong with it, such as its absence
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        foreign = re.search(r"GLOBAL (\S+)|<class '(\S+)'>", str(error))
-        reason = f"it carries {foreign[1] or foreign[2]}" if foreign else "it cannot be read"
-        raise ValueError(f"{path}: not a checkpoint of tensors and plain values ({reason}); nothing in it was executed; "
-                         "write one with torch.save(model.state_dict(), path)") from None
+    with open(path, "rb") as file, torch.serialization.safe_globals(NUMPY_NUMBERS):
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail anywhere in the reader, with any exception
+            foreign = re.search(r"GLOBAL (\S+)|<class '(\S+)'>", str(error))
+            reason = f"it carries {foreign[1] or foreign[2]}" if foreign else "it cannot be read"
+            raise ValueError(f"{path}: not a checkpoint of tensors and plain values ({reason}); nothing in it was "
+                             "executed; write one with torch.save(model.state_dict(), path)") from None
     for key in ("model", "state_dict", "net"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -492,13 +492,13 @@ def images_per_second(step, batch_size):
 
 
 def print_zoo():
-    device, batch_size = ("cuda", 256) if torch.cuda.is_available() else ("cpu", 16)
+    device, scale = ("cuda", 16) if torch.cuda.is_available() else ("cpu", 1)
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {hardware}, float32, batches of {batch_size}; frozen: forward after freeze()\n"
-          f"{'':57}{'images/s':>28}\n{'model':18}{'input':>8}{'classes':>8}{'features':>9}{'parameters':>11}"
-          f"{'mult-adds':>14}{'forward':>9}{'frozen':>9}{'+backward':>10}")
+    print(f"torch {torch.__version__}, {hardware}, float32, batches of {32 * scale} (32x32) and {8 * scale} (224x224)\n"
+          f"{'':58}{'images/s':>28}\n{'model':18}{'input':>8}{'classes':>8}{'features':>9}{'parameters':>11}"
+          f"{'multiply-adds':>15}{'forward':>9}{'frozen':>9}{'+backward':>10}")
     for name in ZOO:
-        size, num_classes = (32, 100) if name in CIFAR_MODELS else (224, 1000)
+        size, num_classes, batch_size = (32, 100, 32 * scale) if name in CIFAR_MODELS else (224, 1000, 8 * scale)
         model = build_model(name, num_classes).to(device)
         images = torch.randn(batch_size, 3, size, size, device=device)
         with torch.no_grad():
@@ -506,7 +506,7 @@ def print_zoo():
         both = images_per_second(lambda: model(images)[0].sum().backward(), batch_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{name:18}{f'{size}x{size}':>8}{num_classes:>8}{model.num_features:>9}{parameters:>11,}"
-              f"{multiply_adds(name, num_classes, size):>14,}{forward:>9.0f}{frozen:>9.0f}{both:>10.0f}", flush=True)
+              f"{multiply_adds(name, num_classes, size):>15,}{forward:>9.0f}{frozen:>9.0f}{both:>10.0f}", flush=True)
 
 
 if __name__ == "__main__":

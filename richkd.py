@@ -93,8 +93,7 @@ def mlkd_loss(student_logits, teacher_logits, temperatures=(2.0, 3.0, 4.0, 5.0, 
            instance level         batch level, (B, B)             class level, (K, K)
 
     Logits (B, K) -> (), float32 at least. Jin et al., "Multi-Level Logit Distillation", CVPR 2023; temperatures and
-    norms of the public `KD_ours.py`. That trainer adds a second, strongly augmented view and halves the terms of the
-    weak one by its confidence masks; here the loss is one view's. ValueError: shapes, temperatures <= 0, NaN.
+    norms of the public `KD_ours.py`, for one view and without its confidence masks. ValueError: shapes, T <= 0, NaN.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"shapes differ: student {tuple(student_logits.shape)}, teacher {tuple(teacher_logits.shape)}")
@@ -294,8 +293,7 @@ class ContrastiveMemory(torch.nn.Module):
         index = index.to(device)
         outside = (index < 0) | (index >= N)
         if (outside | (student + fused).isnan().any(1)).any():  # one reading from the device, before anything changes
-            raise ValueError(f"index {index.min()}..{index.max()}, expected 0..{N - 1}" if outside.any() else
-                             "the features hold NaN")
+            raise ValueError(f"index {index[outside].tolist()} outside 0..{N - 1}" if outside.any() else "NaN in features")
         if negatives is None:  # a function of seed and step alone, so that every rank draws the same
             self.step += 1
             generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + int(self.step))
@@ -335,9 +333,8 @@ class ContrastiveMemory(torch.nn.Module):
         place = torch.arange(len(index), device=index.device)
         rows = rows[torch.where(index == index[:, None], place, -1).amax(1)]
         for bank, new in zip((self.student_bank, self.fused_bank), rows.chunk(2, dim=1)):
-            old = bank[index].to(new.dtype)
-            new = torch.nn.functional.normalize(self.momentum * old + (1 - self.momentum) * new, dim=1)
-            bank.index_copy_(0, index, new.to(bank.dtype))
+            new = self.momentum * bank[index].to(new.dtype) + (1 - self.momentum) * new
+            bank.index_copy_(0, index, torch.nn.functional.normalize(new, dim=1).to(bank.dtype))
 
 
 class RichKD(torch.nn.Module):
@@ -345,7 +342,7 @@ class RichKD(torch.nn.Module):
 
     student_features, teacher_features, clip_features: widths C of the three features; num_images: N. For several
     teachers give `fuse_teachers(logits)` and the concatenation of their features. RichKD (L) is feature_weight=0,
-    (F) is logit_weight=0; a part of weight 0 is neither computed, allocated nor returned. alpha = lam = 1 is the teacher
+    (F) is logit_weight=0; a part of weight 0 is not computed, allocated or returned. alpha = lam = 1 is the teacher
     alone (KD, DKD, CRD, ...), 0 is CLIP alone; what has no weight may be None, in the constructor and in `forward`.
 
     logit_loss: "kd" | "dkd" | "mlkd" (which has its own temperatures); standardize: equation (8) on both logits.

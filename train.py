@@ -22,9 +22,11 @@ import os
 import pickle
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import clip_model
@@ -38,7 +40,12 @@ HERE = Path(__file__).resolve().parent
 METHODS = {
     "scratch": {"logit_weight": 0.0, "feature_weight": 0.0},
     "kd": {"alpha": 1.0, "feature_weight": 0.0},
-    "crd": {"lam": 1.0, "logit_weight": 0.0},
+    "dkd": {"alpha": 1.0, "feature_weight": 0.0, "logit_loss": "dkd"},
+    "mlkd": {"alpha": 1.0, "feature_weight": 0.0, "logit_loss": "mlkd"},
+    "kd-ls": {"alpha": 1.0, "feature_weight": 0.0, "standardize": True},
+    "fitnet": {"lam": 1.0, "logit_weight": 0.0, "feature_loss": "mse"},
+    "rkd": {"lam": 1.0, "logit_weight": 0.0, "feature_loss": "rkd"},
+    "crd": {"lam": 1.0, "logit_weight": 0.0, "feature_loss": "crd"},
     "richkd-l": {"feature_weight": 0.0},
     "richkd-f": {"logit_weight": 0.0},
     "richkd": {},
@@ -70,6 +77,7 @@ class Config:
     method: str = setting("richkd", "one of " + ", ".join(METHODS))
     teacher: tuple = setting(None, "architecture of the conventional teacher; several are fused", nargs="+")
     teacher_weights: tuple = setting(None, "a checkpoint a teacher; without, it is trained first, and kept", nargs="+")
+    teacher_shares: tuple = setting(None, "each teacher's share of their mean logits; equal", nargs="+", type=float)
     student: str = setting(None, "the student's architecture", type=str)
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint's path", type=str)
     bpe: str = setting(None, "CLIP's BPE merges, bpe_simple_vocab_16e6.txt.gz; without, downloaded", type=str)
@@ -80,7 +88,11 @@ class Config:
     temperature: float = setting(3.0, "of the logit loss")
     logit_weight: float = setting(3.0, "weight of the logit loss; 0: none")
     feature_weight: float = setting(0.8, "weight of the feature loss; 0: none")
-    num_negatives: int = setting(16384, "negatives of the feature loss")
+    logit_loss: str = setting("kd", "kd, dkd or mlkd, against the fused logits")
+    standardize: bool = setting(False, "standardise both logits first (Sun 2024)")
+    feature_loss: str = setting("crd", "crd, mse or rkd, against the fused features")
+    num_negatives: int = setting(16384, "negatives of crd")
+    negatives: str = setting("shared", "one draw of them for the batch, or per-image as published")
     epochs: int = setting(None, "passes over the training images, the teacher's too", type=int)
     batch_size: int = setting(None, "images a step", type=int)
     lr: float = setting(None, "learning rate at the start", type=float)
@@ -136,12 +148,18 @@ def resolve(config):
     for name in ("temperature", "lr", "clip_scale"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} {getattr(config, name)}: expected more than 0")
-    teacher, weights = config.teacher if needs_teacher(config) else (), config.teacher_weights or ()
-    if teacher and weights and len(weights) != len(teacher):
-        raise ValueError(f"{len(teacher)} --teacher and {len(weights)} --teacher-weights: expected one file a teacher")
+    for name, known in (("logit_loss", ("kd", "dkd", "mlkd")), ("feature_loss", ("crd", "mse", "rkd")),
+                        ("negatives", ("shared", "per-image"))):
+        if getattr(config, name) not in known:
+            raise ValueError(f"{flag(name)} {getattr(config, name)!r}: expected one of {', '.join(known)}")
+    teacher = config.teacher if needs_teacher(config) else ()
+    weights, shares = config.teacher_weights if teacher else None, config.teacher_shares if teacher else None
+    for name, values in (("teacher_weights", weights), ("teacher_shares", shares)):
+        if values and len(values) != len(teacher):
+            raise ValueError(f"{len(teacher)} --teacher, but {len(values)} {flag(name)}: expected one a teacher")
     for name in (config.student, *teacher):
         models.build_model(name, 2)  # an unknown name raises
-    return dataclasses.replace(config, teacher=tuple(teacher), teacher_weights=tuple(weights) if teacher else (),
+    return dataclasses.replace(config, teacher=tuple(teacher), teacher_weights=weights, teacher_shares=shares,
                                clip=config.clip if needs_clip(config) else None)
 
 
@@ -176,8 +194,43 @@ def run_folder(config):
     source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")))).hexdigest()
     about = {"settings": settings(config), "places": {name: getattr(config, name) for name in PLACES},
              "torch": torch.__version__, "source": source}
-    data.write_atomically(known, json.dumps(about, indent=2).encode())
+    if rank() == 0:
+        data.write_atomically(known, json.dumps(about, indent=2).encode())
     return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, one a GPU, as torchrun starts them
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(config):
+    """Where torchrun started this process, join the others; -> the config with this process's own device."""
+    if "WORLD_SIZE" not in os.environ:
+        return config
+    if config.device.startswith("cuda"):
+        config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(config.device)
+    if not dist.is_initialized():  # ranks wait for each other while one of them makes CLIP's targets: for hours
+        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo", timeout=timedelta(days=2))
+    return config
+
+
+def first(work):
+    """work() on every rank, on rank 0 before the others, which find what it downloaded or cached."""
+    if rank() > 0:
+        dist.barrier()
+    result = work()
+    if rank() == 0 and world() > 1:
+        dist.barrier()
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,17 +250,16 @@ def resized(split, config):
 
 
 class Teachers(torch.nn.Module):
-    """Frozen conventional teachers as one: mean logits, concatenated features (the map that embeds them is linear, so
-    reading a concatenation is summing one map a teacher)."""
+    """Frozen conventional teachers as one: mean logits, concatenated features (see `richkd.fuse_teachers`)."""
 
-    def __init__(self, teachers):
+    def __init__(self, teachers, shares):
         super().__init__()
-        self.teachers = torch.nn.ModuleList(teachers)
+        self.teachers, self.shares = torch.nn.ModuleList(teachers), shares
         self.num_features = sum(teacher.num_features for teacher in teachers)
 
     def forward(self, images):
         logits, features = zip(*(teacher(images) for teacher in self.teachers))
-        return sum(logits) / len(logits), torch.cat(features, 1)  # (B,K), (B,C)
+        return richkd.fuse_teachers(logits, self.shares), torch.cat(features, 1)  # (B,K), (B,C)
 
 
 def load_teachers(config, splits):
@@ -221,12 +273,12 @@ def load_teachers(config, splits):
                                  amp=config.amp, device=config.device, workers=config.workers))
             digest = hashlib.sha256(json.dumps(settings(own), sort_keys=True).encode()).hexdigest()[:8]
             folder = Path(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest}"
-            weights = run_folder(dataclasses.replace(own, out=str(folder))) / "student.pt"
+            weights = first(lambda: run_folder(dataclasses.replace(own, out=str(folder)))) / "student.pt"
             if not (folder / "summary.json").is_file():
                 fit(own, folder, splits)
         model = models.load_weights(name, weights, len(splits["train"].class_names))
         teachers.append(models.freeze(model))
-    return Teachers(teachers).to(config.device) if teachers else None
+    return Teachers(teachers, config.teacher_shares).to(config.device) if teachers else None
 
 
 def load_clip(config):
@@ -289,11 +341,14 @@ def predict(model, split, config):
     """-> logits (N,K), float32, on the CPU: what `model` in eval mode says of every image of a split."""
     info = data.DATASETS[config.dataset]
     model.eval()
-    logits = []
-    for images, _, _ in data.batches(split, 500, workers=config.workers, device=config.device):
+    logits = torch.zeros(len(split.labels), len(split.class_names), device=config.device)
+    for images, _, index in data.batches(split, 500 * world(), rank=rank(), world=world(), workers=config.workers,
+                                         device=config.device):
         with autocast(config):
-            logits.append(model(to_input(images, info.mean, info.std))[0].float())
-    return torch.cat(logits).cpu()
+            logits[index] = model(to_input(images, info.mean, info.std))[0].float()
+    if world() > 1:  # each row was filled by one rank
+        dist.all_reduce(logits)
+    return logits.cpu()
 
 
 def accuracy(logits, labels):
@@ -314,7 +369,19 @@ def look_up(targets, index, scale):
     return scale * cosines, features
 
 
-def train_epoch(config, epoch, train, student, criterion, optimizer, teachers, targets, scale, progress):
+class Step(torch.nn.Module):
+    """Student and criterion as one module, whose gradients DistributedDataParallel averages."""
+
+    def __init__(self, student, criterion):
+        super().__init__()
+        self.student, self.criterion = student, criterion
+
+    def forward(self, inputs, *supervision):
+        logits, features = self.student(inputs)
+        return *self.criterion(logits, features, *supervision), logits
+
+
+def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale, progress):
     """One pass over the training split; returns the epoch's means, {"loss", "ce", "logit", "feature",
     "train_accuracy"}. Raises FloatingPointError where the loss is no longer finite."""
     # Everything random in an epoch comes from the epoch's own seed, so that a resumed run repeats it exactly.
@@ -322,35 +389,38 @@ def train_epoch(config, epoch, train, student, criterion, optimizer, teachers, t
     torch.manual_seed(seed)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
-    student.train()
+    step.train()
     every = 1 if torch.device(config.device).type == "cpu" else 50  # reading a loss stalls a GPU
     records, before, finite = [], progress.done, math.nan
-    batches = data.batches(train, config.batch_size, seed, workers=config.workers, device=config.device)
-    for step, (images, labels, index) in enumerate(batches, 1):
+    batches = data.batches(train, config.batch_size, seed, rank=rank(), world=world(), workers=config.workers,
+                           device=config.device)
+    for number, (images, labels, index) in enumerate(batches, 1):
         inputs = to_input(images, info.mean, info.std)
         clip_outputs = look_up(targets, index, scale) if targets else (None, None)
-        with autocast(config):
-            with torch.no_grad():
-                teacher_outputs = teachers(inputs) if teachers else (None, None)
-            logits, features = student(inputs)
+        with torch.no_grad(), autocast(config):
+            teacher_outputs = teachers(inputs) if teachers else (None, None)
         try:
-            loss, parts = criterion(logits, features, *teacher_outputs, *clip_outputs, labels, index)
+            with autocast(config):
+                loss, parts, logits = step(inputs, *teacher_outputs, *clip_outputs, labels, index)
             right = 100 * (logits.detach().argmax(1) == labels).float().mean()
             records.append({"loss": loss.detach(), **parts, "train_accuracy": right})
-            if step % every == 0 or step * config.batch_size >= len(train.labels):
+            if number % every == 0 or number * config.batch_size >= len(train.labels):
                 for record in records[-every:]:
                     if not math.isfinite(record["loss"]):
                         raise ValueError(f"the loss is {record['loss'].item()}")
                     finite = record["loss"].item()
-                progress.update(min(before + step * config.batch_size, before + len(train.labels)), f"epoch {epoch + 1}/"
+                progress.update(min(before + number * config.batch_size, before + len(train.labels)), f"epoch {epoch + 1}/"
                                 f"{config.epochs} | loss {finite:.3f} | accuracy {right.item():.1f} %")
         except ValueError as error:
-            raise FloatingPointError(f"epoch {epoch + 1}, step {step}: {error}; last finite loss {finite:.4g}; the run "
+            raise FloatingPointError(f"epoch {epoch + 1}, step {number}: {error}; last finite loss {finite:.4g}; the run "
                                      f"folder keeps epoch {epoch}; a smaller --lr may help") from None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {name: torch.stack([record[name] for record in records]).mean().item() for name in records[0]}
+    means = torch.stack([torch.stack(list(record.values())) for record in records]).mean(0)
+    if world() > 1:
+        dist.all_reduce(means)
+    return dict(zip(records[0], (means / world()).tolist()))
 
 
 def fit(config, folder, splits):
@@ -359,8 +429,8 @@ def fit(config, folder, splits):
     # Whatever can be missing is asked for before anything is trained: CLIP first, the teacher may take hours.
     clip_targets, scale = {}, None
     if config.clip:
-        clip, tokenizer = load_clip(config)
-        clip_targets = load_targets(config, clip, tokenizer, splits)
+        clip, tokenizer = first(lambda: load_clip(config))
+        clip_targets = first(lambda: load_targets(config, clip, tokenizer, splits))
         scale = config.clip_scale or clip.logit_scale.exp().item()
         del clip
     teachers = load_teachers(config, splits)
@@ -375,10 +445,12 @@ def fit(config, folder, splits):
     criterion = richkd.RichKD(
         student.num_features, teachers.num_features if teachers else 0, targets[1].shape[1] if targets else 0, N,
         alpha=config.alpha, lam=config.lam, temperature=config.temperature, logit_weight=config.logit_weight,
-        feature_weight=config.feature_weight, num_negatives=config.num_negatives, labels=train.labels, seed=config.seed)
-    student.to(config.device, memory_format=torch.channels_last)
-    criterion.to(config.device)
-    optimizer = torch.optim.SGD([*student.parameters(), *criterion.parameters()], lr=config.lr, momentum=0.9,
+        feature_weight=config.feature_weight, logit_loss=config.logit_loss, standardize=config.standardize,
+        feature_loss=config.feature_loss, num_negatives=config.num_negatives, negatives=config.negatives,
+        labels=train.labels, bank_dtype=torch.float32 if isinstance(train.images, torch.Tensor) else torch.float16,
+        seed=config.seed)
+    step = Step(student, criterion).to(config.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(step.parameters(), lr=config.lr, momentum=0.9,
                                 weight_decay=config.weight_decay)
     log = []
     if (folder / "last.pt").is_file():
@@ -386,28 +458,38 @@ def fit(config, folder, splits):
         for name, part in (("student", student), ("criterion", criterion), ("optimizer", optimizer)):
             part.load_state_dict(last[name])
         log = last["log"]
-        print(f"{folder}: going on after epoch {len(log)} of {config.epochs}", file=sys.stderr)
+        if rank() == 0:
+            print(f"{folder}: going on after epoch {len(log)} of {config.epochs}", file=sys.stderr)
+    if world() > 1:  # BatchNorm statistics and banks are each rank's own (the banks are kept equal by RichKD)
+        step = torch.nn.parallel.DistributedDataParallel(step, broadcast_buffers=False)
 
     progress = data.Progress(f"{config.method} {config.student}", config.epochs * N, start=len(log) * N)
     for epoch in range(len(log), config.epochs):
         began = time.time()
-        means = train_epoch(config, epoch, train, student, criterion, optimizer, teachers, targets, scale, progress)
+        means = train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale, progress)
         seconds = time.time() - began
+        for buffer in student.buffers() if world() > 1 else ():  # BatchNorm statistics: rank 0's are saved, and tested
+            dist.broadcast(buffer, 0)
         log.append({"epoch": epoch + 1, "lr": learning_rate(config, epoch), **means,
                     "test_accuracy": accuracy(predict(student, splits["test"], config), splits["test"].labels),
                     "images_per_second": N / seconds, "seconds": seconds})
+        if rank() > 0:
+            continue
         data.save(folder / "last.pt", {"student": student.state_dict(), "criterion": criterion.state_dict(),
                                        "optimizer": optimizer.state_dict(), "log": log})
         write_csv(folder / "log.csv", log)
         progress.update((epoch + 1) * N, "epoch {epoch}/{epochs} | loss {loss:.3f} | accuracy {train_accuracy:.1f} % | "
                         "test {test_accuracy:.1f} %".format(epochs=config.epochs, **log[-1]), keep=True)
 
-    info = data.DATASETS[config.dataset]
-    data.save(folder / "student.pt", {
-        "model_name": config.student, "model": student.cpu().state_dict(), "class_names": train.class_names,
-        "mean": list(info.mean), "std": list(info.std), "image_size": config.image_size, "dataset": config.dataset})
+    info, weights = data.DATASETS[config.dataset], {name: value.cpu() for name, value in student.state_dict().items()}
     summary = summarize(config, log, accuracies(config, student, teachers, clip_targets, scale, splits))
-    data.write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    if rank() == 0:
+        data.save(folder / "student.pt", {
+            "model_name": config.student, "model": weights, "class_names": train.class_names, "mean": list(info.mean),
+            "std": list(info.std), "image_size": config.image_size, "dataset": config.dataset})
+        data.write_atomically(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    if world() > 1:
+        dist.barrier()  # the files are there
     return summary
 
 
@@ -462,12 +544,12 @@ def write_csv(path, rows):
 
 def run(config):
     """What the command does: train, unless the run folder holds the finished run. Returns the summary, a dict."""
-    config = resolve(config)
-    folder = run_folder(config)
+    config = join(resolve(config))
+    folder = first(lambda: run_folder(config))
     if (folder / "summary.json").is_file():
         print(f"{folder} holds this run, finished; --overwrite trains anew")
         return json.loads((folder / "summary.json").read_text())
-    return fit(config, folder, load_splits(config))
+    return fit(config, folder, first(lambda: load_splits(config)))
 
 
 def table(summary):
@@ -498,6 +580,11 @@ def parse(config_class, text, arguments=None):
     return config_class(**vars(parser.parse_args(arguments)))
 
 
+def show(text):
+    if rank() == 0:
+        print(text)
+
+
 def main(job):
     """Run a script's job; what the user can mend is one line on stderr and exit status 2."""
     try:
@@ -511,4 +598,4 @@ def main(job):
 
 
 if __name__ == "__main__":
-    main(lambda: print(table(run(parse(Config, __doc__)))))
+    main(lambda: show(table(run(parse(Config, __doc__)))))

@@ -4,8 +4,8 @@
 
 Student resnet20, teacher resnet56, batch 64 of 32x32 images, 100 classes, CLIP features of width 768 (ViT-L/14),
 N = 50,000, J = 16384, d = 128. Times: the variants take turns, step by step, in one process, so that a busy machine
-slows all of them alike. Memory: a fresh process for each variant reads its own high-water mark; "over banks" leaves
-the two banks out.
+slows all of them alike; on a shared machine the CPU time with --threads 1 is the steadier figure. Memory: a fresh
+process for each variant reads its own high-water mark.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=15, help="timed steps of every variant")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--memory-of", choices=VARIANTS, help="print one variant's memory as JSON (used by the run itself)")
+    parser.add_argument("--memory-of", choices=VARIANTS, help="print one variant's memory as JSON (for the run itself)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory_of:
@@ -81,20 +81,23 @@ def main():
 
     memory = {name: json.loads(subprocess.check_output(
         [sys.executable, __file__, "--memory-of", name, "--threads", str(args.threads)])) for name in VARIANTS}
-    steps, times = {name: make_step(settings)[0] for name, settings in VARIANTS.items()}, {name: [] for name in VARIANTS}
+    steps = {name: make_step(settings)[0] for name, settings in VARIANTS.items()}
+    wall, cpu = {name: [] for name in VARIANTS}, {name: [] for name in VARIANTS}
     for turn in range(args.steps + 2):  # the first two warm up
         for name, step in steps.items():
-            start = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
             step()
-            times[name].append(time.perf_counter() - start)
-    median = {name: 1000 * statistics.median(values[2:]) for name, values in times.items()}
+            wall[name].append(time.perf_counter() - began)
+            cpu[name].append(time.process_time() - began_cpu)
+    wall, cpu = ({name: 1000 * statistics.median(values[2:]) for name, values in times.items()} for times in (wall, cpu))
 
-    print(f"torch {torch.__version__}, {args.threads} threads, median of {args.steps} steps; B {B}, N {N}, J 16384")
-    print(f"{'':24} {'ms':>8} {'of KD':>6} {'peak MB':>8} {'of KD':>6} {'banks MB':>9} {'peak - banks of KD':>19}")
+    print(f"torch {torch.__version__}, {args.threads} threads, medians of {args.steps} steps; B {B}, N {N}, J 16384")
+    print(f"{'':24} {'ms':>8} {'of KD':>6} {'CPU ms':>8} {'of KD':>6} {'peak MB':>8} {'of KD':>6} {'banks MB':>9} "
+          f"{'(peak - banks) of KD':>21}")
     for name in VARIANTS:
         peak, banks = memory[name]["peak"], memory[name]["banks"]
-        print(f"{name:24} {median[name]:8.1f} {median[name] / median['KD']:6.3f} {peak:8.0f} "
-              f"{peak / memory['KD']['peak']:6.3f} {banks:9.1f} {(peak - banks) / memory['KD']['peak']:19.3f}")
+        print(f"{name:24} {wall[name]:8.1f} {wall[name] / wall['KD']:6.3f} {cpu[name]:8.1f} {cpu[name] / cpu['KD']:6.3f} "
+              f"{peak:8.0f} {peak / memory['KD']['peak']:6.3f} {banks:9.1f} {(peak - banks) / memory['KD']['peak']:21.3f}")
 
 
 if __name__ == "__main__":

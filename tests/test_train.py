@@ -166,10 +166,10 @@ def test_teachers_are_left_as_they_were(config):
     targets = train.load_targets(resolved, clip, clip_model.Tokenizer(), splits)["train"]
     student = models.build_model("resnet8", 25)
     criterion = train.richkd.RichKD(student.num_features, teachers.num_features, 32, 150, num_negatives=8)
-    optimizer = torch.optim.SGD([*student.parameters(), *criterion.parameters()], lr=0.1)
+    step = train.Step(student, criterion)
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
     student_before = {key: value.clone() for key, value in student.state_dict().items()}
-    train.train_epoch(resolved, 0, splits["train"], student, criterion, optimizer, teachers, targets, 100.0,
-                      data.Progress("", 150))
+    train.train_epoch(resolved, 0, splits["train"], step, optimizer, teachers, targets, 100.0, data.Progress("", 150))
     assert equal(before, teachers.state_dict()) and equal(clip_before, clip.state_dict())
     assert all(p.grad is None and not p.requires_grad for p in teachers.parameters())
     assert not any(torch.equal(value, student_before[key]) for key, value in student.state_dict().items())
@@ -199,9 +199,42 @@ def test_learning_rate_is_the_papers_schedule():
     assert train.resolve(train.Config(dataset="cifar100", method="scratch", student="shufflenetv1")).lr == 0.01
 
 
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_runs(config, method):
+    summary = train.run(with_(config, method=method, epochs=1))
+    assert summary["method"] == method and summary["student_accuracy"] is not None
+
+
 def test_two_teachers_are_fused(config):
     summary = train.run(with_(config, teacher=("resnet14", "resnet8"), epochs=1))
     assert summary["teacher"] == "resnet14+resnet8" and summary["teacher_accuracy"] is not None
+
+
+RANKS = """
+import sys, torch, data, train
+data.SHAPES_SIZES = {"train": 150, "test": 51, "shift": 50}
+torch.set_num_threads(1)
+summary = train.run(train.Config(teacher=("resnet14",), student="resnet8", clip=sys.argv[1], epochs=2, batch_size=50,
+                                 num_negatives=64, cache_dir=sys.argv[2], out=sys.argv[3], device="cpu"))
+"""
+
+
+def test_two_processes_make_the_same_files(clip_file, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + RANKS)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
+                           clip_file, tmp_path / "cache", tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {"config.json", "log.csv", "last.pt", "student.pt", "summary.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    model = models.load_weights("resnet8", tmp_path / "run/student.pt").eval()  # rank 0's; both ranks tested it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SHAPES_SIZES", {"train": 150, "test": 51, "shift": 50})
+        test = data.load_dataset("shapes", "", "test")
+    logits = model(data.normalize(test.images, data.DATASETS["shapes"].mean, data.DATASETS["shapes"].std))[0]
+    assert 100 * (logits.argmax(1) == test.labels).sum().item() / 51 == summary["student_accuracy"]
+    assert done.stderr.count("epoch 2/2") == 2  # the teacher's and the student's line, each once
 
 
 # ---- wrong input: one line that names it
@@ -209,7 +242,7 @@ def test_two_teachers_are_fused(config):
 
 @pytest.mark.parametrize("changes, message", [
     ({"dataset": "mnist"}, "unknown data set 'mnist'; known: shapes, cifar10, cifar100, tiny-imagenet, imagenet"),
-    ({"method": "fitnet"}, "unknown method 'fitnet'; known: scratch, kd, "),
+    ({"method": "magic"}, "unknown method 'magic'; known: scratch, kd, "),
     ({"student": "resnet21"}, "unknown model 'resnet21'"),
     ({"teacher": ("resnet9",)}, "unknown model 'resnet9'"),
     ({"clip": "ViT-B/64"}, "ViT-B/32, ViT-B/16, ViT-L/14"),
@@ -219,9 +252,10 @@ def test_two_teachers_are_fused(config):
     ({"temperature": 0.0}, "--temperature 0.0: expected more than 0"),
     ({"epochs": 0}, "--epochs 0: expected 1 to inf"),
     ({"method": "kd", "alpha": 0.5}, "--alpha 0.5 does not go with --method kd, which fixes it at 1.0"),
-    ({"teacher_weights": ("a", "b")}, "1 --teacher and 2 --teacher-weights"),
+    ({"teacher_weights": ("a", "b")}, "1 --teacher, but 2 --teacher-weights: expected one a teacher"),
     ({"teacher_weights": ("missing.pth",)}, "missing.pth"),
     ({"prompts": "missing.txt"}, "missing.txt"),
+    ({"logit_loss": "mse"}, "--logit-loss 'mse': expected one of kd, dkd, mlkd"),
 ])
 def test_wrong_settings(config, changes, message):
     with pytest.raises((ValueError, OSError)) as error:
