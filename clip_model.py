@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import pickle
-import re
 import struct
 import textwrap
 import urllib.request
@@ -28,22 +27,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PUBLIC_CLIPS = {  # name: file, bytes, SHA-256 (github.com/openai/CLIP, clip/clip.py); load_clip knows the address
-    "RN50": ("RN50.pt", 255827503, "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
-    "RN101": ("RN101.pt", 291791292, "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
-    "RN50x4": ("RN50x4.pt", 421854225, "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
-    "RN50x16": ("RN50x16.pt", 661125706, "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
-    "RN50x64": ("RN50x64.pt", 1353500174, "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
-    "ViT-B/32": ("ViT-B-32.pt", 353976522, "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "ViT-B/16": ("ViT-B-16.pt", 350837078, "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
-    "ViT-L/14": ("ViT-L-14.pt", 932768134, "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L/14@336px": (
-        "ViT-L-14-336px.pt", 934088680, "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+PUBLIC_URL = "https://openaipublic.azureedge.net/clip/models"  # followed by SHA-256 and file (clip/clip.py)
+PUBLIC_CLIPS = {  # name: bytes, SHA-256
+    "RN50": (255827503, "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
+    "RN101": (291791292, "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
+    "RN50x4": (421854225, "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
+    "RN50x16": (661125706, "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
+    "RN50x64": (1353500174, "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
+    "ViT-B/32": (353976522, "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16": (350837078, "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14": (932768134, "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L/14@336px": (934088680, "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
-PUBLIC_BPE = (  # address, bytes, SHA-256
-    "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz", 1356917,
-    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
-)
+PUBLIC_BPE = ("https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz", 1356917,
+              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
 
 
 def fetch(url, size, sha256, cache_dir, flag):
@@ -56,18 +53,16 @@ def fetch(url, size, sha256, cache_dir, flag):
             urllib.request.urlopen(url, timeout=10).close()  # the next line alone would wait long for a dead network
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)  # appears whole and checked, or not
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"could not download {url} ({size:,} bytes): {error}; put it at {path}, "
-                                    f"or pass {flag} PATH") from None
+            what = f"could not download {url} ({size:,} bytes)"
+            raise FileNotFoundError(f"{what}: {error}; put it at {path}, or pass {flag} PATH") from None
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise ValueError(f"{path}: SHA-256 is {found}, expected {sha256}; move it away to have it downloaded again, "
-                         f"or pass {flag} {path} to use it as it is")
+        raise ValueError(f"{path}: SHA-256 is {found}, expected {sha256}; move it away, or use it by {flag} {path}")
     return path
 
 
 # Tokenizer ------------------------------------------------------------------------------------------------------------
-
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = regex.compile(  # CLIP's split into words: a digit stands alone, letters and signs do not mix
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
@@ -77,20 +72,18 @@ NUM_MERGES = 49152 - 256 - 2  # CLIP uses the first 48,894 of the 262,144 merges
 def load_merges(path=None, cache_dir=None):
     """The byte-pair merges of a BPE file, plain or .gz: a list of (left, right) symbols, at most CLIP's 48,894.
 
-    Without a path the public file, kept in `cache_dir`, $RICHKD_CACHE or ~/.cache/richkd. Raises ValueError where the
-    file is no list of symbol pairs, FileNotFoundError where it is missing or cannot be downloaded.
+    Without a path the public file, kept in `cache_dir`, $RICHKD_CACHE or ~/.cache/richkd. Raises ValueError for
+    another kind of file, FileNotFoundError where it is missing or cannot be downloaded.
     """
-    path = fetch(*PUBLIC_BPE, cache_dir, "--bpe") if path is None else path
-    data = Path(path).read_bytes()
+    data = Path(path or fetch(*PUBLIC_BPE, cache_dir, "--bpe")).read_bytes()
     try:
         lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no BPE file, plain or .gz: {error}") from None
     header = int("#version" in lines[0])
     pairs = [tuple(line.split()) for line in lines[header : header + NUM_MERGES] if line.strip()]
-    for number, pair in enumerate(pairs, header + 1):
-        if len(pair) != 2:
-            raise ValueError(f"{path}:{number}: expected two symbols, found {' '.join(pair)[:60]!r}")
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{path}: no BPE file: expected two symbols a line")
     return pairs
 
 
@@ -147,17 +140,14 @@ class Tokenizer:
         return b"".join(self.bytes[int(i)] for i in ids).decode("utf-8", errors="replace").strip()
 
     def __call__(self, texts, context_length, truncate=False):
-        """One text or a list of B texts to (B, context_length) int64: start, ids, end, zeros.
-
-        A text that does not fit raises ValueError or, with `truncate`, is cut, the end token last.
-        """
+        """One text or a list of B to (B, context_length) int64: start, ids, end, zeros. A longer text raises ValueError
+        or, with `truncate`, is cut, the end token last."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts):
             ids = [self.start, *self.encode(text), self.end]
             if len(ids) > context_length and not truncate:
-                raise ValueError(f"{text[:80]!r} is {len(ids)} tokens with start and end, the context length is "
-                                 f"{context_length}: shorten it or pass truncate=True")
+                raise ValueError(f"{len(ids)} tokens, over the context length {context_length}: {text[:80]!r}")
             if len(ids) > context_length:
                 ids[context_length - 1 :] = [self.end]
             row[: len(ids)] = torch.tensor(ids)
@@ -165,8 +155,6 @@ class Tokenizer:
 
 
 # Transformer: the text tower and the ViT image tower ------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with the parameters of nn.MultiheadAttention."""
 
@@ -188,32 +176,22 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """Linear, QuickGELU, linear. As x * sigmoid(1.702 x) is silu(1.702 x) / 1.702, the two factors can ride on the
-    matrix products and the activation works in place: on a CPU the memory traffic counts as much as the products."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        B, L, width = x.shape
-        hidden = torch.addmm(self.c_fc.bias, x.reshape(B * L, width), self.c_fc.weight.T, alpha=1.702, beta=1.702)
-        hidden = F.silu(hidden, inplace=True)  # (B * L, 4 * width)
-        return torch.addmm(self.c_proj.bias, hidden, self.c_proj.weight.T, alpha=1 / 1.702).view(B, L, width)
-
-
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x, causal, keep):
         x = x[:, :keep] + self.attn(self.ln_1(x), causal, keep)
-        return x + self.mlp(self.ln_2(x))
+        c_fc, c_proj = self.mlp["c_fc"], self.mlp["c_proj"]
+        # QuickGELU, y * sigmoid(1.702 y), is silu(1.702 y) / 1.702: both factors ride on the matrix products and the
+        # activation works in place, which on a CPU saves as much time as the products take in bfloat16
+        hidden = torch.addmm(c_fc.bias, self.ln_2(x).flatten(0, 1), c_fc.weight.T, alpha=1.702, beta=1.702)
+        out = torch.addmm(c_proj.bias, F.silu(hidden, inplace=True), c_proj.weight.T, alpha=1 / 1.702)
+        return x + out.view_as(x)
 
 
 class Transformer(nn.Module):
@@ -229,15 +207,14 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, input_resolution, patch_size, width, layers, heads, embed_dim):
+    def __init__(self, input_resolution, patch_size, width, layers, embed_dim):
         super().__init__()
-        self.input_resolution = input_resolution
-        length = (input_resolution // patch_size) ** 2 + 1
+        self.input_resolution, length = input_resolution, (input_resolution // patch_size) ** 2 + 1
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(length, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers, width // 64)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
@@ -249,26 +226,19 @@ class VisionTransformer(nn.Module):
 
 
 # ModifiedResNet: three stem convolutions, average pooling instead of strides, attention pooling at the end ------------
-
-
 class Bottleneck(nn.Module):
     def __init__(self, channels, planes, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * planes)
-        nn.init.zeros_(self.bn3.weight)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(width) for width in (planes, planes, 4 * planes))
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = nn.Identity()
         if stride > 1 or channels != 4 * planes:
-            self.downsample = nn.Sequential(OrderedDict([
-                ("-1", nn.AvgPool2d(stride)),
-                ("0", nn.Conv2d(channels, 4 * planes, 1, bias=False)),
-                ("1", nn.BatchNorm2d(4 * planes)),
-            ]))
+            conv, bn = nn.Conv2d(channels, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+            self.downsample = nn.Sequential(OrderedDict([("-1", nn.AvgPool2d(stride)), ("0", conv), ("1", bn)]))
+        nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -280,9 +250,9 @@ class Bottleneck(nn.Module):
 class AttentionPool(nn.Module):
     """One attention layer whose only query is the mean of the positions."""
 
-    def __init__(self, side, width, heads, embed_dim):
+    def __init__(self, side, width, embed_dim):
         super().__init__()
-        self.heads = heads
+        self.heads = width // 64
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side**2 + 1, width))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embed_dim)
@@ -298,15 +268,13 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    def __init__(self, input_resolution, width, layers, heads, embed_dim):
+    def __init__(self, input_resolution, width, layers, embed_dim):
         super().__init__()
         self.input_resolution = input_resolution
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width // 2)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(planes) for planes in (width // 2, width // 2, width))
         channels = width
         for stage, blocks in enumerate(layers):
             planes = width * 2**stage
@@ -314,7 +282,7 @@ class ModifiedResNet(nn.Module):
             channels = 4 * planes
             rest = [Bottleneck(channels, planes, stride=1) for _ in range(blocks - 1)]
             self.add_module(f"layer{stage + 1}", nn.Sequential(first, *rest))
-        self.attnpool = AttentionPool(input_resolution // 32, channels, heads, embed_dim)
+        self.attnpool = AttentionPool(input_resolution // 32, channels, embed_dim)
         self.to(memory_format=torch.channels_last)  # faster convolutions, on CPU as on GPU
 
     def forward(self, images):
@@ -326,14 +294,11 @@ class ModifiedResNet(nn.Module):
 
 
 # CLIP -----------------------------------------------------------------------------------------------------------------
-
-
 class CLIP(nn.Module):
     """Image and text towers with OpenAI's parameter names and initialisation.
 
-    `vision_layers` is a number of blocks (ViT, with `vision_patch_size`) or four of them (ModifiedResNet, with None).
-    The image tower's heads are 64 wide. Attributes: `visual.input_resolution`, `context_length`, `vocab_size`,
-    `embed_dim` and the parameter `logit_scale`, the natural logarithm of the factor on the cosines.
+    `vision_layers` is a number of blocks (ViT, with `vision_patch_size`) or four of them (ModifiedResNet, with None);
+    the image tower's heads are 64 wide. `logit_scale` is the natural logarithm of the factor on the cosines.
     """
 
     def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
@@ -341,11 +306,9 @@ class CLIP(nn.Module):
         super().__init__()
         self.embed_dim, self.context_length, self.vocab_size = embed_dim, context_length, vocab_size
         if isinstance(vision_layers, int):
-            self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers,
-                                            vision_width // 64, embed_dim)
+            self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers, embed_dim)
         else:
-            self.visual = ModifiedResNet(image_resolution, vision_width, vision_layers, 32 * vision_width // 64,
-                                         embed_dim)
+            self.visual = ModifiedResNet(image_resolution, vision_width, vision_layers, embed_dim)
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, transformer_width))
@@ -356,27 +319,24 @@ class CLIP(nn.Module):
         for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=transformer_width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * transformer_layers * transformer_width) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * transformer_width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * transformer_layers * transformer_width) ** -0.5)
+            nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * transformer_width) ** -0.5)
+            nn.init.normal_(block.mlp["c_proj"].weight, std=(2 * transformer_layers * transformer_width) ** -0.5)
 
     def encode_image(self, images):
         """Images (B, 3, H, W), float as `preprocess` makes them, to features (B, D), not of unit length."""
         side = self.visual.input_resolution
         if images.shape[1:] != (3, side, side) or not images.is_floating_point():
-            raise ValueError(f"encode_image takes float (B, 3, {side}, {side}), found {images.dtype} "
-                             f"{tuple(images.shape)}; preprocess(images, {side}) makes it")
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"encode_image takes float (B, 3, {side}, {side}) from preprocess, found {found}")
         return self.visual(images)
 
     def encode_text(self, tokens):
-        """Token ids (B, L), int64, L up to `context_length`, to features (B, D), not of unit length.
-
-        The feature is that of the end token, the largest id of a row. Attention being causal, what follows it has no
-        influence; the columns behind the batch's last end token are not computed.
-        """
+        """Token ids (B, L), int64, L up to `context_length`, to features (B, D), not of unit length: those of the end
+        token, the largest id of a row, which sees nothing behind it."""
         if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
             raise ValueError(f"encode_text takes ids (B, at most {self.context_length}), found {tuple(tokens.shape)}")
         end = tokens.argmax(dim=1)
-        length = int(end.max()) + 1
+        length = int(end.max()) + 1  # the columns behind have no influence
         x = self.token_embedding(tokens[:, :length]) + self.positional_embedding[:length]
         x = self.transformer(x, causal=True)[torch.arange(len(x), device=x.device), end]  # (B, width)
         return self.ln_final(x) @ self.text_projection
@@ -396,7 +356,7 @@ def build_clip(state_dict):
         return state[key].shape
 
     def count(prefix):
-        return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+        return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)}) or 1
 
     if "visual.proj" in state:
         vision_width, _, _, patch = shape("visual.conv1.weight", 4)
@@ -407,14 +367,14 @@ def build_clip(state_dict):
         vision_layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
         resolution = 32 * math.isqrt(shape("visual.attnpool.positional_embedding", 2)[0] - 1)
     else:
-        raise ValueError(f"a vision tower of unknown kind: among {len(state)} tensors there is neither 'visual.proj' "
-                         "(OpenAI's ViT) nor 'visual.layer1.0.conv1.weight' (its ModifiedResNet)")
+        raise ValueError("a vision tower of unknown kind: neither OpenAI's ViT ('visual.proj') nor its ModifiedResNet")
     context_length, width = shape("positional_embedding", 2)
     with torch.device("meta"):  # shapes only: the tensors themselves are assigned
         clip = CLIP(shape("text_projection", 2)[1], resolution, vision_layers, vision_width, patch, context_length,
                     shape("token_embedding.weight", 2)[0], width, width // 64, count("transformer.resblocks."))
-    state = {key: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
-             for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    for key, tensor in state.items():
+        if isinstance(tensor, torch.Tensor):
+            state[key] = tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
     try:
         clip.load_state_dict(state, assign=True)
     except RuntimeError as error:  # names all that is missing, unknown or of a wrong shape, on many lines
@@ -423,76 +383,63 @@ def build_clip(state_dict):
 
 
 # Checkpoint files, read without executing anything they hold ----------------------------------------------------------
-
-
 class TensorUnpickler(pickle.Unpickler):
-    """Reads `data.pkl` of an archive: tensors, dictionaries and module shells, refusing everything else by name."""
-
-    ALLOWED = {
+    """Admits tensors, dictionaries and module shells, and refuses everything else by its name."""
+    NAMES = {
         "collections.OrderedDict": OrderedDict,
         "torch._utils._rebuild_tensor_v2": lambda data, offset, size, stride, *_: data.as_strided(size, stride, offset),
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch.jit._pickle.build_intlist": list,
+        **{f"torch.{name}Storage": getattr(torch, name.lower())  # a storage is named by its dtype
+           for name in ("Half", "BFloat16", "Float", "Double", "Int", "Long", "Bool")},
     }
 
-    def __init__(self, archive):
-        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        super().__init__(archive.open(pickled))
-        self.archive, self.folder = archive, pickled.removesuffix("data.pkl") + "data/"
-        self.mapped = mmap.mmap(archive.fp.fileno(), 0, access=mmap.ACCESS_COPY)
-
-    def persistent_load(self, key):
-        _, dtype, record, _, elements = key  # "storage", dtype, name of the record, device, number of elements
-        info = self.archive.getinfo(self.folder + record)
-        start = info.header_offset + 30 + sum(struct.unpack_from("<HH", self.mapped, info.header_offset + 26))
-        data = memoryview(self.mapped)[start : start + info.file_size]
-        if zlib.crc32(data) != info.CRC or len(data) != elements * dtype.itemsize:
-            raise zipfile.BadZipFile(f"record {info.filename} is damaged")
-        return torch.frombuffer(data, dtype=dtype) if elements else torch.empty(0, dtype=dtype)
-
     def find_class(self, module, name):
-        dtype = getattr(torch, name.removesuffix("Storage").lower(), None)
-        if module == "torch" and name.endswith("Storage") and isinstance(dtype, torch.dtype):
-            return dtype
         if module.split(".")[0] == "__torch__":  # a TorchScript module: only its attributes are of interest
             return SimpleNamespace
-        if module == "torch.jit._pickle":  # a list of numbers among them
-            return lambda values: values
-        if f"{module}.{name}" not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return self.ALLOWED[f"{module}.{name}"]
+        if f"{module}.{name}" not in self.NAMES:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return self.NAMES[f"{module}.{name}"]
 
 
 def read_tensors(path):
     """{name: tensor} of a TorchScript archive or a file by torch.save, plain or under "state_dict" or "model".
 
-    Nothing in the file is executed. A zip archive is mapped: its tensors are views of the file. Raises ValueError
-    where the file is damaged, is no such file or asks for more than tensors.
+    Nothing in the file is executed; the tensors are views of the mapped file. Raises ValueError for other files.
     """
+    def storage(key):
+        _, dtype, record, _, elements = key  # "storage", dtype, name of the record, device, number of elements
+        info = archive.getinfo(f"{folder}data/{record}")
+        start = info.header_offset + 30 + sum(struct.unpack_from("<HH", mapped, info.header_offset + 26))
+        data = memoryview(mapped)[start : start + info.file_size]
+        if zlib.crc32(data) != info.CRC or len(data) != elements * dtype.itemsize:
+            raise zipfile.BadZipFile(f"record {info.filename} is damaged")
+        return torch.frombuffer(data, dtype=dtype) if elements else torch.empty(0, dtype=dtype)
 
     def flatten(shell, prefix=""):
         for name, value in vars(shell).items():
-            if isinstance(value, SimpleNamespace):
-                yield from flatten(value, f"{prefix}{name}.")
-            elif isinstance(value, torch.Tensor):
-                yield prefix + name, value
+            nested = isinstance(value, SimpleNamespace)
+            yield from flatten(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
 
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                state = TensorUnpickler(archive).load()
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # torch.save before version 1.6
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes can raise anything
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {refused[1]}, refused" if refused else f"{type(error).__name__} {error}".split("\n")[0]
-        raise ValueError(f"{path}: no TorchScript archive or state dict that can be read: {reason}") from None
-    state = dict(flatten(state)) if isinstance(state, SimpleNamespace) else state
+    with open(path, "rb") as file:
+        try:
+            if file.peek(2)[:2] == b"PK":
+                archive, mapped = zipfile.ZipFile(file), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                folder = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
+                unpickler = TensorUnpickler(archive.open(f"{folder}data.pkl"))
+                unpickler.persistent_load = storage
+            else:  # no tensors then, but whatever it asks for is named
+                unpickler = TensorUnpickler(file)
+            state = unpickler.load()
+        except Exception as error:  # damaged bytes can raise anything
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+            raise ValueError(f"{path}: not a TorchScript archive or state dict, or damaged: {reason}") from None
+    if isinstance(state, SimpleNamespace):
+        state = {name: value for name, value in flatten(state) if isinstance(value, torch.Tensor)}
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a state dict (torch.save since 1.6)")
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
@@ -504,12 +451,12 @@ def load_clip(name_or_path, cache_dir=None):
     """
     path = Path(name_or_path)
     if str(name_or_path) in PUBLIC_CLIPS:
-        file, size, sha256 = PUBLIC_CLIPS[str(name_or_path)]
-        path = fetch(f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}", size, sha256, cache_dir,
-                     "--clip")
+        size, sha256 = PUBLIC_CLIPS[str(name_or_path)]
+        file = str(name_or_path).replace("/", "-").replace("@", "-") + ".pt"
+        path = fetch(f"{PUBLIC_URL}/{sha256}/{file}", size, sha256, cache_dir, "--clip")
     elif not path.exists():
-        error = FileNotFoundError if path.suffix else ValueError
-        raise error(f"{str(path)!r} is neither a file nor a public CLIP; these are {', '.join(PUBLIC_CLIPS)}")
+        kind = FileNotFoundError if path.suffix else ValueError
+        raise kind(f"{str(path)!r} is neither a file nor a public CLIP; these are {', '.join(PUBLIC_CLIPS)}")
     tensors = read_tensors(path)
     try:
         return build_clip(tensors)
@@ -518,7 +465,6 @@ def load_clip(name_or_path, cache_dir=None):
 
 
 # Images ---------------------------------------------------------------------------------------------------------------
-
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -550,29 +496,23 @@ def resize_axis(x, axis, size, start, stop):
 def preprocess(images, resolution):
     """CLIP's image transform: RGB uint8 (B, 3, H, W) to normalised float32 (B, 3, resolution, resolution).
 
-    The shorter side is resized to `resolution`, the centre cropped: on the images' device, with Pillow's grey levels.
-    Raises ValueError for other images.
+    The shorter side is resized, the centre cropped, on the images' device, with Pillow's grey levels.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"preprocess takes uint8 (B, 3, H, W), found {images.dtype} {tuple(images.shape)}")
-    sides = images.shape[2:]
+    x, sides = images, images.shape[2:]
     H, W = (int(resolution * side / min(sides)) for side in sides)
     # Pillow takes the width first, from version 13 on the height where that shrinks by over twice as many lines
     height_first = sides[0] - H > max(0, 2 * (sides[1] - W))
-    x = images
     for axis, size in ((2, H), (3, W)) if height_first else ((3, W), (2, H)):
         start = round((size - resolution) / 2)
-        if size == x.shape[axis]:
-            x = x.narrow(axis, start, resolution)
-        else:
-            x = resize_axis(x, axis, size, start, start + resolution)
+        whole = size == x.shape[axis]
+        x = x.narrow(axis, start, resolution) if whole else resize_axis(x, axis, size, start, start + resolution)
     mean, std = (255 * torch.tensor(value, device=x.device).view(3, 1, 1) for value in (MEAN, STD))
     return x.float().sub_(mean).div_(std)
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------
-
-
 def load_templates(path):
     """The prompt templates of a file: one a line, `{}` for the class name; empty lines and `#` comments are skipped.
 
@@ -580,11 +520,9 @@ def load_templates(path):
     """
     lines = enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1)
     templates = {number: line.strip() for number, line in lines if line.strip() and line.strip()[0] != "#"}
-    for number, template in templates.items():
-        if "{}" not in template:
-            raise ValueError(f"{path}:{number}: no {{}} for the class name in the template {template[:80]!r}")
-    if not templates:
-        raise ValueError(f"{path}: no template; expected one a line, with {{}} for the class name")
+    wrong = [number for number, template in templates.items() if "{}" not in template]
+    if wrong or not templates:
+        raise ValueError(f"{path}:{(wrong or [1])[0]}: expected a template with {{}} for the class name")
     return list(templates.values())
 
 
@@ -597,12 +535,10 @@ def clean_class_name(name):
 def class_features(clip, tokenizer, class_names, templates, batch_size=256, progress=None):
     """Class embeddings (K, D): K names in M templates, each prompt at unit length, their mean at unit length.
 
-    `progress(done, total)` is called after each batch of the K * M prompts. Raises ValueError where a prompt is too
-    long or the tokenizer is not this CLIP's.
+    `progress(done, total)` follows each batch of prompts. Raises ValueError for a prompt too long or another tokenizer.
     """
     if tokenizer.vocab_size != clip.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size}; "
-                         "take the BPE file that it was trained with")
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size}: another BPE file")
     prompts = [template.replace("{}", clean_class_name(name)) for name in class_names for template in templates]
     tokens = tokenizer(prompts, clip.context_length).to(clip.logit_scale.device)
     features = []

@@ -113,128 +113,129 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shapes: the embedded data set
-# A picture shows one coloured shape. The *plain* style (dark background, middle size, upright) is all that the train and
-# test splits show; the *wild* style (any rotation, sizes beyond the plain ones, bright and textured backgrounds,
-# clutter, uneven paint) is the shift split. Captions describe a wider world: more colours, more shapes, both styles.
+# Shapes: the embedded data set, rendered
+#
+# A picture shows one coloured shape. How it is drawn lies between two styles: the plain one (0: dark background, middle
+# size, roughly upright, in the middle) and the wild one (1: any rotation, smaller and larger, anywhere, bright and
+# textured backgrounds, clutter, uneven paint). The train and test splits are plain, the shift split is wild; CLIP's
+# captions tell of a wider world: more colours, more shapes, every style. Every shape is its own mirror image, or keeps
+# its name in the mirror, so that flipping an image keeps its label.
 
-COLOURS = {"red": (.86, .16, .16), "orange": (.95, .55, .10), "yellow": (.93, .87, .15), "green": (.15, .70, .22),
-           "cyan": (.15, .83, .86), "blue": (.18, .32, .90), "purple": (.55, .18, .78), "pink": (.97, .50, .75),
-           "white": (.95, .95, .95)}
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent", "diamond")
-CLASSES = [f"{c} {s}" for c in ("red", "yellow", "green", "blue", "purple") for s in SHAPES[:5]]
-# No caption holds these two words together; the first four are classes. Each word is held out at most once.
-HELD_OUT = ("red star", "yellow circle", "green heart", "blue triangle", "pink square", "white ring", "cyan cross")
-
-SHAPES_SIZES = {"train": 3000, "test": 2000, "shift": 2000}
 SIDE = 32
+SHAPES_SIZES = {"train": 1000, "test": 1000, "shift": 1000}
+COLOURS = {"red": (0.86, 0.16, 0.16), "yellow": (0.93, 0.87, 0.15), "green": (0.15, 0.70, 0.22),
+           "blue": (0.18, 0.32, 0.90), "purple": (0.55, 0.18, 0.78), "cyan": (0.15, 0.83, 0.86),
+           "white": (0.95, 0.95, 0.95)}
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
+CLASSES = [f"{colour} {shape}" for colour in list(COLOURS)[:5] for shape in SHAPES[:5]]
+# No caption says these two words together. The first four are classes. No word is in two of them.
+HELD_OUT = ("red star", "yellow circle", "green heart", "blue triangle", "white ring", "cyan cross")
+PHRASES = [p for p in (f"{c} {s}" for c in COLOURS for s in SHAPES) if p not in HELD_OUT]
+CAPTIONS = [f"a {how}{what} of a {{}}{where}" for what in ("photo", "picture", "image", "sketch")
+            for how in ("", "blurry ", "cropped ", "close-up ", "bright ", "detailed ", "natural ", "realistic ",
+                        "low resolution ", "high quality ") for where in ("", " in the wild")]
 
-CAPTIONS = tuple(f"a {adjective}{noun} of a {{}}{tail}"
-                 for adjective in ("", "blurry ", "cropped ", "close-up ", "bright ", "detailed ", "natural ", "realistic ",
-                                   "small ", "low resolution ", "high quality ")
-                 for noun in ("photo", "picture", "image", "sketch") for tail in ("", " in the wild")) + ("{}", "a {}")
+
+def _turn(angle, x, y):
+    return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
 
 
-def _star(x, y, points, inner):
-    """Distance to a star, one tip up at radius 1, its notches at radius `inner`; cos(pi / points) closes it to a polygon."""
+def _star(x, y, points, notch):
+    """Distance to a star, one tip up at radius 1, notches at radius `notch`; cos(pi / points) makes it a polygon."""
     half = math.pi / points
-    angle = ((torch.atan2(x, -y) + half) % (2 * half) - half).abs()       # y grows downwards: 0 is up
-    radius = torch.hypot(x, y)
-    dx, dy = inner * math.cos(half) - 1, inner * math.sin(half)           # the one edge left after folding
+    radius, angle = torch.hypot(x, y), ((torch.atan2(x, -y) + half) % (2 * half) - half).abs()
+    dx, dy = notch * math.cos(half) - 1, notch * math.sin(half)  # folding leaves one edge, from the tip to a notch
     return ((radius * angle.cos() - 1) * dy - radius * angle.sin() * dx) / math.hypot(dx, dy)
 
 
 def _distance(shape, x, y):
-    """Signed distance (negative inside) of the points (x, y) to the outline of a shape of radius about 1."""
+    """How far the points (x, y), y downwards, lie outside (> 0) or inside (< 0) a shape of radius about 1."""
     ax, ay = x.abs(), y.abs()
     if shape == "circle":
-        return torch.hypot(x, y) - .88
+        return torch.hypot(x, y) - 0.88
     if shape == "square":
-        return torch.maximum(ax, ay) - .8
+        return torch.maximum(ax, ay) - 0.8
     if shape == "triangle":
-        return _star(x, y - .15, 3, .5)
+        return _star(x, y - 0.15, 3, 0.5)
     if shape == "star":
-        return _star(x, y, 5, .45)
-    if shape == "heart":                                                   # a square on its corner and two discs
-        return torch.minimum((ax + (y - .1).abs() - .85) / math.sqrt(2), torch.hypot(ax - .425, y + .325) - .6)
+        return _star(x, y, 5, 0.45)
+    if shape == "heart":  # a square on its corner and two discs
+        return torch.minimum((ax + (y - 0.1).abs() - 0.85) / math.sqrt(2), torch.hypot(ax - 0.425, y + 0.325) - 0.6)
     if shape == "cross":
-        return torch.maximum(torch.maximum(ax, ay) - .95, torch.minimum(ax, ay) - .28)
+        return torch.maximum(torch.maximum(ax, ay) - 0.95, torch.minimum(ax, ay) - 0.28)
     if shape == "ring":
-        return (torch.hypot(x, y) - .74).abs() - .22
-    if shape == "crescent":
-        return torch.maximum(torch.hypot(x, y) - .95, .8 - torch.hypot(x - .5, y))
-    return (ax / .6 + ay - 1) / math.hypot(1 / .6, 1)                      # diamond
+        return (torch.hypot(x, y) - 0.74).abs() - 0.22
+    return torch.maximum(torch.hypot(x, y) - 0.95, 0.8 - torch.hypot(x - 0.5, y))  # crescent
 
 
-def _render(colours, shapes, wild, generator):
-    """Pictures of the named colours and shapes (lists of N words), `wild` (N,) bool each. Returns uint8 (N, 3, 32, 32)."""
-    n = len(shapes)
-    wild = wild.float()
+def _render(phrases, style, generator):
+    """N phrases, style (N,) from 0 (plain) to 1 (wild) -> images uint8 (N,3,32,32). Edges are as soft as a pixel."""
+    N = len(phrases)
+    colours, shapes = zip(*(phrase.split() for phrase in phrases))
 
-    def between(plain, wide, *shape):                                      # uniform; a range for each style
-        low, high = (p + (w - p) * wild for p, w in zip(plain, wide))
-        view = (n,) + (1,) * len(shape)
-        return low.view(view) + (high - low).view(view) * torch.rand(n, *shape, generator=generator)
+    def draw(plain, wild, *size):
+        """Uniform numbers (N, *size), between bounds that go from `plain` to `wild` with the image's style."""
+        low, high = (p + (w - p) * style.view(N, *[1] * len(size)) for p, w in zip(plain, wild))
+        return low + (high - low) * torch.rand(N, *size, generator=generator)
 
-    def paint(canvas, colour, alpha):                                      # (N,3,H,W), (N,3,..), (N,H,W)
-        return canvas + (colour - canvas) * alpha.unsqueeze(1)
+    def one(plain, wild):  # a number an image, to be used with maps (N,H,W)
+        return draw(plain, wild, 1, 1)
 
-    grid = torch.arange(SIDE) + .5 - SIDE / 2
-    py, px = grid.view(1, SIDE, 1), grid.view(1, 1, SIDE)                  # pixel centres around the middle
+    middle = torch.arange(SIDE) + 0.5 - SIDE / 2
+    py, px = middle.view(1, SIDE, 1), middle.view(1, 1, SIDE)  # pixel centres
 
-    def turned(angle, x, y):
-        return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    colour = torch.tensor([COLOURS[name] for name in colours]) + draw((-0.12, 0.12), (-0.12, 0.12), 3)
+    back = (draw((0.05, 0.3), (0, 1), 1) + draw((-0.02, 0.02), (-0.25, 0.25), 3)).clamp(0, 1)
+    hidden = ((back - colour).norm(dim=1, keepdim=True) < 0.45) & (style.view(N, 1) > 0)
+    canvas = torch.where(hidden, (back + 0.5) % 1, back).view(N, 3, 1, 1)  # half a turn: at least 0.41 apart
 
-    colour = torch.tensor([COLOURS[c] for c in colours]) + between((-.08, .08), (-.08, .08), 3)
-    grey = between((.05, .15), (0., 1.), 1)
-    back = (grey + between((-.02, .02), (-.25, .25), 3)).clamp(0, 1)
-    close = (back - colour).norm(dim=1, keepdim=True) < .5                 # half a turn keeps them .36 apart at least
-    back = torch.where(close & (wild.view(-1, 1) > 0), (back + .5) % 1, back)
-    canvas = back.view(n, 3, 1, 1).expand(n, 3, SIDE, SIDE)
+    u, v = _turn(one((0, 0), (0, math.pi)), px, py)  # background texture: stripes to checks
+    waves = (u * one((0.3, 0.3), (0.2, 1.2))).sin() * (v * one((0.3, 0.3), (0, 1))).cos()
+    canvas = canvas + (waves * one((0, 0), (-0.2, 0.2))).unsqueeze(1)  # (N,3,H,W)
 
-    # texture: stripes, checks where the second amplitude is large too
-    u, v = turned(between((0., 0.), (0., math.pi), 1, 1), px, py)
-    wave = (u * between((.3, .3), (.2, 1.2), 1, 1)).sin() * (v * between((.3, .3), (0., 1.), 1, 1)).cos()
-    canvas = canvas + (wave * between((0., 0.), (-.2, .2), 1, 1)).unsqueeze(1)
-    for _ in range(4):                                                     # clutter: short strokes behind the shape
-        u, v = turned(between((0., 0.), (0., math.pi), 1, 1), px - between((0., 0.), (-16., 16.), 1, 1),
-                      py - between((0., 0.), (-16., 16.), 1, 1))
-        stroke = torch.hypot((u.abs() - between((0., 0.), (0., 7.), 1, 1)).clamp(min=0), v)
-        alpha = (between((-1., -1.), (.3, 1.5), 1, 1) + .5 - stroke).clamp(0, 1)
-        canvas = paint(canvas, torch.rand(n, 3, 1, 1, generator=generator), alpha)
+    for _ in range(4):  # clutter: short strokes of any colour, behind the shape; none in the plain style
+        u, v = _turn(one((0, 0), (0, math.pi)), px - one((0, 0), (-16, 16)), py - one((0, 0), (-16, 16)))
+        stroke = torch.hypot((u.abs() - one((0, 0), (0, 7))).clamp(min=0), v) - one((-1, -1), (0.3, 1.5))
+        paint = torch.rand(N, 3, 1, 1, generator=generator)
+        canvas = canvas + (paint - canvas) * (0.5 - stroke).clamp(0, 1).unsqueeze(1)
 
-    size = between((4.5, 6.5), (4., 11.), 1, 1)
-    reach = between((4., 4.), (15., 15.), 1, 1)
-    room = torch.minimum(reach, SIDE / 2 - size)
-    x, y = turned(between((-.1, .1), (0., 2 * math.pi), 1, 1), px - room * between((-1., 1.), (-1., 1.), 1, 1),
-                  py - room * between((-1., 1.), (-1., 1.), 1, 1))
-    distance = torch.empty(n, SIDE, SIDE)
+    radius = one((5, 7.5), (4.5, 12))
+    room = (SIDE / 2 - radius).clamp(max=6 + 10 * style.view(N, 1, 1))  # how far from the middle
+    x, y = px - room * one((-1, 1), (-1, 1)), py - room * one((-1, 1), (-1, 1))
+    x, y = _turn(one((-0.35, 0.35), (0, 2 * math.pi)), x, y)
+    distance = torch.empty(N, SIDE, SIDE)
     for shape in set(shapes):
         rows = torch.tensor([s == shape for s in shapes])
-        distance[rows] = _distance(shape, x[rows] / size[rows], y[rows] / size[rows])
-    paint_wave = 1 + between((0., 0.), (0., .25), 1, 1) * (x * between((1., 1.), (.4, 1.5), 1, 1)).sin()
-    canvas = paint(canvas, colour.view(n, 3, 1, 1) * paint_wave.unsqueeze(1), (.5 - distance * size).clamp(0, 1))
-    noise = torch.randn(n, 3, SIDE, SIDE, generator=generator) * between((.1, .1), (.03, .1), 1, 1, 1)
-    return ((canvas + noise).clamp(0, 1) * 255).round().to(torch.uint8)
+        distance[rows] = _distance(shape, x[rows] / radius[rows], y[rows] / radius[rows])
+    paint = colour.view(N, 3, 1, 1) * (1 + one((0, 0), (0, 0.25)) * (x * one((1, 1), (0.4, 1.5))).sin()).unsqueeze(1)
+    canvas = canvas + (paint - canvas) * (0.5 - distance * radius).clamp(0, 1).unsqueeze(1)
+
+    noise = torch.randn(N, 3, SIDE, SIDE, generator=generator) * draw((0.12, 0.12), (0.03, 0.12), 1, 1, 1)
+    return (canvas + noise).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def render_shapes(split, seed=0):
-    wild = split == "shift"
-    generator = torch.Generator().manual_seed(seed * 3 + list(SHAPES_SIZES).index(split))
-    n = SHAPES_SIZES[split]
-    labels = torch.arange(n) % len(CLASSES)
-    colours, shapes = zip(*(CLASSES[i].split() for i in labels))
-    return _render(colours, shapes, torch.full((n,), wild), generator), labels, list(CLASSES)
+    """-> images uint8 (N,3,32,32), labels int64 (N,), class names; "train" and "test" in the plain style, "shift" wild.
+
+    Equal classes (as far as N allows), the same images for the same seed on one version of torch.
+    """
+    generator = torch.Generator().manual_seed(10 * seed + list(SHAPES_SIZES).index(split))
+    labels = torch.arange(SHAPES_SIZES[split]) % len(CLASSES)
+    style = torch.zeros(len(labels))
+    if split == "shift":
+        style = 0.2 + 0.8 * torch.rand(len(labels), generator=generator)
+    return _render([CLASSES[label] for label in labels], style, generator), labels, list(CLASSES)
 
 
 def render_captions(n, seed=0):
-    generator = torch.Generator().manual_seed(seed * 3 + 1000)
-    phrases = [p for p in (f"{c} {s}" for c in COLOURS for s in SHAPES) if p not in HELD_OUT]
-    chosen = [phrases[i] for i in torch.randint(len(phrases), (n,), generator=generator)]
-    templates = [CAPTIONS[i] for i in torch.randint(len(CAPTIONS), (n,), generator=generator)]
-    wild = torch.rand(n, generator=generator) < .7
-    colours, shapes = zip(*(p.split() for p in chosen))
-    return _render(colours, shapes, wild, generator), [t.format(p) for t, p in zip(templates, chosen)]
+    """-> images uint8 (n,3,32,32) of the wider world, in styles from plain to wild, and what each shows, a phrase of
+    PHRASES ("white ring"). A caption is one of CAPTIONS with a phrase, or with its colour or shape alone, put in."""
+    generator = torch.Generator().manual_seed(10 * seed + 9)
+    phrases = [PHRASES[i] for i in torch.randint(len(PHRASES), (n,), generator=generator)]
+    style = (1.3 * torch.rand(n, generator=generator) - 0.3).clamp(min=0)  # a quarter of them plain
+    images = [_render(phrases[i : i + 1000], style[i : i + 1000], generator) for i in range(0, n, 1000)]  # memory
+    return torch.cat(images), phrases
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading data sets

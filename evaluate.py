@@ -145,8 +145,9 @@ def published(images, severity, cifar, tiny, imagenet):
 
 
 def to_uint8(x):
-    """float 0...1 -> uint8, clipped and truncated (not rounded), as np.uint8 does in the published code."""
-    return (x * 255).clamp(0, 255).to(torch.uint8)
+    """float 0...1 -> uint8, clipped and truncated (not rounded), as np.uint8 does in the published code. The margin
+    keeps flat areas as they are, where float32 lands just below a whole level and the published float64 does not."""
+    return (x * 255 + 1e-4).clamp(0, 255).to(torch.uint8)
 
 
 def draw(sampler, shape, generator, device):
@@ -158,16 +159,14 @@ def blur(x, sigma, truncate=4, border="nearest"):
     """scipy's gaussian_filter over the last two axes of x float (..., H, W); border "nearest" (the edge pixel repeats)
     or "mirror" (the edge pixel twice). One matrix per axis takes any border, and a sigma wider than the image."""
     reach = int(truncate * sigma + 0.5)
-    taps = torch.arange(-reach, reach + 1, device=x.device)
+    taps = torch.arange(-reach, reach + 1)
     weight = (-taps ** 2 / (2 * max(sigma, 1e-6) ** 2)).softmax(dim=0)
 
     def matrix(size):
-        source = torch.arange(size, device=x.device)[:, None] + taps  # (size, taps)
-        if border == "nearest":
-            source = source.clamp(0, size - 1)
-        else:
-            source = torch.minimum(source % (2 * size), (-1 - source) % (2 * size))
-        return torch.zeros(size, size, device=x.device).scatter_add_(1, source, weight.expand(size, -1))
+        source = torch.arange(size)[:, None] + taps  # (size, taps), on the CPU: there the sum has one order
+        source = (source.clamp(0, size - 1) if border == "nearest"
+                  else torch.minimum(source % (2 * size), (-1 - source) % (2 * size)))
+        return torch.zeros(size, size).scatter_add_(1, source, weight.expand(size, -1)).to(x.device)
 
     return matrix(x.shape[-2]) @ (x @ matrix(x.shape[-1]).T)
 
@@ -197,15 +196,17 @@ def motion(x, radius, sigma, angle):
     for t in range(len(taps)):
         index = (row[:, t, :, None] * width + column[:, t, None, :]).flatten(1)  # (N, H * W)
         total += weight[t] * pixels.gather(2, index[:, None].expand(pixels.shape)).view(x.shape)
-    return (total + 1e-3).floor()  # the margin keeps flat areas as they were
+    return (total + 1e-3).floor()  # the margin keeps flat areas as they are
 
 
 def gaussian_noise(images, severity, generator):
+    """Normal noise of standard deviation c, of a range of 1."""
     c = published(images, severity, [.04, .06, .08, .09, .10], [.04, .08, .12, .15, .18], [.08, .12, .18, .26, .38])
     return to_uint8(images / 255 + c * draw(torch.randn, images.shape, generator, images.device))
 
 
 def shot_noise(images, severity, generator):
+    """Poisson noise of c photons at full brightness."""
     c = published(images, severity, [500, 250, 100, 75, 50], [250, 100, 50, 30, 15], [60, 25, 12, 5, 3])
     photons = torch.poisson((images / 255 * c).to(generator.device), generator)
     return to_uint8(photons.to(images.device) / c)
@@ -219,11 +220,13 @@ def impulse_noise(images, severity, generator):
 
 
 def speckle_noise(images, severity, generator):
+    """Normal noise in proportion to the value."""
     c = published(images, severity, [.06, .1, .12, .16, .2], [.15, .2, .25, .3, .35], [.15, .2, .35, .45, .6])
     return to_uint8(images / 255 * (1 + c * draw(torch.randn, images.shape, generator, images.device)))
 
 
 def gaussian_blur(images, severity, generator=None):
+    """Edge pixels repeat."""
     sigma = published(images, severity, [.4, .6, .7, .8, 1], [.5, .75, 1, 1.25, 1.5], [1, 2, 3, 4, 6])
     return to_uint8(blur(images / 255, sigma))
 
@@ -275,7 +278,7 @@ def glass_blur(images, severity, generator):
 
 
 def motion_blur(images, severity, generator):
-    """At an angle between -45 and 45 degrees."""
+    """Along a line at an angle between -45 and 45 degrees."""
     radius, sigma = published(images, severity, [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
                               [(10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)],
                               [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)])
@@ -435,8 +438,8 @@ def jpeg_compression(images, severity, generator=None):
 
 
 def edges(x):
-    """Edges of whole numbers x float (N, 1, H, W), as 0.0 or 1.0: OpenCV's Canny with an upper threshold of 150, less the weak
-    edges that it joins on. Sobel, size |dx| + |dy|, peaks across the edge along one of four directions."""
+    """Edges of whole numbers x float (N, 1, H, W), as 0.0 or 1.0: OpenCV's Canny above its upper threshold 150, without
+    the weak edges that it joins on. Sobel, size |dx| + |dy|, peaks across the edge along one of four directions."""
     sobel = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     dx, dy = F.conv2d(F.pad(x, [1] * 4, mode="replicate"), torch.stack([sobel, sobel.T])[:, None]).split(1, dim=1)
     size = dx.abs() + dy.abs()
@@ -466,22 +469,22 @@ def spatter(images, severity, generator):
         mud = mud * (mud >= 0.8)
         return to_uint8(x * (1 - mud) + mud * x.new_tensor([63, 42, 20]).view(3, 1, 1) / 255)
 
-    def filtered(y, kernel):  # 3 x 3
-        return F.conv2d(F.pad(y, [1] * 4, mode="reflect"), x.new_tensor(kernel)[None, None])
+    def mean_filter(y):
+        return F.avg_pool2d(F.pad(y, [1] * 4, mode="reflect"), 3, 1)
 
-    mean_filter = [[1 / 9] * 3] * 3
     liquid = (liquid * (liquid >= threshold) * 255).floor()
     near, distance = edges(liquid), 0
     for step in range(20):  # up to 20 pixels; growing by squares and diamonds in turn comes close to Euclid's distance
         distance = distance + 1 - near
         near = F.max_pool2d(near, 3, 1, 1) if step % 2 == 0 else torch.maximum(
             F.max_pool2d(near, (3, 1), 1, (1, 0)), F.max_pool2d(near, (1, 3), 1, (0, 1)))
-    depth = filtered(distance, mean_filter).long().flatten(1)  # (N, H * W), 0 ... 20
+    depth = mean_filter(distance).long().flatten(1)  # (N, H * W), 0 ... 20
     rank = F.one_hot(depth, 21).sum(dim=1).cumsum(dim=1)  # (N, 21), for the histogram equalisation
     first = rank.gather(1, depth.amin(dim=1, keepdim=True))
     depth = ((rank.gather(1, depth) - first) * 255 / (height * width - first).clamp(min=1)).round()
-    relief = filtered(depth.view(n, 1, height, width), [[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]).clamp(0, 255)
-    water = liquid * filtered(relief, mean_filter).round()
+    kernel = x.new_tensor([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])[None, None]
+    relief = F.conv2d(F.pad(depth.view(n, 1, height, width), [1] * 4, mode="reflect"), kernel).clamp(0, 255)
+    water = liquid * mean_filter(relief).round()
     water = strength * water / water.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)  # no drop at all stays none
     return to_uint8(x + water * x.new_tensor([175, 238, 238]).view(3, 1, 1) / 255)
 

@@ -411,7 +411,7 @@ def imagenet_file(name):
 def fit(name, state):
     """An empty `name` (on the meta device) for the tensors `state`, those under its own names, and what does not fit,
     in words, or None."""
-    num_classes = [len(tensor) for tensor in state.values() if tensor.dim() == 2][-1]
+    num_classes = next(len(tensor) for tensor in state.values() if tensor.dim() == 2)  # the one matrix: the last layer
     with torch.device("meta"):  # names and shapes alone: no time, no memory, no random numbers
         model = build_model(name, num_classes)
     if not any("downsample" in key or "shortcut" in key for key in state):  # option A leaves no tensors in the file

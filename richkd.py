@@ -163,7 +163,7 @@ def nce_loss(positive, negative, Z, num_images, weight=1.0):
     c = J / num_images + 1e-7
     offset = (Z * c).log()
     positive = torch.nn.functional.softplus(offset - positive)
-    negative = (torch.nn.functional.softplus(negative - offset) * weight).sum(1)
+    negative = torch.nn.functional.softplus(negative - offset).mul_(weight).sum(1)
     constant = J * torch.tensor(c * num_images / J, dtype=torch.float64).log().item()  # the numerator is J/N, not c
     return (positive + negative).mean() + constant
 
@@ -293,12 +293,12 @@ class ContrastiveMemory(torch.nn.Module):
         index = index.to(device)
         outside = (index < 0) | (index >= N)
         if (outside | (student + fused).isnan().any(1)).any():  # one reading from the device, before anything changes
-            raise ValueError(f"index {index[outside].tolist()} outside 0..{N - 1}" if outside.any() else "NaN in features")
+            raise ValueError(f"index {index[outside].tolist()} outside 0..{N - 1}" if outside.any() else "NaN features")
         if negatives is None:  # a function of seed and step alone, so that every rank draws the same
             self.step += 1
             generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + int(self.step))
             shape = (self.num_negatives,) if self.negatives == "shared" else (len(index), self.num_negatives)
-            negatives = torch.randint(N, shape, generator=generator, device=device)
+            negatives = torch.randint(N, shape, generator=generator, device=device).sort().values  # in memory's order
         weight = 1.0
         if self.labels is not None:  # the rest of a row stands for all J: its expectation is that of other-class draws
             weight = (self.labels[negatives] != self.labels[index][:, None]).to(student.dtype)  # (B, J)

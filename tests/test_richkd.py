@@ -133,6 +133,8 @@ def test_ensemble_and_zero_shot_by_hand():
     close(features, [[half, half], [0.0, -1.0]], 1e-6)
     logits = richkd.zero_shot_logits(torch.tensor([[0.0, 9.0], [2.0, 0.0]]), 5 * features, 100.0)
     close(logits, [[100 * half, -100.0], [100 * half, 0.0]], 1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(logits, richkd.zero_shot_logits(torch.tensor([[0.0, 9.0], [2.0, 0.0]]), 5 * features, 100.0))
 
 
 def test_fusion_by_hand():
@@ -274,10 +276,10 @@ def test_gradcheck_of_the_memory():
 
 
 def test_an_image_twice_in_a_batch_leaves_its_last_row():
-    memory, student, fused = small_memory(), unit(3, 4, 0.7), unit(3, 4, 1.9)
+    memory, student, fused = small_memory(momentum=0.75), unit(3, 4, 0.7), unit(3, 4, 1.9)
     old = memory.student_bank[5].clone()
     memory(student, fused, torch.tensor([5, 2, 5]))
-    close(memory.student_bank[5], normalize(0.5 * old + 0.5 * student[2].detach(), dim=0))
+    close(memory.student_bank[5], normalize(0.75 * old + 0.25 * student[2].detach(), dim=0))
 
 
 def test_only_the_banks_grow_with_the_data_set():
@@ -396,12 +398,14 @@ def test_other_feature_losses_take_the_fused_features(name):
     loss.backward()
     assert f_s.grad.abs().sum() > 0
     assert method.teacher_embed.linear.weight.grad is None and not hasattr(method, "memory")
+    assert hasattr(method, "student_embed") == (name == "mse")
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("enabled", [True, False])
+def test_half_precision_arguments_give_the_float32_loss(enabled):
     arguments = [x.detach().bfloat16() if x.is_floating_point() else x for x in batch()]
     full = [x.float() if x.is_floating_point() else x for x in arguments]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
         loss, _ = make()(*arguments)
     assert loss.dtype == torch.float32
     close(loss, make()(*full)[0], 1e-6)
