@@ -199,7 +199,7 @@ def _render(phrases, style, generator):
         paint = torch.rand(N, 3, 1, 1, generator=generator)
         canvas = canvas + (paint - canvas) * (0.5 - stroke).clamp(0, 1).unsqueeze(1)
 
-    radius = one((5, 7.5), (4.5, 12))
+    radius = one((5.5, 8), (5, 12))
     room = (SIDE / 2 - radius).clamp(max=6 + 10 * style.view(N, 1, 1))  # how far from the middle
     x, y = px - room * one((-1, 1), (-1, 1)), py - room * one((-1, 1), (-1, 1))
     x, y = _turn(one((-0.35, 0.35), (0, 2 * math.pi)), x, y)
@@ -210,7 +210,7 @@ def _render(phrases, style, generator):
     paint = colour.view(N, 3, 1, 1) * (1 + one((0, 0), (0, 0.25)) * (x * one((1, 1), (0.4, 1.5))).sin()).unsqueeze(1)
     canvas = canvas + (paint - canvas) * (0.5 - distance * radius).clamp(0, 1).unsqueeze(1)
 
-    noise = torch.randn(N, 3, SIDE, SIDE, generator=generator) * draw((0.12, 0.12), (0.03, 0.12), 1, 1, 1)
+    noise = torch.randn(N, 3, SIDE, SIDE, generator=generator) * draw((0.08, 0.08), (0.02, 0.08), 1, 1, 1)
     return (canvas + noise).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 

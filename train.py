@@ -140,6 +140,10 @@ def resolve(config):
         recipe["lr"] = 0.01  # Tian 2020: they diverge at .05
     recipe = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **recipe, **METHODS[config.method])
+    if config.dataset == "imagenet":  # the zoo's resnet50 is the one for 32x32 images
+        names = {"resnet50": "resnet50_imagenet"}
+        config = dataclasses.replace(config, student=names.get(config.student, config.student),
+                                     teacher=tuple(names.get(name, name) for name in config.teacher))
     for name, low, high in (("alpha", 0, 1), ("lam", 0, 1), ("logit_weight", 0, math.inf), ("workers", 0, math.inf),
                             ("feature_weight", 0, math.inf), ("num_negatives", 1, math.inf), ("epochs", 1, math.inf),
                             ("batch_size", 1, math.inf), ("image_size", 8, math.inf), ("seed", 0, 2**31)):
@@ -304,7 +308,7 @@ def train_tiny_clip(seed=0, device="cpu", num_images=24000, steps=1000, batch_si
         clip = clip_model.CLIP(embed_dim=64, image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=16,
                                vision_patch_size=None, context_length=context_length, vocab_size=tokenizer.vocab_size,
                                transformer_width=64, transformer_heads=1, transformer_layers=2).to(device)
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=2.5e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=2.5e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, steps, pct_start=0.15, cycle_momentum=False)
     for step in range(steps):
         shown = torch.randint(num_images, (batch_size,), generator=generator)
@@ -337,7 +341,8 @@ def load_clip(config):
     """-> (CLIP on the device, its tokenizer). The tiny one is trained first, in the cache."""
     path = config.clip
     if config.clip == "tiny":
-        made_of = inspect.getsource(train_tiny_clip).encode() + data.render_captions(64)[0].numpy().tobytes()
+        made_of = inspect.getsource(train_tiny_clip) + "".join(data.CAPTIONS)
+        made_of = made_of.encode() + data.render_captions(64)[0].numpy().tobytes()
         path = Path(config.cache_dir) / f"clip-tiny-{hashlib.sha256(made_of).hexdigest()[:8]}.pt"
         if not path.is_file():
             progress = data.Progress("tiny CLIP", 1000, "steps")

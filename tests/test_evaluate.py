@@ -8,6 +8,8 @@ severity size"; its values are pixels of one image where nothing is random, else
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+import clip_model
+import data
 import evaluate
+import models
+import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
 ALL = {**evaluate.COMMON, **evaluate.EXTRA}
@@ -171,7 +177,8 @@ def test_pixels_of_the_public_code(golden, name, size):
         ours = evaluate.corrupt(picture(size), name, severity, seeded())
         ours = ours[0].flatten(1)[:, PIXELS % (size * size)].flatten().tolist()
         difference = np.abs(np.subtract(ours, golden[f"{name} {severity} {size}"]))
-        assert difference.mean() <= 1 and difference.max() <= 2, (severity, difference)
+        limit = 0.6 if name == "defocus_blur" else 0.2  # a slope stays at whole levels: the kernel's last bit decides
+        assert difference.mean() <= limit and difference.max() <= 2, (severity, difference)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -258,6 +265,33 @@ def test_motion_kernel_is_one_sided():
     assert down[10:20, 16].tolist() == [0, 0, 0, 1, 19, 88, 145, 0, 0, 0]
     flat = torch.full((1, 3, 40, 40), 100.0)
     assert evaluate.motion(flat, 9, 2.5, torch.tensor([30.0])).equal(flat)
+
+
+def test_snow_falls_and_motion_goes_across():
+    """Streaks: along their direction neighbours differ less than across it."""
+    flat = torch.full((20, 3, 32, 32), 100, dtype=torch.uint8)
+    snow = evaluate.corrupt(flat, "snow", 5, seeded()).float()
+    assert snow.diff(dim=2).abs().mean() < 0.8 * snow.diff(dim=3).abs().mean()
+    noise = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=seeded())
+    noise = evaluate.corrupt(noise, "motion_blur", 5, seeded()).float()
+    assert noise.diff(dim=3).abs().mean() < 0.8 * noise.diff(dim=2).abs().mean()
+
+
+@pytest.mark.parametrize("decay, roughness", ((3, 0.02015), (2, 0.02454), (1.75, 0.02892)))  # the public plasma_fractal
+def test_plasma_roughness(decay, roughness):
+    clouds = evaluate.plasma(500, 32, decay, seeded(), "cpu")
+    assert clouds.amin() == 0 and clouds.amax() == 1 and clouds[3].amax() == 1
+    assert clouds.diff(dim=1).abs().mean().item() == pytest.approx(roughness, rel=0.03)
+
+
+def test_defocus_mirrors_at_the_border():
+    """A bright first column: mirrored without the edge pixel, a 3 x 3 kernel sees it once from the first column."""
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    image[..., 0] = 200
+    first, second = evaluate.corrupt(image, "defocus_blur", 3, seeded())[0, 0, 16, :2].tolist()
+    side = math.exp(-1 / (2 * 0.6 ** 2))  # the disk of radius 0.5 is one pixel, smoothed with sigma 0.6
+    assert first == pytest.approx(200 / (1 + 2 * side), abs=1) and second == pytest.approx(
+        200 * side / (1 + 2 * side), abs=1)
 
 
 def test_blur_matrix_borders():
@@ -365,3 +399,102 @@ def test_list_folder_maps_and_refuses(tmp_path):
         evaluate.list_folder(tmp_path / "empty", ["cat"])
     with pytest.raises(FileNotFoundError, match="is no folder"):
         evaluate.list_folder(tmp_path / "absent", ["cat"])
+
+
+# ---- runs and their reports
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on a few rendered images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SHAPES_SIZES", {"train": 100, "test": 60, "shift": 50})
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        train.run(train.Config(method="scratch", student="resnet8", epochs=1, out=str(folder), device="cpu"))
+        yield folder
+
+
+def config(*runs, **changes):
+    return evaluate.Config(run=tuple(map(str, runs)), device="cpu", **changes)
+
+
+def test_report_of_a_run_is_that_of_its_weights(run):
+    report, = evaluate.evaluate(config(run, shift=True, corruptions="generated"))
+    assert report == json.loads((run / "report.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    assert report["test"]["top1"] == pytest.approx(summary["student_accuracy"])
+    assert report["shift"]["top1"] == pytest.approx(summary["shift_accuracy"])
+    model = models.load_weights("resnet8", run / "student.pt")
+    test, info = data.load_dataset("shapes", "", "test"), data.DATASETS["shapes"]
+    with torch.no_grad():
+        logits = model(data.normalize(test.images, info.mean, info.std))[0].double()
+    log_p = logits.log_softmax(1)[torch.arange(60), test.labels]
+    assert report["test"]["nll"] == pytest.approx(-log_p.mean().item(), rel=1e-5)
+    rank = (logits > logits[torch.arange(60), test.labels][:, None]).sum(1)
+    assert report["test"]["top5"] == pytest.approx(100 * (rank < 5).double().mean().item())
+
+    rows = report["corruptions"]["top1"]
+    assert list(rows) == list(evaluate.COMMON) and all(len(row) == 5 for row in rows.values())
+    bright = evaluate.corrupt(test.images, "brightness", 4, None)
+    with torch.no_grad():
+        right = model(data.normalize(bright, info.mean, info.std))[0].argmax(1) == test.labels
+    assert rows["brightness"][3] == pytest.approx(100 * right.double().mean().item())
+    assert report["corruptions"]["mean_error"] == pytest.approx(100 - sum(map(sum, rows.values())) / 75)
+    again, = evaluate.evaluate(config(run, shift=True, corruptions="generated"))
+    assert again == report  # the same noise
+    assert "gaussian_noise" in evaluate.tables([report])
+
+
+def test_newest_run_and_none(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no finished run below runs/: python train.py makes one"):
+        evaluate.evaluate(config())
+    for i, name in enumerate(("older", "newest")):
+        shutil.copytree(run, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "summary.json", (i, i))
+    assert evaluate.newest_run() == Path("runs/newest")
+    (tmp_path / "runs/newest/summary.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no finished run in runs/newest"):
+        evaluate.evaluate(config("runs/newest"))
+
+
+def test_a_bare_checkpoint(run, tmp_path):
+    path = tmp_path / "bare.pt"
+    torch.save(torch.load(run / "student.pt", weights_only=True)["model"], path)
+    report, = evaluate.evaluate(evaluate.Config(checkpoint=str(path), model="resnet8", dataset="shapes", device="cpu"))
+    summary = json.loads((run / "summary.json").read_text())
+    assert report["test"]["top1"] == pytest.approx(summary["student_accuracy"])
+    assert (tmp_path / "bare.report.json").is_file()
+    with pytest.raises(ValueError, match="--model NAME and --dataset NAME"):
+        evaluate.evaluate(evaluate.Config(checkpoint=str(path)))
+    torch.save(models.build_model("resnet8", 7).state_dict(), path)
+    with pytest.raises(ValueError, match="7 classes"):
+        evaluate.evaluate(evaluate.Config(checkpoint=str(path), model="resnet8", dataset="shapes", device="cpu"))
+
+
+def test_other_classes_are_named(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    student = torch.load(run / "student.pt", weights_only=True)
+    student["class_names"][3] = "red banana"
+    torch.save(student, tmp_path / "run/student.pt")
+    with pytest.raises(ValueError, match="class 3 is 'red banana' there and 'red star' here"):
+        evaluate.evaluate(config(tmp_path / "run"))
+
+
+def test_zero_shot_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_SIZES", {"train": 100, "test": 60, "shift": 50})
+    torch.manual_seed(0)
+    clip = clip_model.CLIP(32, 32, 1, 64, 16, 64, 514, 64, 1, 1).eval()
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    (tmp_path / "prompts.txt").write_text("a photo of a {}\n{} in the wild\n")
+    table = evaluate.zero_shot(evaluate.Config(clip=str(tmp_path / "clip.pt"), prompts=str(tmp_path / "prompts.txt"),
+                                               dataset="shapes", cache_dir=str(tmp_path), device="cpu"))
+    assert list(table) == ["all 2 templates", "a photo of a {}", "{} in the wild"]
+    test = data.load_dataset("shapes", "", "test")
+    with torch.no_grad():
+        image = F.normalize(clip.encode_image(clip_model.preprocess(test.images, 32)), dim=1)
+    for templates, name in ((["a photo of a {}"], "a photo of a {}"),
+                            (["a photo of a {}", "{} in the wild"], "all 2 templates")):
+        classes = clip_model.class_features(clip, clip_model.Tokenizer(), test.class_names, templates)
+        expected = 100 * ((image @ classes.T).argmax(1) == test.labels).double().mean().item()
+        assert table[name] == pytest.approx(expected, abs=2)  # features are kept as float16: a tie may fall otherwise
