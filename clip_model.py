@@ -548,3 +548,56 @@ def class_features(clip, tokenizer, class_names, templates, batch_size=256, prog
             progress(sum(map(len, features)), len(tokens))
     features = torch.cat(features).view(len(class_names), len(templates), -1)  # (K, M, D)
     return F.normalize(features.mean(dim=1), dim=1)
+
+
+# The tiny CLIP of the embedded data set -------------------------------------------------------------------------------
+
+
+def train_tiny_clip(images, phrases, templates, seed=0, device="cpu", steps=1000, batch_size=128, progress=None):
+    """A small byte-level CLIP, trained on pictures uint8 (N, 3, 32, 32) and as many phrases of two words, "red star",
+    that templates make captions of.
+
+    Contrastive both ways (Radford 2021, section 2.3), but for two things. The captions of one step share their template
+    and repeat, so every distinct one is encoded once and stands for all its images: no caption is its own negative.
+    And two captions that say the same in other words are positives too; without that the text tower, whose captions
+    all look alike at first, does not tell second words apart within so few steps. Every second step's captions have
+    that word alone. Returns a CLIP in eval mode, float32, on `device`; `progress(done, total)` after every step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer, context_length = Tokenizer(), 56
+    captions = []  # for phrases and for words: which text an image has (N,), the texts' tokens (templates, texts, L)
+    for names in (phrases, [phrase.split()[1] for phrase in phrases]):
+        texts = sorted(set(names))
+        tokens = [tokenizer([template.format(text) for text in texts], context_length) for template in templates]
+        captions.append((torch.tensor([texts.index(name) for name in names]), torch.stack(tokens)))
+
+    with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator
+        torch.manual_seed(seed)
+        clip = CLIP(embed_dim=64, image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=16,
+                    vision_patch_size=None, context_length=context_length, vocab_size=tokenizer.vocab_size,
+                    transformer_width=64, transformer_heads=1, transformer_layers=2).to(device)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=2.5e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, steps, pct_start=0.15, cycle_momentum=False)
+    for step in range(steps):
+        shown = torch.randint(len(images), (batch_size,), generator=generator)
+        text_of, tokens = captions[step % 2]
+        present, column = text_of[shown].unique(return_inverse=True)  # the step's T distinct texts; which is an image's
+        two = torch.randint(len(tokens), (2,), generator=generator)  # templates
+        image = F.normalize(clip.encode_image(preprocess(images[shown].to(device), 32)), dim=1)  # (B, D)
+        text = clip.encode_text(tokens[two][:, present].flatten(0, 1).to(device))
+        text, reworded = F.normalize(text, dim=1).chunk(2)  # (T, D) each
+        scale, column = clip.logit_scale.exp(), column.to(device)
+        logits = scale * image @ text.T  # (B, T)
+        share = F.one_hot(column, len(text)).float()
+        share = share / share.sum(dim=0)  # a text's images, equally
+        loss = (F.cross_entropy(logits, column) + F.cross_entropy(logits.T, share.T)) / 2
+        loss = loss + F.cross_entropy(scale * text @ reworded.T, torch.arange(len(text), device=device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        if progress:
+            progress(step + 1, steps)
+    return clip.eval()

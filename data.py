@@ -54,8 +54,7 @@ DATASETS = {
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and progress
+# Files and progress ---------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path, data):
@@ -90,7 +89,7 @@ def duration(seconds):
 
 
 class Progress:
-    """One line on stderr: what, how much of it, rate, time left. It rewrites itself on a terminal; elsewhere (a log file)
+    """One line on stderr: what, how much of it, rate, time left. It rewrites itself on a terminal; elsewhere (in a log)
     only lines to keep are printed. `start`: how much was done before; resumed work does not count into the rate."""
 
     def __init__(self, label, total, unit="images", start=0):
@@ -112,8 +111,7 @@ class Progress:
               file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shapes: the embedded data set, rendered
+# Shapes: the embedded data set, rendered ------------------------------------------------------------------------------
 #
 # A picture shows one coloured shape. How it is drawn lies between two styles: the plain one (0: dark background, middle
 # size, roughly upright, in the middle) and the wild one (1: any rotation, smaller and larger, anywhere, bright and
@@ -237,8 +235,7 @@ def render_captions(n, seed=0):
     return torch.cat(images), phrases
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading data sets
+# Reading data sets ----------------------------------------------------------------------------------------------------
 
 
 def load_dataset(name, root, split):
@@ -270,8 +267,9 @@ def _download(what, url, root, fetch):
     except (OSError, RuntimeError) as error:
         archive = root / url.rsplit("/", 1)[-1]
         state = "is damaged (wrong md5) and" if archive.is_file() else "is missing and"
-        raise FileNotFoundError(f"{what}: {archive} {state} could not be downloaded ({_one_line(error)}); get {url} on a "
-                                f"machine with a network, put it into {root} or name its folder by --data-dir") from None
+        raise FileNotFoundError(f"{what}: {archive} {state} could not be downloaded ({_one_line(error)}); get {url} on "
+                                f"a machine with a network and put it into {root}, or name its folder by --data-dir"
+                                ) from None
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -400,8 +398,8 @@ def resize(images, size):
 
 
 def blocks(images, size, start=0, workers=0, block=250):
-    """Images of any kind that `Split` holds, from image `start` on, in order, as CLIP is to see them: uint8 (b,3,H,W) of
-    one size a block, each decoded at full size (a Stream: brought to `size` by CLIP's own bicubic transform)."""
+    """Images of any kind that `Split` holds, from image `start` on, in order, as CLIP is to see them: uint8 (b,3,H,W),
+    of one size a block, each decoded at full size (a Stream: brought to `size` by CLIP's own bicubic transform)."""
     if isinstance(images, Stream):
         view = Stream(images.paths, size, size, v2.InterpolationMode.BICUBIC)
         unlabelled = Split(view, torch.zeros(len(images), dtype=torch.long), [])
@@ -424,8 +422,7 @@ def fingerprint(images):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# Batches --------------------------------------------------------------------------------------------------------------
 
 
 def normalize(images, mean, std):
@@ -482,8 +479,7 @@ def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, d
         yield tuple(x[share(index)].to(device, non_blocking=True) for x in (batch, labels[index], index))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache of CLIP's targets
+# The cache of CLIP's targets ------------------------------------------------------------------------------------------
 
 
 def cached_targets(path, key, shape, blocks):

@@ -34,7 +34,7 @@ import data
 import models
 import train
 
-# ---------------------------------------------------------------------------------------------------------- metrics
+# Metrics --------------------------------------------------------------------------------------------------------------
 # Logits are (N, K) of any float dtype, targets (N,) int64. Everything is computed in float64; shares and errors lie
 # between 0 and 1. An image's confidence is its largest probability.
 
@@ -142,7 +142,7 @@ def mean_corruption_error(errors, clean_error=None, alexnet=False):
                for name, baseline in ALEXNET_ERRORS.items()) / len(ALEXNET_ERRORS)
 
 
-# ------------------------------------------------------------------------------------------------------ corruptions
+# Corruptions ----------------------------------------------------------------------------------------------------------
 # Each takes images uint8 (N, 3, H, W), a severity 1-5 and a torch.Generator (ignored where nothing is random) and
 # returns new uint8 images on the same device; every image has its own random draws. The first line is the published
 # table: CIFAR-C, Tiny-ImageNet-C, ImageNet-C.
@@ -541,7 +541,7 @@ def corrupt(images, name, severity, generator):
     return torch.cat([known[name](part.contiguous(), severity, generator) for part in parts])
 
 
-# -------------------------------------------------------------------------------------------------- published files
+# Published files ------------------------------------------------------------------------------------------------------
 
 
 def read_cifar_c(directory, name, severity):
@@ -605,7 +605,7 @@ def list_folder(root, class_ids, folder_classes=None):
     return paths, labels, columns
 
 
-# ------------------------------------------------------------------------------------------------- runs and reports
+# Runs and reports -----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -617,8 +617,8 @@ class Config:
     dataset: str = train.setting(None, "the data set; without, the run's own", type=str)
     data_dir: str = train.setting(None, "where the data set lies; without, where the run found it", type=str)
     shift: bool = train.setting(False, "evaluate the data set's shift splits, too")
-    corruptions: str = train.setting(None, "evaluate corrupted test images, too: those of the published files below DIR, "
-                                     "without DIR generated ones", nargs="?", const="generated", metavar="DIR")
+    corruptions: str = train.setting(None, "evaluate corrupted test images, too: the published files below DIR, or "
+                                     "generated ones", nargs="?", const="generated", metavar="DIR")
     zero_shot: bool = train.setting(False, "evaluate --clip itself on --dataset, by one template, each, and all")
     clip: str = train.setting("ViT-L/14", "as in train.py", type=str)
     bpe: str = train.setting(None, "as in train.py", type=str)
@@ -651,13 +651,13 @@ def newest_run(root="runs"):
 
 
 def load_run(folder, dataset, class_names):
-    """-> Classifier of a finished run. FileNotFoundError for an unfinished one; ValueError for a damaged one and for one
-    of other classes than the data set's, naming the first that differs."""
+    """-> Classifier of a finished run. Raises ValueError for a damaged one, and for one of other classes than the data
+    set's, naming the first that differs."""
     student, summary = train.read_checkpoint(folder / "student.pt"), json.loads((folder / "summary.json").read_text())
     for k, (own, other) in enumerate(itertools.zip_longest(student["class_names"], class_names)):
         if own != other:
-            raise ValueError(f"{folder} was trained on other classes than {dataset} has: class {k} is {own!r} there and "
-                             f"{other!r} here")
+            raise ValueError(f"{folder} was trained on other classes than {dataset} has: class {k} is {own!r} there "
+                             f"and {other!r} here")
     model = models.load_weights(student["model_name"], folder / "student.pt")
     about = {key: summary[key] for key in ("dataset", "method", "teacher", "student", "seed", "epochs")}
     return Classifier(model, student["mean"], student["std"], student["image_size"], about, folder / "report.json")
@@ -727,8 +727,8 @@ def evaluate(config):
         folders = [Path(folder) for folder in config.run or [newest_run()]]
         unfinished = [str(folder) for folder in folders if not (folder / "summary.json").is_file()]
         if unfinished:
-            raise FileNotFoundError(f"no finished run in {', '.join(unfinished)} (no summary.json); python train.py makes "
-                                    "one, and finishes one that it began")
+            raise FileNotFoundError(f"no finished run in {', '.join(unfinished)} (no summary.json); python train.py "
+                                    "makes one, and finishes one that it began")
         known = [json.loads((folder / "config.json").read_text()) for folder in folders]
         datasets = {run["settings"]["dataset"] for run in known}
         if not config.dataset and len(datasets) > 1:
@@ -754,7 +754,7 @@ def evaluate(config):
     if config.corruptions:
         source = "generated" if config.corruptions == "generated" else "published"
         for report in reports:
-            report["corruptions"] = {"source": source, "seed": config.seed if source == "generated" else None, "top1": {}}
+            report["corruptions"] = {"source": source, "top1": {}}
         tasks = [(name, severity) for name in COMMON for severity in range(1, 6)]
         progress = data.Progress(f"corruptions ({source})", len(tasks), "sets")
         for done, (name, severity) in enumerate(tasks, 1):
@@ -783,7 +783,7 @@ def zero_shot(config):
 
 
 def tables(reports):
-    """The reports as text: a row a classifier; with corruptions a table each, a row a corruption, a column a severity."""
+    """The reports as text: a table of test sets each, and one of corruptions by severity."""
     lines = []
     for report in reports:
         lines.append(" ".join(f"{key} {value}" for key, value in report["of"].items() if value is not None))

@@ -45,7 +45,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# ---- parts that several networks share -------------------------------------------------------------------------------
+# Parts that several networks share ------------------------------------------------------------------------------------
 class Head(nn.Linear):
     """The last layer of every network: returns `(logits (B, K), features (B, C))`, so that the chain it ends does."""
 
@@ -116,7 +116,7 @@ def init_head(model, std=None):
     return model
 
 
-# ---- ResNet ----------------------------------------------------------------------------------------------------------
+# ResNet ---------------------------------------------------------------------------------------------------------------
 class ZeroPadShortcut(nn.Module):
     """He's option A: subsample, and fill the new channels with zeros, half of them on either side; no parameters."""
 
@@ -172,7 +172,7 @@ def resnet50(num_classes):
     return init_convs(staged(Bottleneck, 3, widths, counts, (1, 2, 2, 2), "linear", num_classes))
 
 
-# ---- WideResNet ------------------------------------------------------------------------------------------------------
+# WideResNet -----------------------------------------------------------------------------------------------------------
 class WideBlock(nn.Module):
     """BatchNorm and ReLU stand before the convolutions; where the width changes they also feed the shortcut."""
 
@@ -196,7 +196,7 @@ def wrn(depth, widen, num_classes):
         bn1=nn.BatchNorm2d(w3), relu=nn.ReLU(inplace=True), pool=global_pool(), fc=Head(w3, num_classes))))
 
 
-# ---- VGG -------------------------------------------------------------------------------------------------------------
+# VGG ------------------------------------------------------------------------------------------------------------------
 class PoolAt64(nn.Module):
     """The fourth max-pooling, which the public code applies to 64x64 images only, here maps of 8x8."""
 
@@ -218,7 +218,7 @@ def vgg(counts, num_classes):
     return init_head(init_convs(chain(**modules, classifier=Head(512, num_classes))), std=.01)
 
 
-# ---- MobileNet -------------------------------------------------------------------------------------------------------
+# MobileNet ------------------------------------------------------------------------------------------------------------
 class InvertedResidual(nn.Module):
     """Widen by `expansion`, filter each channel alone, and narrow again without an activation."""
 
@@ -260,7 +260,7 @@ def mobilenet_v1(num_classes):
     return chain(model=nn.Sequential(*layers), pool=global_pool(), fc=Head(width, num_classes))
 
 
-# ---- ShuffleNet ------------------------------------------------------------------------------------------------------
+# ShuffleNet -----------------------------------------------------------------------------------------------------------
 class ShuffleV1Block(nn.Module):
     """1x1 in groups, shuffle, 3x3 per channel, 1x1 in groups; at stride 2 the pooled input is stacked, not added."""
 
@@ -306,7 +306,7 @@ class ShuffleV2Block(nn.Module):
         return shuffle(torch.cat([self.path(left, 1, self.left), self.path(right, self.left + 1, self.left + 3)], 1), 2)
 
 
-# ---- the zoo ---------------------------------------------------------------------------------------------------------
+# The zoo --------------------------------------------------------------------------------------------------------------
 def from_torchvision(name, head, num_classes):
     """torchvision's network with its last layer, which is called `head`, turned into a `Head`."""
     model = torchvision.models.get_model(name, num_classes=num_classes)
@@ -360,7 +360,7 @@ def build_model(name, num_classes):
     return model
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
+# Weights --------------------------------------------------------------------------------------------------------------
 # Public training scripts store their accuracy as a NumPy number, under NumPy 1's module name or NumPy 2's.
 NUMPY_NUMBERS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 NUMPY_NUMBERS += [np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OSUVMm"}]
@@ -477,7 +477,7 @@ def freeze(model):
     return frozen.to(memory_format=torch.channels_last)  # the layout in which convolutions run faster
 
 
-# ---- the zoo at a glance ---------------------------------------------------------------------------------------------
+# The zoo at a glance --------------------------------------------------------------------------------------------------
 def multiply_adds(name, num_classes, size):
     """Of one forward pass of one image of size x size: convolutions and linear layers, counted without running them."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

@@ -101,15 +101,15 @@ class Config:
     amp: bool = setting(False, "bfloat16 autocast")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
     workers: int = setting(8, "loader processes where images stream (imagenet)")
-    cache_dir: str = setting(os.environ.get("RICHKD_CACHE", str(Path.home() / ".cache" / "richkd")), "for teachers, CLIP's weights and targets")
+    cache_dir: str = setting(os.environ.get("RICHKD_CACHE") or str(Path.home() / ".cache/richkd"),
+                             "for teachers, CLIP's weights and targets")
     out: str = setting(None, "run folder; without, runs/<dataset>-<method>-<teacher>-<student>-s<seed>", type=str)
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
 
 
 PLACES = ("data_dir", "device", "workers", "cache_dir", "out", "overwrite")  # what does not change a result
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
+# Settings -------------------------------------------------------------------------------------------------------------
 
 
 def flag(name):
@@ -203,8 +203,7 @@ def run_folder(config):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes, one a GPU, as torchrun starts them
+# Several processes, one a GPU, as torchrun starts them ----------------------------------------------------------------
 
 
 def rank():
@@ -237,8 +236,7 @@ def first(work):
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data and teachers
+# Data and teachers ----------------------------------------------------------------------------------------------------
 
 
 def load_splits(config):
@@ -285,69 +283,18 @@ def load_teachers(config, splits):
     return Teachers(teachers, config.teacher_shares).to(config.device) if teachers else None
 
 
-def train_tiny_clip(seed=0, device="cpu", num_images=24000, steps=1000, batch_size=128, amp=False, progress=None):
-    """A small byte-level CLIP, trained on pictures and captions of the wider world that data.render_captions draws.
-
-    Contrastive both ways (Radford 2021, section 2.3), but for two things. The captions of one step share their template
-    and repeat, so every distinct one is encoded once and stands for all its images: no caption is its own negative.
-    And two captions that say the same in other words are positives too; without that the text tower, whose captions
-    all look alike at first, does not tell shapes apart within so few steps. Every second step's captions name the
-    shape alone. Returns a CLIP in eval mode, float32, on `device`; `progress(done, total)` after every step.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    images, phrases = data.render_captions(num_images, seed)
-    tokenizer, context_length = clip_model.Tokenizer(), 56
-    captions = []  # for phrases and for shapes: which text an image has (N,), the texts' tokens (templates,texts,L)
-    for names in (phrases, [phrase.split()[1] for phrase in phrases]):
-        texts = sorted(set(names))
-        tokens = [tokenizer([template.format(text) for text in texts], context_length) for template in data.CAPTIONS]
-        captions.append((torch.tensor([texts.index(name) for name in names]), torch.stack(tokens)))
-
-    with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator
-        torch.manual_seed(seed)
-        clip = clip_model.CLIP(embed_dim=64, image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=16,
-                               vision_patch_size=None, context_length=context_length, vocab_size=tokenizer.vocab_size,
-                               transformer_width=64, transformer_heads=1, transformer_layers=2).to(device)
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=2.5e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, steps, pct_start=0.15, cycle_momentum=False)
-    for step in range(steps):
-        shown = torch.randint(num_images, (batch_size,), generator=generator)
-        text_of, tokens = captions[step % 2]
-        present, column = text_of[shown].unique(return_inverse=True)  # the step's T distinct texts; which is an image's
-        templates = torch.randint(len(tokens), (2,), generator=generator)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-            image = clip.encode_image(clip_model.preprocess(images[shown].to(device), clip.visual.input_resolution))
-            text = clip.encode_text(tokens[templates][:, present].flatten(0, 1).to(device))
-        image = F.normalize(image.float(), dim=1)  # (B,D)
-        text, reworded = F.normalize(text.float(), dim=1).chunk(2)  # (T,D) each
-        scale, column = clip.logit_scale.exp(), column.to(device)
-        logits = scale * image @ text.T  # (B,T)
-        share = F.one_hot(column, len(text)).float()
-        share = share / share.sum(dim=0)  # a text's images, equally
-        loss = (F.cross_entropy(logits, column) + F.cross_entropy(logits.T, share.T)) / 2
-        loss = loss + F.cross_entropy(scale * text @ reworded.T, torch.arange(len(text), device=device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(100))
-        if progress:
-            progress(step + 1, steps)
-    return clip.eval()
-
-
 def load_clip(config):
     """-> (CLIP on the device, its tokenizer). The tiny one is trained first, in the cache."""
     path = config.clip
     if config.clip == "tiny":
-        made_of = inspect.getsource(train_tiny_clip) + "".join(data.CAPTIONS)
-        made_of = made_of.encode() + data.render_captions(64)[0].numpy().tobytes()
-        path = Path(config.cache_dir) / f"clip-tiny-{hashlib.sha256(made_of).hexdigest()[:8]}.pt"
+        made_of = inspect.getsource(clip_model.train_tiny_clip) + "".join(data.CAPTIONS)
+        digest = hashlib.sha256(made_of.encode() + data.render_captions(64)[0].numpy().tobytes()).hexdigest()
+        path = Path(config.cache_dir) / f"clip-tiny-{digest[:8]}.pt"
         if not path.is_file():
             progress = data.Progress("tiny CLIP", 1000, "steps")
-            clip = train_tiny_clip(device=config.device,
-                                   progress=lambda done, total: progress.update(done, keep=done == total))
+            clip = clip_model.train_tiny_clip(
+                *data.render_captions(24000), data.CAPTIONS, device=config.device,
+                progress=lambda done, total: progress.update(done, keep=done == total))
             data.save(path, clip.state_dict())
     clip = clip_model.load_clip(path, config.cache_dir)
     tokenizer = clip_model.Tokenizer()  # bytes alone
@@ -383,8 +330,7 @@ def load_targets(config, clip, tokenizer, splits):
     return targets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Training -------------------------------------------------------------------------------------------------------------
 
 
 def autocast(config):
@@ -469,11 +415,12 @@ def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale,
                     if not math.isfinite(record["loss"]):
                         raise ValueError(f"the loss is {record['loss'].item()}")
                     finite = record["loss"].item()
-                progress.update(min(before + number * config.batch_size, before + len(train.labels)), f"epoch {epoch + 1}/"
-                                f"{config.epochs} | loss {finite:.3f} | accuracy {right.item():.1f} %")
+                done = min(number * config.batch_size, len(train.labels))
+                progress.update(before + done, f"epoch {epoch + 1}/{config.epochs} | loss {finite:.3f} | accuracy "
+                                f"{right.item():.1f} %")
         except ValueError as error:
-            raise FloatingPointError(f"epoch {epoch + 1}, step {number}: {error}; last finite loss {finite:.4g}; the run "
-                                     f"folder keeps epoch {epoch}; a smaller --lr may help") from None
+            raise FloatingPointError(f"epoch {epoch + 1}, step {number}: {error}; last finite loss {finite:.4g}; the "
+                                     f"run folder keeps epoch {epoch}; a smaller --lr may help") from None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -619,7 +566,8 @@ def table(summary):
     rows = {who: row for who, row in summary["accuracies"].items() if row}
     width = max(len(names[who]) for who in rows)
     lines = [" " * width + "".join(f"{split:>10}" for split in rows["student"])]
-    lines += [f"{names[who]:{width}}" + "".join(f"{value:10.1f}" for value in row.values()) for who, row in rows.items()]
+    for who, row in rows.items():
+        lines.append(f"{names[who]:{width}}" + "".join(f"{value:10.1f}" for value in row.values()))
     return "\n".join(lines)
 
 

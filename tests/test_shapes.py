@@ -103,7 +103,7 @@ def test_captions_tell_of_a_wider_world_but_never_of_the_held_out():
 
 @pytest.fixture(scope="session")
 def tiny_clip():
-    return train.train_tiny_clip(num_images=12000, steps=700)
+    return clip_model.train_tiny_clip(*data.render_captions(12000), data.CAPTIONS, steps=700)
 
 
 @torch.no_grad()
@@ -145,9 +145,10 @@ def test_tiny_clip_is_a_plain_checkpoint(tiny_clip):
 
 def test_tiny_clip_is_fixed_by_its_seed():
     state, calls = torch.get_rng_state(), []
-    short = dict(num_images=300, steps=2, batch_size=16)
-    a = train.train_tiny_clip(**short, progress=lambda done, total: calls.append((done, total))).state_dict()
-    b, c = (train.train_tiny_clip(seed=seed, **short).state_dict() for seed in (0, 1))
+    world = (*data.render_captions(300), data.CAPTIONS)
+    short = dict(steps=2, batch_size=16)
+    a = clip_model.train_tiny_clip(*world, **short, progress=lambda done, total: calls.append((done, total))).state_dict()
+    b, c = (clip_model.train_tiny_clip(*world, seed=seed, **short).state_dict() for seed in (0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a) and calls == [(1, 2), (2, 2)]
     assert not torch.equal(a["text_projection"], c["text_projection"])
     assert torch.equal(state, torch.get_rng_state())
