@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import time
@@ -89,26 +90,28 @@ def duration(seconds):
 
 
 class Progress:
-    """One line on stderr: what, how much of it, rate, time left. It rewrites itself on a terminal; elsewhere (in a log)
-    only lines to keep are printed. `start`: how much was done before; resumed work does not count into the rate."""
+    """One line on stderr: what, how much of it, rate, time left. On a terminal it rewrites itself until all is done;
+    elsewhere (in a log) the lines to keep are printed. `start` was done before and does not count into the rate."""
 
     def __init__(self, label, total, unit="images", start=0):
         self.label, self.total, self.unit, self.start, self.done = label, total, unit, start, start
         self.began, self.shown = time.time(), 0.0
 
     def update(self, done, note="", keep=False):
-        """`done` of the total is ready; `note` is shown beside it; `keep`: this line stays."""
+        """`done` of the total is ready; `note` is shown beside it; `keep`: a line for the log."""
         self.done = done
-        terminal = sys.stderr.isatty()
-        if not keep and (not terminal or time.time() - self.shown < 0.2):
+        terminal, now = sys.stderr.isatty(), time.time()
+        if not keep and (not terminal or now - self.shown < 0.2):
             return
-        self.shown = time.time()
-        rate = (done - self.start) / max(self.shown - self.began, 1e-9)
-        left = f"{duration((self.total - done) / max(rate, 1e-9))} left" if done < self.total else \
-            duration(self.shown - self.began)
-        parts = (f"{self.label} {done}/{self.total}", note, f"{rate:.0f} {self.unit}/s", left)
-        print("\r\033[K" * terminal + " | ".join(part for part in parts if part), end="\n" if keep else "",
-              file=sys.stderr, flush=True)
+        self.shown = now
+        rate = (done - self.start) / max(now - self.began, 1e-9)
+        left = f"{duration((self.total - done) / max(rate, 1e-9))} left"
+        parts = (f"{self.label} {done}/{self.total}", note, f"{rate:.0f} {self.unit}/s",
+                 left if done < self.total else duration(now - self.began))
+        line = " | ".join(part for part in parts if part)
+        if terminal:  # a line that wraps could not be rewritten
+            line = "\r\033[K" + line[:shutil.get_terminal_size().columns - 1]
+        print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
 
 
 # Shapes: the embedded data set, rendered ------------------------------------------------------------------------------

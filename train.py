@@ -163,6 +163,10 @@ def resolve(config):
             raise ValueError(f"{len(teacher)} --teacher, but {len(values)} {flag(name)}: expected one a teacher")
     for name in (config.student, *teacher):
         models.build_model(name, 2)  # an unknown name raises
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}") from None
     return dataclasses.replace(config, teacher=tuple(teacher), teacher_weights=weights, teacher_shares=shares,
                                clip=config.clip if needs_clip(config) else None)
 
@@ -433,14 +437,15 @@ def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale,
 def fit(config, folder, splits):
     """Train config.student on splits["train"], going on from folder/last.pt where there is one; write student.pt and
     summary.json. Returns the summary."""
-    # Whatever can be missing is asked for before anything is trained: CLIP first, the teacher may take hours.
+    # What can be missing is asked for before anything that takes long: given teachers, CLIP, then teachers to train.
+    teachers = load_teachers(config, splits) if config.teacher_weights else None
     clip_targets, scale = {}, None
     if config.clip:
         clip, tokenizer = first(lambda: load_clip(config))
         clip_targets = first(lambda: load_targets(config, clip, tokenizer, splits))
         scale = config.clip_scale or clip.logit_scale.exp().item()
         del clip
-    teachers = load_teachers(config, splits)
+    teachers = teachers or load_teachers(config, splits)
     splits = {name: resized(split, config) for name, split in splits.items()}
     train, N = splits["train"], len(splits["train"].labels)
     targets = clip_targets.get("train")
@@ -521,7 +526,7 @@ def accuracies(config, student, teachers, clip_targets, scale, splits):
 
 def summarize(config, log, table):
     """What summary.json holds. The accuracies are the last epoch's; the best one is chosen on the test split itself, so
-    it stands beside them for information only."""
+    it stands beside them for information only. Seconds are those of training the student, without teacher and CLIP."""
     best = max(log, key=lambda row: row["test_accuracy"])
     return {
         "dataset": config.dataset, "method": config.method, "teacher": "+".join(config.teacher) or None,
@@ -598,7 +603,8 @@ def main(job):
     try:
         job()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
+        print(f"{clear}error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on after the last finished epoch", file=sys.stderr)

@@ -255,6 +255,7 @@ def test_two_processes_make_the_same_files(clip_file, tmp_path):
     ({"teacher_weights": ("a", "b")}, "1 --teacher, but 2 --teacher-weights: expected one a teacher"),
     ({"teacher_weights": ("missing.pth",)}, "missing.pth"),
     ({"prompts": "missing.txt"}, "missing.txt"),
+    ({"device": "gpu"}, "--device gpu cannot be used here"),
     ({"logit_loss": "mse"}, "--logit-loss 'mse': expected one of kd, dkd, mlkd"),
 ])
 def test_wrong_settings(config, changes, message):
