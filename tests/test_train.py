@@ -268,7 +268,7 @@ def test_wrong_settings(config, changes, message):
 def test_wrong_prompts(config, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# only\n\n# comments\n")
-    with pytest.raises(ValueError, match="prompts.txt: no template"):
+    with pytest.raises(ValueError, match="prompts.txt:1: expected a template"):
         train.run(with_(config, prompts=str(prompts)))
     prompts.write_text("a photo of a {}\na photo of nothing\n")
     with pytest.raises(ValueError, match="prompts.txt:2: "):
