@@ -13,6 +13,7 @@ The same command resumes an unfinished run. Accuracies are top-1 in percent; the
 import argparse
 import csv
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -315,13 +316,19 @@ def load_targets(config, clip, tokenizer, splits):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     templates, resolution = clip_model.load_templates(config.prompts), clip.visual.input_resolution
 
+    @functools.cache  # once for all splits, and only where one is not in the cache
+    def classes():  # (K,D)
+        names = next(iter(splits.values())).class_names
+        progress = data.Progress("prompts", len(names) * len(templates), "prompts")
+        return clip_model.class_features(clip, tokenizer, names, templates,
+                                         progress=lambda done, total: progress.update(done, keep=done == total))
+
     def blocks(split, start):
-        classes = clip_model.class_features(clip, tokenizer, split.class_names, templates)  # (K,D)
         for images in data.blocks(split.images, resolution, start, config.workers):
             with torch.inference_mode(), autocast(config):
                 images = clip_model.preprocess(images.to(config.device), resolution)
                 features = F.normalize(clip.encode_image(images).float(), dim=1)  # (B,D)
-            yield richkd.zero_shot_logits(features, classes, 1.0), features
+            yield richkd.zero_shot_logits(features, classes(), 1.0), features
 
     targets = {}
     for name, split in splits.items():
