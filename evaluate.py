@@ -622,7 +622,7 @@ class Config:
     zero_shot: bool = train.setting(False, "evaluate --clip itself on --dataset, by one template, each, and all")
     clip: str = train.setting("ViT-L/14", "as in train.py", type=str)
     bpe: str = train.setting(None, "as in train.py", type=str)
-    prompts: str = train.setting(str(train.HERE / "prompts.txt"), "as in train.py")
+    prompts: str = train.setting(None, "as in train.py", type=str)
     seed: int = train.setting(0, "of generated corruptions")
     amp: bool = train.setting(False, "bfloat16 autocast")
     device: str = train.setting(train.Config.device, "cpu, cuda, cuda:1")
@@ -774,7 +774,7 @@ def zero_shot(config):
     """CLIP itself on a data set's test split: {"all N templates": top-1 in percent, then an entry a template}."""
     config = dataclasses.replace(config, dataset=config.dataset or "shapes", data_dir=config.data_dir or "data")
     test = data.load_dataset(config.dataset, config.data_dir, "test")
-    templates = clip_model.load_templates(config.prompts)
+    templates = clip_model.load_templates(config.prompts or train.PROMPTS)
     clip, tokenizer = train.load_clip(config)
     _, features = train.load_targets(config, clip, tokenizer, {"test": test})["test"]  # (N,D), unit length
     each = [clip_model.class_features(clip, tokenizer, test.class_names, [t]).cpu() for t in templates]  # M times (K,D)

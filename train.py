@@ -36,6 +36,7 @@ import models
 import richkd
 
 HERE = Path(__file__).resolve().parent
+PROMPTS = HERE / "prompts.txt"  # not a default setting: moving the files must not change a run's settings
 
 # What a method fixes. Everything else is shared, so that methods differ in their loss alone.
 METHODS = {
@@ -82,7 +83,7 @@ class Config:
     student: str = setting(None, "the student's architecture", type=str)
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint's path", type=str)
     bpe: str = setting(None, "CLIP's BPE merges, bpe_simple_vocab_16e6.txt.gz; without, downloaded", type=str)
-    prompts: str = setting(str(HERE / "prompts.txt"), "templates, one a line, {} for the class name")
+    prompts: str = setting(None, "templates, one a line, {} for the class name; the authors' twelve", type=str)
     clip_scale: float = setting(None, "scale of CLIP's cosines; without, CLIP's own exp(logit_scale)", type=float)
     alpha: float = setting(0.7, "the teacher's share of the fused logits")
     lam: float = setting(0.7, "the teacher's share of the fused features")
@@ -314,7 +315,7 @@ def load_targets(config, clip, tokenizer, splits):
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    templates, resolution = clip_model.load_templates(config.prompts), clip.visual.input_resolution
+    templates, resolution = clip_model.load_templates(config.prompts or PROMPTS), clip.visual.input_resolution
 
     @functools.cache  # once for all splits, and only where one is not in the cache
     def classes():  # (K,D)
