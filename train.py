@@ -163,8 +163,9 @@ def resolve(config):
     for name, values in (("teacher_weights", weights), ("teacher_shares", shares)):
         if values and len(values) != len(teacher):
             raise ValueError(f"{len(teacher)} --teacher, but {len(values)} {flag(name)}: expected one a teacher")
-    for name in (config.student, *teacher):
-        models.build_model(name, 2)  # an unknown name raises
+    with torch.device("meta"):  # an unknown name raises; no weights are made for that
+        for name in (config.student, *teacher):
+            models.build_model(name, 2)
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
