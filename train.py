@@ -76,6 +76,8 @@ class Config:
     dataset: str = setting("shapes", "one of " + ", ".join(data.DATASETS))
     data_dir: str = setting("data", "where the data set lies or is downloaded to (tiny-imagenet: or its zip)")
     image_size: int = setting(None, "side to which the classifiers' images are brought; the data set's own", type=int)
+    fraction: float = setting(1.0, "share of the training images to train on, the same ones for every run")
+    holdout: float = setting(0.0, "share of the training images that takes the test split's place (to choose settings)")
     method: str = setting("richkd", "one of " + ", ".join(METHODS))
     teacher: tuple = setting(None, "architecture of the conventional teacher; several are fused", nargs="+")
     teacher_weights: tuple = setting(None, "a checkpoint a teacher; without, it is trained first, and kept", nargs="+")
@@ -148,7 +150,8 @@ def resolve(config):
                                      teacher=tuple(names.get(name, name) for name in config.teacher))
     for name, low, high in (("alpha", 0, 1), ("lam", 0, 1), ("logit_weight", 0, math.inf), ("workers", 0, math.inf),
                             ("feature_weight", 0, math.inf), ("num_negatives", 1, math.inf), ("epochs", 1, math.inf),
-                            ("batch_size", 1, math.inf), ("image_size", 8, math.inf), ("seed", 0, 2**31)):
+                            ("batch_size", 1, math.inf), ("image_size", 8, math.inf), ("seed", 0, 2**31),
+                            ("fraction", 0, 1), ("holdout", 0, 0.9)):
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{flag(name)} {getattr(config, name)}: expected {low} to {high}")
     for name in ("temperature", "lr", "clip_scale"):
@@ -249,7 +252,13 @@ def first(work):
 def load_splits(config):
     """{"train", "test" and the data set's shifts: Split}, images as they come (CLIP sees those)."""
     names = ("train", "test", *data.DATASETS[config.dataset].shifts)
-    return {name: data.load_dataset(config.dataset, config.data_dir, name) for name in names}
+    splits = {name: data.load_dataset(config.dataset, config.data_dir, name) for name in names}
+    if config.fraction < 1 or config.holdout > 0:
+        kept = 1 - config.holdout
+        if config.holdout:
+            splits["test"] = data.subset(splits["train"], kept, 1)
+        splits["train"] = data.subset(splits["train"], 0, kept * config.fraction)
+    return splits
 
 
 def resized(split, config):
@@ -278,7 +287,7 @@ def load_teachers(config, splits):
     for name, weights in zip(config.teacher, config.teacher_weights or [None] * len(config.teacher)):
         if weights is None:
             own = resolve(Config(dataset=config.dataset, image_size=config.image_size, method="scratch", student=name,
-                                 epochs=config.epochs, batch_size=config.batch_size, weight_decay=config.weight_decay,
+                                 fraction=config.fraction, holdout=config.holdout, epochs=config.epochs, batch_size=config.batch_size, weight_decay=config.weight_decay,
                                  amp=config.amp, device=config.device, workers=config.workers))
             digest = hashlib.sha256(json.dumps(settings(own), sort_keys=True).encode()).hexdigest()[:8]
             folder = Path(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest}"
