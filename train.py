@@ -86,6 +86,7 @@ class Config:
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint's path", type=str)
     bpe: str = setting(None, "CLIP's BPE merges, bpe_simple_vocab_16e6.txt.gz; without, downloaded", type=str)
     prompts: str = setting(None, "templates, one a line, {} for the class name; the authors' twelve", type=str)
+    average: str = setting("embeddings", "what is averaged over the templates: the class embeddings, or the logits")
     clip_scale: float = setting(None, "scale of CLIP's cosines; without, CLIP's own exp(logit_scale)", type=float)
     alpha: float = setting(0.7, "the teacher's share of the fused logits")
     lam: float = setting(0.7, "the teacher's share of the fused features")
@@ -158,7 +159,7 @@ def resolve(config):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} {getattr(config, name)}: expected more than 0")
     for name, known in (("logit_loss", ("kd", "dkd", "mlkd")), ("feature_loss", ("crd", "mse", "rkd")),
-                        ("negatives", ("shared", "per-image"))):
+                        ("negatives", ("shared", "per-image")), ("average", ("embeddings", "logits"))):
         if getattr(config, name) not in known:
             raise ValueError(f"{flag(name)} {getattr(config, name)!r}: expected one of {', '.join(known)}")
     teacher = config.teacher if needs_teacher(config) else ()
@@ -328,23 +329,28 @@ def load_targets(config, clip, tokenizer, splits):
     templates, resolution = clip_model.load_templates(config.prompts or PROMPTS), clip.visual.input_resolution
 
     @functools.cache  # once for all splits, and only where one is not in the cache
-    def classes():  # (K,D)
-        names = next(iter(splits.values())).class_names
+    def classes():  # a list of (K,D), one for each set of templates whose logits are averaged
+        names, sets = next(iter(splits.values())).class_names, [templates]
+        if config.average == "logits":
+            sets = [[template] for template in templates]
         progress = data.Progress("prompts", len(names) * len(templates), "prompts")
-        return clip_model.class_features(clip, tokenizer, names, templates,
-                                         progress=lambda done, total: progress.update(done, keep=done == total))
+        return [clip_model.class_features(
+            clip, tokenizer, names, some, progress=lambda done, total: progress.update(
+                i * total + done, keep=i * total + done == len(names) * len(templates)))
+            for i, some in enumerate(sets)]
 
     def blocks(split, start):
         for images in data.blocks(split.images, resolution, start, config.workers):
             with torch.inference_mode(), autocast(config):
                 images = clip_model.preprocess(images.to(config.device), resolution)
                 features = F.normalize(clip.encode_image(images).float(), dim=1)  # (B,D)
-            yield richkd.zero_shot_logits(features, classes(), 1.0), features
+            yield sum(richkd.zero_shot_logits(features, w, 1.0) for w in classes()) / len(classes()), features
 
     targets = {}
     for name, split in splits.items():
         key = {"checkpoint": digest.hexdigest(), "templates": templates, "class_names": split.class_names,
-               "dataset": config.dataset, "split": name, "images": data.fingerprint(split.images), "amp": config.amp}
+               "dataset": config.dataset, "split": name, "images": data.fingerprint(split.images), "amp": config.amp,
+               **({"average": config.average} if config.average != "embeddings" else {})}
         short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
         path = Path(config.cache_dir) / f"targets-{config.dataset}-{name}-{short}.bin"
         shape = (len(split.labels), len(split.class_names), clip.embed_dim)
