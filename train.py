@@ -288,8 +288,9 @@ def load_teachers(config, splits):
     for name, weights in zip(config.teacher, config.teacher_weights or [None] * len(config.teacher)):
         if weights is None:
             own = resolve(Config(dataset=config.dataset, image_size=config.image_size, method="scratch", student=name,
-                                 fraction=config.fraction, holdout=config.holdout, epochs=config.epochs, batch_size=config.batch_size, weight_decay=config.weight_decay,
-                                 amp=config.amp, device=config.device, workers=config.workers))
+                                 fraction=config.fraction, holdout=config.holdout, epochs=config.epochs,
+                                 batch_size=config.batch_size, weight_decay=config.weight_decay, amp=config.amp,
+                                 device=config.device, workers=config.workers))
             digest = hashlib.sha256(json.dumps(settings(own), sort_keys=True).encode()).hexdigest()[:8]
             folder = Path(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest}"
             weights = first(lambda: run_folder(dataclasses.replace(own, out=str(folder)))) / "student.pt"
