@@ -9,15 +9,20 @@ batch at a time; ImageNet streams through a DataLoader. `shapes` is rendered, so
 download.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import math
 import os
 import shutil
+import signal
 import socket
+import stat
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +58,8 @@ DATASETS = {
     "imagenet": Info((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224),
 }
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+MAX_ENTRY = 2**25   # bytes of a file in that zip, unpacked; the largest one, words.txt, has 2.5 MB
+MAX_HEADER = 2**24  # bytes of the header of a file of CLIP's targets: names of classes and templates
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 # Files and progress ---------------------------------------------------------------------------------------------------
@@ -65,13 +72,51 @@ def write_atomically(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(temporary, path):
+    """Rename, and flush the folder to the disk, so that the rename outlasts a power cut."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """An OSError that names no file, as that of a full disk does not, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def lock(path, busy, wait=True):
+    """Open a file at "a+b" for this process alone, until it is closed. Where another process has it, wait and say so,
+    or raise ValueError; `busy(file)` words it. The system takes the lock from a process that ends, however it ends:
+    none can be stale."""
+    while True:
+        file = open(path, "a+b")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            if not wait:
+                raise ValueError(busy(file)) from None
+            print(f"{busy(file)}: waiting for it", file=sys.stderr)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):  # not removed by the process that had it
+                return file
+        file.close()
 
 
 def save(path, obj):
@@ -300,6 +345,13 @@ def _tiny_imagenet(name, root, split):
         if root.is_file():
             archive = zipfile.ZipFile(root)
             names, read = archive.namelist(), archive.read
+            for entry in archive.infolist():  # nothing is unpacked to the disk; such an archive is not the data set
+                if ".." in entry.filename.split("/") or entry.filename.startswith("/"):
+                    raise ValueError(f"its entry {entry.filename!r} leads out of it")
+                if stat.S_ISLNK(entry.external_attr >> 16):
+                    raise ValueError(f"its entry {entry.filename!r} is a link")
+                if entry.file_size > MAX_ENTRY:
+                    raise ValueError(f"its entry {entry.filename!r} unpacks to {entry.file_size} bytes")
         else:
             names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
             read = lambda file: (root / file).read_bytes()
@@ -318,10 +370,10 @@ def _tiny_imagenet(name, root, split):
         progress = Progress(f"reading {root.name} ({split})", len(labels))
         images = []
         for file in labels:
-            images.append(_decode(file, read(file)))
+            images.append(TF.pil_to_tensor(_open_image(file, io.BytesIO(read(file)))))
             progress.update(len(images))
         progress.update(len(images), keep=True)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+    except Exception as error:  # what is in a damaged archive can fail anywhere, with any exception
         raise ValueError(f"{root} is no complete Tiny-ImageNet ({_one_line(error)}); expected its original layout from "
                          f"{TINY_IMAGENET_URL}") from None
     if not images:
@@ -331,13 +383,15 @@ def _tiny_imagenet(name, root, split):
     return images, torch.tensor(list(labels.values())), [words.get(wnid, wnid).strip() for wnid in wnids]
 
 
-def _decode(file, content):
-    """Bytes of an image file -> uint8 (3,H,W). PIL, which also refuses images too huge to be meant."""
+def _open_image(name, file):
+    """An image file (its path, or open) -> a PIL image, RGB. Raises ValueError, naming it, for what is no image, is
+    damaged or too huge to be meant: more than PIL's MAX_IMAGE_PIXELS, at which PIL itself only warns at first."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return TF.pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not a readable image ({_one_line(error)})") from None
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            with Image.open(file) as image:
+                return image.convert("RGB")
+    except Exception as error:  # damaged bytes can raise anything
+        raise ValueError(f"{name} is not a readable image ({_one_line(error)})") from None
 
 
 def _imagenet(name, root, split):
@@ -375,8 +429,7 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         index, seed = item
-        with Image.open(self.paths[index]) as file:
-            image = file.convert("RGB")
+        image = _open_image(self.paths[index], self.paths[index])
         if seed is None:
             image = self.test(image)
         else:
@@ -461,46 +514,64 @@ def augment(images, generator, padding=4):
     The distribution of RandomCrop(H, padding) and RandomHorizontalFlip, drawn from `generator` (a CPU one) for the
     whole batch at once. The result is channels_last in memory.
     """
-    B, _, H, W = images.shape
+    (B, _, H, W), device = images.shape, images.device
     top, left = torch.randint(2 * padding + 1, (2, B), generator=generator)
     flip = torch.rand(B, generator=generator) < 0.5
-    rows = top[:, None] + torch.arange(H)                                     # (B,H)
-    columns = torch.arange(W).expand(B, W)
-    columns = left[:, None] + torch.where(flip[:, None], W - 1 - columns, columns)  # (B,W)
-    padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)                 # (B,H+2p,W+2p,3)
-    batch, rows, columns = (i.to(images.device, non_blocking=True) for i in (torch.arange(B), rows, columns))
-    return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    top, left, flip = (draw.to(device, non_blocking=True).view(B, 1) for draw in (top, left, flip))
+    rows, columns = torch.arange(H, device=device), torch.arange(W, device=device)
+    rows, columns = top + rows, left + torch.where(flip, W - 1 - columns, columns)  # (B,H), (B,W)
+    padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)                       # (B,H+2p,W+2p,3)
+    batch = torch.arange(B, device=device)[:, None, None]
+    return padded[batch, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, device="cpu"):
-    """Yield (images uint8 (B,3,H,W), labels (B,), index (B,)) on `device`.
+def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, device="cpu", tables=()):
+    """Yield (images uint8 (B,3,H,W), labels (B,), index (B,)) on `device`, and the rows of further `tables` (N, ...).
 
-    Without a seed: in order from image `start`, unchanged. With one: shuffled and augmented, everything drawn from the
-    seed, so that an epoch can be repeated exactly. Of each batch of `batch_size` images, rank r of `world` gets every
-    world-th one: the ranks together see the same batches, crops and flips as one process would (in training all but
-    those that a last batch has over a multiple of `world`).
+    Without a seed: in order, unchanged. With one: shuffled and augmented, all of it a function of the seed and the
+    place in the order, so that an epoch can be repeated exactly, and gone on with: `start` images, whole batches of
+    them, are left out. Of each batch of `batch_size` images, rank r of `world` gets every world-th one: the ranks
+    together see the same batches, crops and flips as one process would (in training all but those that a last batch
+    has over a multiple of `world`). Raises ValueError, naming it, for an image file that cannot be read.
     """
-    images, labels, _ = split
-    generator = torch.Generator().manual_seed(seed or 0)
-    order = torch.arange(start, len(labels)) if seed is None else torch.randperm(len(labels), generator=generator)
+    (images, labels, _), N, device = split, len(split.labels), torch.device(device)
+    generator, stream = torch.Generator().manual_seed(seed or 0), isinstance(split.images, Stream)
+    order = torch.arange(N) if seed is None else torch.randperm(N, generator=generator)
+    if not stream:
+        order, labels, *tables = (x.to(images.device) for x in (order, labels, *tables))
 
     def share(index):  # in training equal shares, since gradients are averaged over ranks
         return slice(rank, len(index) if seed is None else len(index) // world * world, world)
 
-    parts = [index for index in order.split(batch_size) if len(index[share(index)])]
-    if isinstance(images, Stream):
-        items = [[(i, None if seed is None else seed * len(labels) + i) for i in index[share(index)].tolist()]
-                 for index in parts]
+    def draw(place):  # the seed of an image's, or a batch's, crop and flip
+        return None if seed is None else (seed * 2**32 + place + 1) % 2**63
+
+    steps = [(place, index) for place, index in zip(range(start, N, batch_size), order[start:].split(batch_size))
+             if len(index[share(index)])]
+    if stream:
+        items = ([(i, draw(i)) for i in index[share(index)].tolist()] for _, index in steps)
         loader = torch.utils.data.DataLoader(images, batch_sampler=items, num_workers=workers,
-                                             pin_memory=torch.device(device).type == "cuda")
-        for batch, index in loader:
-            yield tuple(x.to(device, non_blocking=True) for x in (batch, labels[index], index))
+                                             pin_memory=device.type == "cuda", worker_init_fn=_ignore_interrupts)
+        try:
+            for batch, index in loader:
+                found = (batch, labels[index], index, *(table[index] for table in tables))
+                if device.type == "cuda":  # a copy from other than pinned memory waits for the device
+                    found = (x.pin_memory().to(device, non_blocking=True) for x in found)
+                yield tuple(found)
+        except ValueError as error:  # a worker's carries its traceback, whose last line is the message
+            raise ValueError(_one_line(error).removeprefix("ValueError: ")) from None
         return
-    for index in parts:
-        batch = images[index.to(images.device)]
+    for place, index in steps:
+        batch = images[index]
         if seed is not None:
-            batch = augment(batch, generator)
-        yield tuple(x[share(index)].to(device, non_blocking=True) for x in (batch, labels[index], index))
+            batch = augment(batch, generator.manual_seed(draw(place)))
+        found = (batch, labels[index], index, *(table[index] for table in tables))
+        yield tuple(x[share(index)].to(device, non_blocking=True) for x in found)
+
+
+def _ignore_interrupts(worker):
+    """Ctrl-C reaches every process of a terminal's job; a loader's workers are to serve the step that is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # The cache of CLIP's targets ------------------------------------------------------------------------------------------
@@ -523,28 +594,7 @@ def cached_targets(path, key, shape, blocks):
     header = header.ljust(math.ceil((len(header) + 1) / 4096) * 4096 - 1) + b"\n"
     row = 2 * (K + D)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        done = 0
-        if partial.exists() and _header(partial) == header:
-            done = (partial.stat().st_size - len(header)) // row
-        with open(partial, "r+b" if done > 0 else "wb") as file:
-            if done > 0:
-                file.truncate(len(header) + done * row)  # a row cut in half is written again
-                file.seek(0, os.SEEK_END)
-            else:
-                done = 0
-                file.write(header)
-            progress = Progress(f"CLIP's targets ({key.get('split', '')})", N, start=done)
-            for cosines, features in blocks(done) if done < N else ():
-                rows = torch.cat([cosines, features], 1).to("cpu", torch.float16)  # (b,K+D)
-                file.write(rows.contiguous().numpy().tobytes())
-                file.flush()
-                done += len(rows)
-                progress.update(done)
-            os.fsync(file.fileno())
-        progress.update(done, keep=True)
-        os.replace(partial, path)
+        _make_targets(path, header, N, row, key, blocks)
     found = _header(path)
     if found != header:
         raise ValueError(_difference(path, found, key, list(shape)))
@@ -554,10 +604,35 @@ def cached_targets(path, key, shape, blocks):
     return rows.view(N, K + D).split([K, D], 1)
 
 
+def _make_targets(path, header, N, row, key, blocks):
+    """Write the file of targets, or what is missing of it; where another process does so, wait until it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    with naming(partial), lock(partial, lambda file: f"another process makes {path}") as file:
+        if path.exists():
+            partial.unlink()  # empty
+            return
+        file.seek(0)
+        begun = file.readline(MAX_HEADER) == header
+        done = (os.fstat(file.fileno()).st_size - len(header)) // row if begun else 0
+        file.truncate(len(header) + done * row if begun else 0)  # a row cut in half is written again
+        file.write(b"" if begun else header)
+        progress = Progress(f"CLIP's targets ({key.get('split', '')})", N, start=done)
+        for cosines, features in blocks(done) if done < N else ():
+            rows = torch.cat([cosines, features], 1).to("cpu", torch.float16)  # (b,K+D)
+            file.write(rows.contiguous().numpy().tobytes())
+            file.flush()
+            done += len(rows)
+            progress.update(done)
+        os.fsync(file.fileno())
+        progress.update(done, keep=True)
+        replace(partial, path)
+
+
 def _header(path):
-    """The header's bytes, b"" where there is none. (A key is some kilobytes: names of classes and templates.)"""
+    """The header's bytes, b"" where there is none."""
     with open(path, "rb") as file:
-        return file.readline(16 * 2**20)
+        return file.readline(MAX_HEADER)
 
 
 def _difference(path, found, key, shape):

@@ -7,22 +7,24 @@
 
 What a run needs and does not find (the teacher, the tiny CLIP, CLIP's targets) is made first and cached. The run folder
 holds config.json, log.csv (a row an epoch), last.pt (to resume from), student.pt (for evaluate.py) and summary.json.
-The same command resumes an unfinished run. Accuracies are top-1 in percent; the one reported is the last epoch's.
+The same command goes on with an unfinished run, whether Ctrl-C, SIGTERM or kill -9 ended it, to the same result.
+Accuracies are top-1 in percent; the one reported is the last epoch's.
 """
 
 import argparse
-import csv
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import inspect
-import io
 import json
 import math
 import os
-import pickle
+import signal
 import sys
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -104,15 +106,20 @@ class Config:
     weight_decay: float = setting(None, "of SGD with momentum .9", type=float)
     seed: int = setting(0, "of initialisation, order, augmentation and negatives (a teacher trained here: 0)")
     amp: bool = setting(False, "bfloat16 autocast")
+    teacher_dtype: str = setting(None, "the frozen teacher's float32 or bfloat16; bfloat16 where that is fast", type=str)
+    compile: bool = setting(False, "torch.compile of student and teacher")
+    deterministic: bool = setting(False, "on CUDA the same numbers every time, slower; a CPU gives them anyway")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
     workers: int = setting(8, "loader processes where images stream (imagenet)")
     cache_dir: str = setting(os.environ.get("RICHKD_CACHE") or str(Path.home() / ".cache/richkd"),
                              "for teachers, CLIP's weights and targets")
     out: str = setting(None, "run folder; without, runs/<dataset>-<method>-<teacher>-<student>-s<seed>", type=str)
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
+    tensorboard: bool = setting(False, "log for tensorboard, too, into the run folder")
 
 
-PLACES = ("data_dir", "device", "workers", "cache_dir", "out", "overwrite")  # what does not change a result
+# What does not change a result.
+PLACES = ("data_dir", "device", "workers", "cache_dir", "out", "overwrite", "tensorboard")
 
 # Settings -------------------------------------------------------------------------------------------------------------
 
@@ -174,8 +181,22 @@ def resolve(config):
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}") from None
+    if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard needs the package of that name: pip install tensorboard")
+    dtype = (config.teacher_dtype or fast_dtype(config.device)) if teacher else None
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"--teacher-dtype {dtype!r}: expected one of float32, bfloat16")
     return dataclasses.replace(config, teacher=tuple(teacher), teacher_weights=weights, teacher_shares=shares,
-                               clip=config.clip if needs_clip(config) else None)
+                               teacher_dtype=dtype, clip=config.clip if needs_clip(config) else None)
+
+
+def fast_dtype(device):
+    """The dtype in which a frozen network runs fastest there: bfloat16 where the hardware multiplies it."""
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def settings(config):
@@ -184,13 +205,35 @@ def settings(config):
 
 
 def run_folder(config):
-    """The run's folder, with its config.json. Raises ValueError where it holds something else than this run."""
     teacher = "+".join(config.teacher) or "none"
     name = f"{config.dataset}-{config.method}-{teacher}-{config.student}-s{config.seed}"
-    folder = Path(config.out or Path("runs") / name)
+    return Path(config.out or Path("runs") / name)
+
+
+@contextlib.contextmanager
+def held(config, wait=False):
+    """The run's folder, with its config.json, for this process (of several, rank 0) alone. Raises ValueError where it
+    holds something else than this run, and where another process has it, unless told to wait."""
+    folder = run_folder(config)
+    with contextlib.ExitStack() as stack:
+        first(lambda: rank() or claim(config, folder, stack, wait))
+        yield folder
+
+
+def claim(config, folder, stack, wait):
+    """Lock the folder until `stack` is left, and write config.json or see that the one there has the same settings."""
     known = folder / "config.json"
-    if folder.exists() and not known.is_file() and any(folder.iterdir()):
+    if folder.exists() and not known.is_file() and set(os.listdir(folder)) - {".lock"}:
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = data.lock(folder / ".lock", lambda file: f"{folder} is in use by process {file.read().decode()}", wait)
+    stack.enter_context(lock)
+    stack.callback((folder / ".lock").unlink)
+    lock.truncate(0)
+    lock.write(str(os.getpid()).encode())
+    lock.flush()
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
     begun = any((folder / file).is_file() for file in ("last.pt", "summary.json"))
     if begun and config.overwrite:
         for file in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json"):  # nothing that is not a run's
@@ -200,18 +243,16 @@ def run_folder(config):
             old, new = json.loads(known.read_text())["settings"], settings(config)
             differ = [f"{flag(k)} {old.get(k)} there, {new.get(k)} here" for k in {**old, **new}
                       if old.get(k) != new.get(k)]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{known} is damaged; --overwrite starts the run anew") from None
         if differ:
             raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}; --out names another "
                              "folder, --overwrite starts anew")
-        return folder
+        return
     source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")))).hexdigest()
     about = {"settings": settings(config), "places": {name: getattr(config, name) for name in PLACES},
              "torch": torch.__version__, "source": source}
-    if rank() == 0:
-        data.write_atomically(known, json.dumps(about, indent=2).encode())
-    return folder
+    data.write_atomically(known, json.dumps(about, indent=2).encode())
 
 
 # Several processes, one a GPU, as torchrun starts them ----------------------------------------------------------------
@@ -269,16 +310,20 @@ def resized(split, config):
 
 
 class Teachers(torch.nn.Module):
-    """Frozen conventional teachers as one: mean logits, concatenated features (see `richkd.fuse_teachers`)."""
+    """Frozen conventional teachers as one: mean logits, concatenated features (see `richkd.fuse_teachers`), both
+    float32, computed in `dtype`, "float32" or "bfloat16"."""
 
-    def __init__(self, teachers, shares):
+    def __init__(self, teachers, shares, dtype):
         super().__init__()
-        self.teachers, self.shares = torch.nn.ModuleList(teachers), shares
+        self.teachers, self.shares, self.dtype = torch.nn.ModuleList(teachers), shares, dtype
         self.num_features = sum(teacher.num_features for teacher in teachers)
 
     def forward(self, images):
-        logits, features = zip(*(teacher(images) for teacher in self.teachers))
-        return richkd.fuse_teachers(logits, self.shares), torch.cat(features, 1)  # (B,K), (B,C)
+        bfloat16 = torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+        with torch.inference_mode(), bfloat16:
+            logits, features = zip(*(teacher(images) for teacher in self.teachers))
+        # Made outside of inference mode, so that the student's graph may hold them.
+        return richkd.fuse_teachers(logits, self.shares), torch.cat(features, 1).float()  # (B,K), (B,C)
 
 
 def load_teachers(config, splits):
@@ -293,12 +338,13 @@ def load_teachers(config, splits):
                                  device=config.device, workers=config.workers))
             digest = hashlib.sha256(json.dumps(settings(own), sort_keys=True).encode()).hexdigest()[:8]
             folder = Path(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest}"
-            weights = first(lambda: run_folder(dataclasses.replace(own, out=str(folder)))) / "student.pt"
-            if not (folder / "summary.json").is_file():
-                fit(own, folder, splits)
+            with held(dataclasses.replace(own, out=str(folder)), wait=True):
+                if not (folder / "summary.json").is_file():
+                    fit(own, folder, splits)
+            weights = folder / "student.pt"
         model = models.load_weights(name, weights, len(splits["train"].class_names))
         teachers.append(models.freeze(model))
-    return Teachers(teachers, config.teacher_shares).to(config.device) if teachers else None
+    return Teachers(teachers, config.teacher_shares, config.teacher_dtype).to(config.device) if teachers else None
 
 
 def load_clip(config):
@@ -398,12 +444,6 @@ def learning_rate(config, epoch):
     return config.lr * 0.1 ** sum(100 * epoch >= percent * config.epochs for percent in decays)
 
 
-def look_up(targets, index, scale):
-    """CLIP's (logits (B,K), features (B,D)), float32, for the images `index` of the training split."""
-    cosines, features = (table[index.to(table.device)].to(index.device).float() for table in targets)
-    return scale * cosines, features
-
-
 class Step(torch.nn.Module):
     """Student and criterion as one module, whose gradients DistributedDataParallel averages."""
 
@@ -416,52 +456,79 @@ class Step(torch.nn.Module):
         return *self.criterion(logits, features, *supervision), logits
 
 
-def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale, progress):
-    """One pass over the training split; returns the epoch's means, {"loss", "ce", "logit", "feature",
-    "train_accuracy"}. Raises FloatingPointError where the loss is no longer finite."""
-    # Everything random in an epoch comes from the epoch's own seed, so that a resumed run repeats it exactly.
-    seed, info = config.seed * 100_003 + epoch, data.DATASETS[config.dataset]
-    torch.manual_seed(seed)
+@contextlib.contextmanager
+def signals():
+    """-> a list that SIGINT and SIGTERM add themselves to, instead of ending the process at once."""
+    caught = []
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agreed(caught, config):
+    """The signal that any of the ranks caught, 0 for none: all ranks stop at the same step."""
+    number = max(caught, default=0)
+    if world() > 1:
+        number = torch.tensor(number, device=config.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale, progress, part=None, caught=()):
+    """One pass over the training split, or what is missing of one after `part`, up to a caught signal: -> {"images",
+    "steps", "seconds", "sums"} of the pass, with the sums over steps of "loss", "ce", "logit", "feature",
+    "train_accuracy". Raises FloatingPointError where the loss is no longer finite."""
+    # Everything random is a function of seed, epoch and step, so that a resumed run repeats it exactly.
+    seed, info, N = config.seed * 100_003 + epoch, data.DATASETS[config.dataset], len(train.labels)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
     step.train()
     every = 1 if torch.device(config.device).type == "cpu" else 50  # reading a loss stalls a GPU
-    records, before, finite = [], progress.done, math.nan
-    batches = data.batches(train, config.batch_size, seed, rank=rank(), world=world(), workers=config.workers,
-                           device=config.device)
-    for number, (images, labels, index) in enumerate(batches, 1):
-        inputs = to_input(images, info.mean, info.std)
-        clip_outputs = look_up(targets, index, scale) if targets else (None, None)
-        with torch.no_grad(), autocast(config):
-            teacher_outputs = teachers(inputs) if teachers else (None, None)
+    images, steps, sums = (part["images"], part["steps"], part["sums"]) if part else (0, 0, {})
+    began, before, finite = time.time() - (part["seconds"] if part else 0), epoch * N, math.nan
+    total = torch.tensor(list(sums.values()) or 0, dtype=torch.float64, device=config.device)
+    for pixels, labels, index, *clip in data.batches(train, config.batch_size, seed, images, rank(), world(),
+                                                     config.workers, config.device, targets or ()):
+        torch.manual_seed((seed * 2**32 + steps) % 2**63)  # dropout
+        inputs, steps, images = to_input(pixels, info.mean, info.std), steps + 1, min(images + config.batch_size, N)
+        teacher_outputs = teachers(inputs) if teachers else (None, None)
+        clip_outputs = (scale * clip[0].float(), clip[1].float()) if clip else (None, None)
+        stop = steps % every == 0 or images == N
         try:
             with autocast(config):
                 loss, parts, logits = step(inputs, *teacher_outputs, *clip_outputs, labels, index)
             right = 100 * (logits.detach().argmax(1) == labels).float().mean()
-            records.append({"loss": loss.detach(), **parts, "train_accuracy": right})
-            if number % every == 0 or number * config.batch_size >= len(train.labels):
-                for record in records[-every:]:
-                    if not math.isfinite(record["loss"]):
-                        raise ValueError(f"the loss is {record['loss'].item()}")
-                    finite = record["loss"].item()
-                done = min(number * config.batch_size, len(train.labels))
-                progress.update(before + done, f"epoch {epoch + 1}/{config.epochs} | loss {finite:.3f} | accuracy "
+            sums = {"loss": loss.detach(), **parts, "train_accuracy": right}
+            total = total + torch.stack(list(sums.values()))
+            if stop:
+                if not total[0].isfinite():
+                    raise ValueError("the loss is not finite")
+                finite = loss.item()
+                progress.update(before + images, f"epoch {epoch + 1}/{config.epochs} | loss {finite:.3f} | accuracy "
                                 f"{right.item():.1f} %")
         except ValueError as error:
-            raise FloatingPointError(f"epoch {epoch + 1}, step {number}: {error}; last finite loss {finite:.4g}; the "
+            raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: {error}; last finite loss {finite:.4g}; the "
                                      f"run folder keeps epoch {epoch}; a smaller --lr may help") from None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    means = torch.stack([torch.stack(list(record.values())) for record in records]).mean(0)
+        if stop and agreed(caught, config):
+            break
+    else:
+        images = N
     if world() > 1:
-        dist.all_reduce(means)
-    return dict(zip(records[0], (means / world()).tolist()))
+        dist.all_reduce(total)
+    return {"images": images, "steps": steps, "seconds": time.time() - began,
+            "sums": dict(zip(sums, (total / world()).tolist()))}
 
 
 def fit(config, folder, splits):
     """Train config.student on splits["train"], going on from folder/last.pt where there is one; write student.pt and
-    summary.json. Returns the summary."""
+    summary.json. Returns the summary. SIGINT and SIGTERM finish the step, save and raise KeyboardInterrupt."""
     # What can be missing is asked for before anything that takes long: given teachers, CLIP, then teachers to train.
     teachers = load_teachers(config, splits) if config.teacher_weights else None
     clip_targets, scale = {}, None
@@ -487,36 +554,52 @@ def fit(config, folder, splits):
         labels=train.labels, bank_dtype=torch.float32 if isinstance(train.images, torch.Tensor) else torch.float16,
         seed=config.seed)
     step = Step(student, criterion).to(config.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(step.parameters(), lr=config.lr, momentum=0.9,
-                                weight_decay=config.weight_decay)
-    log = []
+    optimizer = torch.optim.SGD(step.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay,
+                                fused=True)
+    parts, log, part = {"student": student, "criterion": criterion, "optimizer": optimizer}, [], None
     if (folder / "last.pt").is_file():
-        last = read_checkpoint(folder / "last.pt")
-        for name, part in (("student", student), ("criterion", criterion), ("optimizer", optimizer)):
-            part.load_state_dict(last[name])
-        log = last["log"]
+        log, part = restore(folder / "last.pt", parts)
         if rank() == 0:
-            print(f"{folder}: going on after epoch {len(log)} of {config.epochs}", file=sys.stderr)
+            print(f"{folder}: going on at {place(config, log, part, N)}", file=sys.stderr)
+    if config.compile:
+        for module in (student, *(teachers.teachers if teachers else ())):
+            module.compile()
     if world() > 1:  # BatchNorm statistics and banks are each rank's own (the banks are kept equal by RichKD)
         step = torch.nn.parallel.DistributedDataParallel(step, broadcast_buffers=False)
+    if config.tensorboard and rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder)
 
-    progress = data.Progress(f"{config.method} {config.student}", config.epochs * N, start=len(log) * N)
-    for epoch in range(len(log), config.epochs):
-        began = time.time()
-        means = train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale, progress)
-        seconds = time.time() - began
-        for buffer in student.buffers() if world() > 1 else ():  # BatchNorm statistics: rank 0's are saved, and tested
-            dist.broadcast(buffer, 0)
-        log.append({"epoch": epoch + 1, "lr": learning_rate(config, epoch), **means,
-                    "test_accuracy": accuracy(predict(student, splits["test"], config), splits["test"].labels),
-                    "images_per_second": N / seconds, "seconds": seconds})
-        if rank() > 0:
-            continue
-        data.save(folder / "last.pt", {"student": student.state_dict(), "criterion": criterion.state_dict(),
-                                       "optimizer": optimizer.state_dict(), "log": log})
-        write_csv(folder / "log.csv", log)
-        progress.update((epoch + 1) * N, "epoch {epoch}/{epochs} | loss {loss:.3f} | accuracy {train_accuracy:.1f} % | "
-                        "test {test_accuracy:.1f} %".format(epochs=config.epochs, **log[-1]), keep=True)
+    start = len(log) * N + (part["images"] if part else 0)
+    progress = data.Progress(f"{config.method} {config.student}", config.epochs * N, start=start)
+    with signals() as caught:
+        for epoch in range(len(log), config.epochs):
+            part = train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale, progress, part, caught)
+            for buffer in student.buffers() if world() > 1 else ():  # BatchNorm statistics: rank 0's are saved, tested
+                dist.broadcast(buffer, 0)
+            if part["images"] == N:
+                means = {name: value / part["steps"] for name, value in part["sums"].items()}
+                test_accuracy = accuracy(predict(student, splits["test"], config), splits["test"].labels)
+                log.append({"epoch": epoch + 1, "lr": learning_rate(config, epoch), **means,
+                            "test_accuracy": test_accuracy, "images_per_second": N / part["seconds"],
+                            "seconds": part["seconds"]})
+                part = None
+            if rank() == 0:
+                rows = [log[0], *(row.values() for row in log)] if log else []
+                text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+                data.write_atomically(folder / "log.csv", text.encode())
+                state = {name: module.state_dict() for name, module in parts.items()}
+                data.save(folder / "last.pt", {**state, "log": log, "part": part})
+            if number := agreed(caught, config):
+                raise KeyboardInterrupt(number, f"; {folder} keeps {place(config, log, part, N)}")
+            if rank() == 0:
+                progress.update((epoch + 1) * N, "epoch {epoch}/{epochs} | loss {loss:.3f} | accuracy "
+                                "{train_accuracy:.1f} % | test {test_accuracy:.1f} %".format(
+                                    epochs=config.epochs, **log[-1]), keep=True)
+                if config.tensorboard:
+                    for name, value in log[-1].items():
+                        writer.add_scalar(name, value, epoch + 1)
+                    writer.flush()
 
     info, weights = data.DATASETS[config.dataset], {name: value.cpu() for name, value in student.state_dict().items()}
     summary = summarize(config, log, accuracies(config, student, teachers, clip_targets, scale, splits))
@@ -564,29 +647,53 @@ def summarize(config, log, table):
 
 
 def read_checkpoint(path):
-    """last.pt. Raises ValueError where it is damaged."""
+    """last.pt or student.pt. Raises ValueError where it is damaged, which torch, checking no sums, does not notice."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is None:
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # damaged bytes can raise anything
+        pass
+    raise ValueError(f"{path} is damaged; --overwrite starts the run anew")
+
+
+def restore(path, parts):
+    """Read last.pt into the modules and the optimiser `parts`; -> its log and what it holds of an unfinished epoch.
+    Raises ValueError where it is damaged."""
+    last = read_checkpoint(path)
+    try:
+        for name, module in parts.items():
+            module.load_state_dict(last[name])
+        return last["log"], last["part"]
+    except Exception:  # a file that something else wrote can raise anything, too
         raise ValueError(f"{path} is damaged; --overwrite starts the run anew") from None
 
 
-def write_csv(path, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    data.write_atomically(path, text.getvalue().encode())
+def place(config, log, part, N):
+    """Where a run stands, for people."""
+    return f"epoch {len(log) + bool(part)} of {config.epochs}" + (f", {part['images']} of {N} images" if part else "")
 
 
 def run(config):
     """What the command does: train, unless the run folder holds the finished run. Returns the summary, a dict."""
     config = join(resolve(config))
-    folder = first(lambda: run_folder(config))
-    if (folder / "summary.json").is_file():
+    if config.device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = not config.deterministic
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such algorithm is named
+    with held(config) as folder:
+        if not (folder / "summary.json").is_file():
+            return fit(config, folder, first(lambda: load_splits(config)))
+        try:
+            summary = json.loads((folder / "summary.json").read_text())
+            table(summary)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{folder / 'summary.json'} is damaged; --overwrite trains anew") from None
         print(f"{folder} holds this run, finished; --overwrite trains anew")
-        return json.loads((folder / "summary.json").read_text())
-    return fit(config, folder, first(lambda: load_splits(config)))
+        return summary
 
 
 def table(summary):
@@ -625,15 +732,21 @@ def show(text):
 
 def main(job):
     """Run a script's job; what the user can mend is one line on stderr and exit status 2."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number, "")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
     try:
         job()
     except (ValueError, OSError, FloatingPointError) as error:
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
         print(f"{clear}error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on after the last finished epoch", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        number, state = error.args or (signal.SIGINT, "")
+        if rank() == 0:
+            print(f"{clear}interrupted{state}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

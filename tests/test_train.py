@@ -15,6 +15,7 @@ import models
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = {"config.json", "log.csv", "last.pt", "student.pt", "summary.json"}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def equal(a, b):
 def test_a_run_leaves_its_folder_complete(config, capsys):
     summary = train.run(config)
     out = Path(config.out)
-    assert {path.name for path in out.iterdir()} == {"config.json", "log.csv", "last.pt", "student.pt", "summary.json"}
+    assert {path.name for path in out.iterdir()} == FILES
     assert summary == json.loads((out / "summary.json").read_text())
     for key in ("dataset method teacher student seed epochs student_accuracy teacher_accuracy clip_accuracy fused_accuracy "
                 "shift_accuracy images_per_second seconds").split():
@@ -148,7 +149,7 @@ def test_methods_differ_in_their_loss_alone(config):
     for method in train.METHODS:
         resolved = train.resolve(with_(config, method=method))
         shared = {k: v for k, v in train.settings(resolved).items()
-                  if k not in (*train.METHODS[method], "method", "teacher", "clip")}
+                  if k not in (*train.METHODS[method], "method", "teacher", "teacher_dtype", "clip")}
         runs[method] = shared
         assert all(shared[key] == runs["scratch"].get(key, shared[key]) for key in shared)
     assert train.resolve(with_(config, method="scratch")).teacher == ()
@@ -241,8 +242,7 @@ def test_two_processes_make_the_same_files(clip_file, tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
                            clip_file, tmp_path / "cache", tmp_path / "run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = {"config.json", "log.csv", "last.pt", "student.pt", "summary.json"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     model = models.load_weights("resnet8", tmp_path / "run/student.pt").eval()  # rank 0's; both ranks tested it
     with pytest.MonkeyPatch.context() as patch:
