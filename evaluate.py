@@ -1,13 +1,17 @@
-"""Evaluate trained classifiers: accuracy, calibration, shift and corruptions; and CLIP itself.
+"""Evaluate trained classifiers: accuracy, calibration, shift, corruptions, what fusing did to the teacher; and CLIP.
 
     python evaluate.py                                       # the newest finished run on its test split
     python evaluate.py --shift --corruptions                 # its shift splits and the 15 common corruptions, too
+    python evaluate.py --run runs/A --fused --plot           # teacher, CLIP and both fused; report.png, samples.png
     python evaluate.py --run runs/A runs/B --corruptions CIFAR-100-C        # several runs; the published files
+    python evaluate.py --shift imagenet-a imagenet-r         # folders by WordNet id; also CIFAR-10.1, STL-10, any other
     python evaluate.py --checkpoint FILE --model resnet20 --dataset cifar100
     python evaluate.py --zero-shot --clip ViT-B/32 --dataset cifar100
+    python evaluate.py --compare runs/*/report.json          # methods over seeds, as Markdown, from the reports alone
 
-Three sections, leaves first: metrics (they take logits, never a model), published files, and runs with their report. A
-function can be copied alone, together with the few helpers it names.
+report.json, beside each run, grows set by set: the same command goes on where it was interrupted, and a report of other
+weights or settings is begun anew. Four sections, leaves first: metrics (they take logits, never a model), published
+files, what fusion does, runs with their report. A function can be copied with the few helpers it names.
 
 References
     Hendrycks and Dietterich 2019, arXiv 1903.12261: mCE and relative mCE
@@ -15,6 +19,8 @@ References
 """
 
 import dataclasses
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -30,8 +36,10 @@ import torchvision
 import clip_model
 import data
 import models
+import richkd
 import train
 from corruptions import *  # each corruption, COMMON, EXTRA and corrupt() are names of this module, too
+from results import compare, comparison, plot, tables
 
 # Metrics --------------------------------------------------------------------------------------------------------------
 # Logits are (N, K) of any float dtype, targets (N,) int64. Everything is computed in float64; shares and errors lie
@@ -103,17 +111,18 @@ def quadrants(logits, target, threshold):
 
 
 def bootstrap_interval(statistic, samples, generator, resamples=1000, level=0.95):
-    """(low, high) of statistic(*samples), a number, over images drawn with replacement: percentiles (Efron 1979).
+    """(low, high) of statistic(*samples) over images drawn with replacement: percentiles (Efron 1979).
 
-    samples are tensors (N, ...), resampled together. For a mean pass torch.mean and [the images' values]; for a paired
-    difference, the differences.
+    samples are tensors (N, ...), resampled together; the statistic is a number or a tensor, low and high are a number
+    or lists. For a mean pass torch.mean and [the images' values]; for a paired difference, the differences.
     """
     n, values = len(samples[0]), []
     for _ in range(resamples):
         index = torch.randint(n, (n,), generator=generator, device=generator.device)
-        values.append(float(statistic(*(sample[index.to(sample.device)] for sample in samples))))
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.quantile((1 - level) / 2).item(), values.quantile((1 + level) / 2).item()
+        value = statistic(*(sample[index.to(sample.device)] for sample in samples))
+        values.append(torch.as_tensor(value, dtype=torch.float64, device="cpu"))
+    values = torch.stack(values)
+    return values.quantile((1 - level) / 2, dim=0).tolist(), values.quantile((1 + level) / 2, dim=0).tolist()
 
 
 # AlexNet's top-1 errors on ImageNet-C, mean over the five severities (hendrycks/robustness), and on the clean images
@@ -144,6 +153,16 @@ def mean_corruption_error(errors, clean_error=None, alexnet=False):
 # Published files ------------------------------------------------------------------------------------------------------
 
 
+def read_array(path, expected):
+    """A .npy file, read when it is used. FileNotFoundError naming what was `expected`, ValueError on a damaged file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected the unpacked {expected}")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no NumPy array file, or is cut short; unpack it again") from error
+
+
 def read_cifar_c(directory, name, severity):
     """One severity of CIFAR-10-C or CIFAR-100-C: images uint8 (N, 3, 32, 32), labels int64 (N,).
 
@@ -151,15 +170,8 @@ def read_cifar_c(directory, name, severity):
     Only the part asked for is read. Raises FileNotFoundError, and ValueError on a file of another shape.
     """
     check_severity(severity)
-    arrays = []
-    for path in (Path(directory) / f"{name}.npy", Path(directory) / "labels.npy"):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; expected the unpacked CIFAR-10-C or CIFAR-100-C")
-        try:
-            arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no NumPy array file, or is cut short; unpack it again") from error
-    images, labels = arrays
+    images, labels = (read_array(Path(directory) / file, "CIFAR-10-C or CIFAR-100-C")
+                      for file in (f"{name}.npy", "labels.npy"))
     if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or not len(images):
         raise ValueError(f"{directory}/{name}.npy is {images.dtype} {images.shape}; expected uint8 (50000, 32, 32, 3)")
     n = len(images) // 5
@@ -205,6 +217,172 @@ def list_folder(root, class_ids, folder_classes=None):
     return paths, labels, columns
 
 
+def read_cifar10_1(directory):
+    """CIFAR-10.1 (Recht et al. 2018), version 6 where there are several: images uint8 (N, 3, 32, 32), labels int64 (N,)
+    of CIFAR-10's classes. Raises FileNotFoundError, and ValueError on a file of another shape."""
+    path = max(Path(directory).glob("cifar10.1_v*_data.npy"), default=Path(directory) / "cifar10.1_v6_data.npy")
+    images = read_array(path, "CIFAR-10.1")
+    labels = read_array(path.with_name(path.name.replace("data", "labels")), "CIFAR-10.1")
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or not len(images):
+        raise ValueError(f"{path} is {images.dtype} {images.shape}; expected uint8 (2000, 32, 32, 3)")
+    if labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < 10:
+        raise ValueError(f"{directory}: labels are {labels.shape}; expected {len(images)} numbers from 0 to 9")
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def read_stl10(directory):
+    """STL-10's test images of the nine classes that CIFAR-10 has: images uint8 (N, 3, 96, 96), labels int64 (N,) of
+    CIFAR-10's classes (no frog). `directory` has stl10_binary/ in it. Raises ValueError where that is damaged."""
+    try:
+        stl = torchvision.datasets.STL10(directory, split="test")
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{directory}/stl10_binary is no complete STL-10 ({error}); unpack it again") from None
+    # airplane, bird, car, cat, deer, dog, horse, monkey, ship, truck
+    labels = torch.tensor([0, 2, 1, 3, 4, 5, 7, -1, 8, 9])[torch.from_numpy(stl.labels.astype(np.int64))]
+    return torch.from_numpy(stl.data[labels.numpy() >= 0].copy()), labels[labels >= 0]
+
+
+# What fusion does -----------------------------------------------------------------------------------------------------
+# Probabilities are the softmax of the logits as they are distilled, at temperature 1. Shares are in percent, a number
+# with its interval is [value, low, high]: bootstrap over the images, 95 %.
+
+QUADRANTS = ("confident_right", "confident_wrong", "unsure_right", "unsure_wrong")
+MEASURES = ("top1", "nll", "ece", *QUADRANTS)
+
+# Five classes a superclass, in the order of the data set's "coarse" labels.
+CIFAR100_SUPERCLASSES = """
+beaver dolphin otter seal whale, aquarium_fish flatfish ray shark trout, orchid poppy rose sunflower tulip,
+bottle bowl can cup plate, apple mushroom orange pear sweet_pepper, clock keyboard lamp telephone television,
+bed chair couch table wardrobe, bee beetle butterfly caterpillar cockroach, bear leopard lion tiger wolf,
+bridge castle house road skyscraper, cloud forest mountain plain sea, camel cattle chimpanzee elephant kangaroo,
+fox porcupine possum raccoon skunk, crab lobster snail spider worm, baby boy girl man woman,
+crocodile dinosaur lizard snake turtle, hamster mouse rabbit shrew squirrel,
+maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus motorcycle pickup_truck train,
+lawn_mower rocket streetcar tank tractor"""
+
+
+def superclasses(dataset, class_names):
+    """{what: the group of each class, int64 (K,)}: CIFAR-100's twenty superclasses, the colours and forms of `shapes`;
+    {} where none are known."""
+    keys = {}
+    if dataset == "cifar100":
+        group = {name: g for g, row in enumerate(CIFAR100_SUPERCLASSES.split(",")) for name in row.split()}
+        keys["superclass"] = [group[name] for name in class_names]
+    elif dataset == "shapes":
+        keys["colour"], keys["form"] = zip(*(name.split() for name in class_names))
+    return {what: torch.tensor([row.index(key) for key in row]) for what, row in keys.items()}
+
+
+def estimate(statistic, samples, generator, resamples=1000):
+    """Numbers with their bootstrap intervals, S times [value, low, high], of statistic(*samples), a tensor (S,). (The
+    interval of an ECE lies rather high: resampling adds noise to every bin.)"""
+    return [list(row) for row in zip(statistic(*samples).tolist(),
+                                     *bootstrap_interval(statistic, samples, generator, resamples))]
+
+
+def against(names, statistic, own, other, generator, resamples=1000):
+    """{name: {"value", "change"}}, `estimate` of statistic(*own) and of statistic(*own) - statistic(*other): lists of
+    tensors (N, ...) about the same images, resampled together. Without another ([]) there is no change."""
+    table = {name: {"value": value} for name, value in zip(names, estimate(statistic, own, generator, resamples))}
+    if other:
+        changes = estimate(lambda *both: statistic(*both[:len(own)]) - statistic(*both[len(own):]), [*own, *other],
+                           generator, resamples)
+        for name, change in zip(names, changes):
+            table[name]["change"] = change
+    return table
+
+
+def contributions(logits, target, threshold, bins=15):
+    """What each image adds to the measures, so that they can be resampled without the logits: float64 (N, 6 + bins).
+    Right or not, its NLL, its quadrant (four columns), confidence - right in the column of its bin of equal width."""
+    logits = logits.double()
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    right, loss = predicted.eq(target), F.cross_entropy(logits, target, reduction="none")
+    quadrant = F.one_hot(2 * (confidence < threshold) + ~right, 4)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)
+    gap = F.one_hot(torch.bucketize(confidence, edges[1:-1]), bins) * (confidence - right.double())[:, None]
+    return torch.cat([right[:, None], loss[:, None], quadrant, gap], dim=1)
+
+
+def measures(rows):
+    """`contributions` of some images -> MEASURES (7,): top-1, ECE and the quadrants in percent, NLL in nats."""
+    mean = rows.mean(dim=0)
+    return torch.cat([100 * mean[:1], mean[1:2], 100 * mean[6:].abs().sum(dim=0, keepdim=True), 100 * mean[2:6]])
+
+
+def sweep_alpha(teacher_logits, clip_logits, target, generator, threshold=0.7,
+                alphas=tuple(tenth / 10 for tenth in range(11))):
+    """What the teacher's share alpha does: a list of {"alpha", then MEASURES with their intervals} of the fused logits
+    (N, K), from CLIP alone (0) to the teacher alone (1)."""
+    rows = []
+    for alpha in alphas:
+        fused = richkd.fuse_logits(teacher_logits, clip_logits, alpha)
+        values = estimate(measures, [contributions(fused, target, threshold)], generator)
+        rows.append({"alpha": alpha, **dict(zip(MEASURES, values))})
+    return rows
+
+
+def quadrant_changes(logits, target, generator, thresholds=(0.5, 0.7, 0.9)):
+    """Where the images lie for each model: {threshold: {model: {measure: {"value", "count", "change"}}}}.
+
+    logits: {model: (N, K)}, the first of which is the one that changes are taken against, image by image. The measures
+    are the quadrants (with a count), and top-1, NLL and ECE, which do not depend on the threshold.
+    """
+    table = {}
+    for threshold in thresholds:
+        rows = {model: contributions(z, target, threshold) for model, z in logits.items()}
+        first = next(iter(rows.values()))
+        for model, own in rows.items():
+            entry = against(MEASURES, measures, [own], [first] if own is not first else [], generator)
+            for name, count in quadrants(logits[model], target, threshold).items():
+                entry[name]["count"] = count
+            table.setdefault(str(threshold), {})[model] = entry
+    return table
+
+
+def rank(values):
+    """Ranks of (n,) numbers, equal ones sharing their mean rank: float64 (n,)."""
+    _, index, count = values.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2).double()[index]
+
+
+def non_target(logits, target, similarity, groups):
+    """What is said of the classes that an image does not show. Its non-target distribution is the softmax of its logits
+    (N, K) without the target's. -> {"rank_correlation", "entropy", "same <what>" for each of the groups}:
+
+    Spearman's correlation, over ordered pairs of different classes, of the mean non-target probabilities (of class b on
+    the images of class a) with similarity (K, K), say of the class names for CLIP; the mean entropy in nats; the mean
+    mass in percent on the classes of the target's own group, groups being {what: the group of each class (K,)}.
+    """
+    K = logits.shape[1]
+    others = logits.double().scatter(1, target[:, None], -math.inf).softmax(dim=1)  # (N, K)
+    count = torch.bincount(target, minlength=K)[:, None]
+    mean = torch.zeros(K, K, dtype=torch.float64, device=logits.device).index_add_(0, target, others) / count
+    pairs = (count > 0) & ~torch.eye(K, dtype=torch.bool, device=logits.device)
+    ranks = torch.stack([rank(mean[pairs]), rank(similarity[pairs])])
+    found = {"rank_correlation": ranks.corrcoef()[0, 1].item(),
+             "entropy": torch.special.entr(others).sum(dim=1).mean().item()}
+    for what, group in groups.items():
+        found[f"same {what}"] = 100 * (others * (group == group[target][:, None])).sum(dim=1).mean().item()
+    return found
+
+
+def fusion(teacher_logits, clip_logits, target, alpha, similarity, groups, generator):
+    """The whole analysis, {"alpha", "quadrants", "sweep", "non_target"}: see `quadrant_changes`, `sweep_alpha` and
+    `non_target`, which has a value and a change against the teacher for each model, too (200 resamples)."""
+    logits = {"teacher": teacher_logits, "clip": clip_logits,
+              "fused": richkd.fuse_logits(teacher_logits, clip_logits, alpha)}
+    names = list(non_target(teacher_logits, target, similarity, groups))
+
+    def numbers(z, y):
+        return torch.tensor(list(non_target(z, y, similarity, groups).values()), dtype=torch.float64)
+
+    rest = {model: against(names, numbers, [z, target], [teacher_logits, target] if model != "teacher" else [],
+                           generator, resamples=200) for model, z in logits.items()}
+    return {"alpha": alpha, "quadrants": quadrant_changes(logits, target, generator),
+            "sweep": sweep_alpha(teacher_logits, clip_logits, target, generator), "non_target": rest}
+
+
 # Runs and reports -----------------------------------------------------------------------------------------------------
 
 
@@ -216,14 +394,20 @@ class Config:
     model: str = train.setting(None, "the checkpoint's architecture", type=str)
     dataset: str = train.setting(None, "the data set; without, the run's own", type=str)
     data_dir: str = train.setting(None, "where the data set lies; without, where the run found it", type=str)
-    shift: bool = train.setting(False, "evaluate the data set's shift splits, too")
+    shift: tuple = train.setting(None, "evaluate the data set's shift splits, or those in folders, too: CIFAR-10.1, "
+                                 "STL-10, or a folder a class (classes.json in it: {folder: class})", nargs="*",
+                                 metavar="DIR")
     corruptions: str = train.setting(None, "evaluate corrupted test images, too: the published files below DIR, or "
                                      "generated ones", nargs="?", const="generated", metavar="DIR")
+    fused: bool = train.setting(False, "analyse the run's teacher, CLIP and both fused on the test split, too")
+    plot: bool = train.setting(False, "draw report.png and, of corruptions, samples.png (needs matplotlib)")
+    compare: tuple = train.setting(None, "only compare the methods of these report.json files", nargs="+",
+                                   metavar="FILE")
     zero_shot: bool = train.setting(False, "evaluate --clip itself on --dataset, by one template, each, and all")
     clip: str = train.setting("ViT-L/14", "as in train.py", type=str)
     bpe: str = train.setting(None, "as in train.py", type=str)
     prompts: str = train.setting(None, "as in train.py", type=str)
-    seed: int = train.setting(0, "of generated corruptions")
+    seed: int = train.setting(0, "of generated corruptions and bootstrap intervals")
     amp: bool = train.setting(False, "bfloat16 autocast")
     device: str = train.setting(train.Config.device, "cpu, cuda, cuda:1")
     workers: int = train.setting(8, "loader processes where images stream (imagenet)")
@@ -231,13 +415,13 @@ class Config:
 
 
 class Classifier(NamedTuple):
-    """A trained network and what reading its answers takes."""
+    """A trained network, what reading its answers takes, and its report."""
     model: torch.nn.Module
     mean: list
     std: list
     image_size: int
-    about: dict  # what the report says of it
-    report: Path
+    path: Path  # of the report
+    report: dict  # its first entries
 
 
 def newest_run(root="runs"):
@@ -250,27 +434,74 @@ def newest_run(root="runs"):
     return finished[-1].parent
 
 
+def read_json(path, *keys):
+    """The dict that a JSON file holds, with these keys at least. ValueError where it does not."""
+    try:
+        content = json.loads(Path(path).read_text())
+        missing = [key for key in keys if key not in content]
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: it holds no JSON as train.py or evaluate.py writes it") from None
+    if missing or not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected entries {', '.join(keys)}")
+    return content
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def load_run(folder, dataset, class_names):
     """-> Classifier of a finished run. Raises ValueError for a damaged one, and for one of other classes than the data
     set's, naming the first that differs."""
-    student, summary = train.read_checkpoint(folder / "student.pt"), json.loads((folder / "summary.json").read_text())
+    about = ("dataset", "method", "teacher", "student", "seed", "epochs")
+    summary = read_json(folder / "summary.json", *about, "accuracies")
+    student, known = train.read_checkpoint(folder / "student.pt"), ("model_name", "class_names", "mean", "image_size")
+    if not isinstance(student, dict) or not all(key in student for key in known):
+        raise ValueError(f"{folder / 'student.pt'} is not what train.py writes: expected {', '.join(known)} in it")
     for k, (own, other) in enumerate(itertools.zip_longest(student["class_names"], class_names)):
         if own != other:
             raise ValueError(f"{folder} was trained on other classes than {dataset} has: class {k} is {own!r} there "
                              f"and {other!r} here")
     model = models.load_weights(student["model_name"], folder / "student.pt")
-    about = {key: summary[key] for key in ("dataset", "method", "teacher", "student", "seed", "epochs")}
-    return Classifier(model, student["mean"], student["std"], student["image_size"], about, folder / "report.json")
+    report = {"of": {key: summary[key] for key in about}, "weights": digest(folder / "student.pt"),
+              "settings": read_json(folder / "config.json", "settings")["settings"],
+              "teachers": {who: row for who, row in summary["accuracies"].items() if row and who != "student"}}
+    return Classifier(model, student["mean"], student["std"], student["image_size"], folder / "report.json", report)
+
+
+def go_on(classifier, **how):
+    """The report that lies there, to be completed, if it is of the same weights and settings; else a new one."""
+    new = json.loads(json.dumps({**classifier.report, "how": how}))
+    try:
+        old = json.loads(classifier.path.read_text())
+        return old if {key: old.get(key) for key in new} == new else new
+    except (FileNotFoundError, ValueError, AttributeError):
+        return new
 
 
 def scores(logits, labels):
-    """The metrics of one test set: top-1, top-5 and ECE in percent, NLL in nats."""
-    return {"top1": 100 * top_k_accuracy(logits, labels), "top5": 100 * top_k_accuracy(logits, labels, 5),
-            "nll": nll(logits, labels), "ece": 100 * ece(logits, labels)}
+    """The metrics of a test set: top-1, top-5 and both ECEs (15 bins) in percent, NLL in nats, Brier score."""
+    return {"images": len(labels), "top1": 100 * top_k_accuracy(logits, labels),
+            "top5": 100 * top_k_accuracy(logits, labels, 5), "nll": nll(logits, labels), "brier": brier(logits, labels),
+            "ece": 100 * ece(logits, labels), "ece_equal_mass": 100 * ece(logits, labels, equal_mass=True)}
+
+
+def calibration(logits, labels, temperature=None):
+    """`scores` before and after a division by the temperature, with the reliability diagram's points. Without one, it
+    is fitted on a random half of the images (always the same), and the scores are those of the other half."""
+    if temperature is None:
+        rest, half = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tensor_split(2)
+        temperature = fit_temperature(logits[half], labels[half])
+        logits, labels = logits[rest], labels[rest]
+    table = {"temperature": temperature}
+    for name, z in (("before", logits), ("after", logits / temperature)):
+        points = zip(("confidence", "accuracy", "count"), calibration_bins(z, labels))
+        table[name] = {**scores(z, labels), "bins": {what: row.tolist() for what, row in points}}
+    return table
 
 
 @torch.inference_mode()
-def predict(classifiers, blocks, config):
+def predict(classifiers, blocks, config, progress, note=""):
     """Blocks of uint8 images (b,3,H,W) -> a list of logits (N,K), one a classifier, each seeing the images at its own
     size; a block is made once for all of them."""
     logits = [[] for _ in classifiers]
@@ -279,6 +510,8 @@ def predict(classifiers, blocks, config):
             inputs = train.to_input(data.resize(images, classifier.image_size), classifier.mean, classifier.std)
             with train.autocast(config):
                 rows.append(classifier.model(inputs)[0].float().cpu())
+        done = progress.done + len(images)
+        progress.update(done, note, keep=done >= progress.total)
     return [torch.cat(rows) for rows in logits]
 
 
@@ -288,6 +521,33 @@ def load_test(name, config):
     if isinstance(split.images, torch.Tensor):
         return split
     return split._replace(images=data.resize(split.images, data.DATASETS[config.dataset].image_size))
+
+
+def load_shift(directory, config, test):
+    """-> (a Split whose labels count within the columns, columns of the logits to choose among): a shift set's folder.
+
+    CIFAR-10.1's or STL-10's files, or a folder of images a class. Folders are named by class (where the images stream
+    by the folders of the data set, that is by WordNet id) or by its number (ImageNet-V2), or in classes.json.
+    """
+    root, info, names = Path(directory), data.DATASETS[config.dataset], list(test.class_names)
+    read = read_stl10 if (root / "stl10_binary").is_dir() else None
+    read = read_cifar10_1 if any(root.glob("cifar10.1_*.npy")) else read
+    if read:
+        if config.dataset != "cifar10":
+            raise ValueError(f"{root} holds a shift set of cifar10, but these runs are on {config.dataset}")
+        images, labels = read(root)
+        columns, labels = labels.unique(return_inverse=True)
+        return data.Split(images, labels, names), columns
+    ids = names
+    if isinstance(test.images, data.Stream):
+        ids = sorted({Path(path).parent.name for path in test.images.paths})
+    folder_classes = {str(k): name for k, name in enumerate(ids) if str(k) not in ids}
+    if (root / "classes.json").is_file():
+        given = read_json(root / "classes.json")
+        folder_classes |= {folder: ids[names.index(name)] if name in names else name for folder, name in given.items()}
+    paths, labels, columns = list_folder(root, ids, folder_classes)
+    resize_to = round(info.image_size * 8 / 7) if ids is not names else info.image_size  # as `data.resize` does
+    return data.Split(data.Stream(paths, info.image_size, resize_to), labels, names), columns
 
 
 def blocks(split, config):
@@ -316,12 +576,51 @@ def corrupted(test, name, severity, config):
     return blocks(split, config), split.labels
 
 
-def evaluate(config):
-    """What the command does with classifiers: -> their reports, dicts that also lie in report.json beside each run."""
+def corruption_errors(table, clean, alexnet):
+    """The means over {corruption: top-1 a severity}, in percent: the error, the same less the clean one (`clean` is the
+    clean top-1); with alexnet the mCE and relative mCE of ImageNet-C, see `mean_corruption_error`."""
+    errors, clean = {name: 1 - sum(row) / 500 for name, row in table.items()}, 1 - clean / 100
+    means = {"mean_error": mean_corruption_error(errors), "relative_mean_error": mean_corruption_error(errors, clean)}
+    if alexnet:
+        means |= {"mce": mean_corruption_error(errors, alexnet=True),
+                  "relative_mce": mean_corruption_error(errors, clean, alexnet=True)}
+    return {name: 100 * value for name, value in means.items()}
+
+
+def analyse(folder, config):
+    """`fusion` for a run's own teacher, CLIP and alpha on its test split, made again as train.py made them (its cache
+    has all of it); and CLIP's scale. Raises ValueError for a run without a teacher or without CLIP."""
+    settings = read_json(folder / "config.json", "settings")["settings"]
+    places = {name: getattr(config, name) for name in ("data_dir", "device", "workers", "cache_dir")}
+    try:
+        own = train.Config(**{**settings, **places})
+    except TypeError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged or of another version: {error}") from None
+    splits = train.load_splits(own)
+    teachers = train.load_teachers(own, splits)
+    clip, tokenizer = train.load_clip(own)
+    cosines, _ = train.load_targets(own, clip, tokenizer, {"test": splits["test"]})["test"]
+    scale, names = own.clip_scale or clip.logit_scale.exp().item(), splits["test"].class_names
+    templates = clip_model.load_templates(own.prompts or train.PROMPTS)
+    with torch.inference_mode():
+        classes = clip_model.class_features(clip, tokenizer, names, templates).to(config.device)
+    test = train.resized(splits["test"], own)
+    teacher, clip_logits = (z.to(config.device) for z in (train.predict(teachers, test, own), scale * cosines.float()))
+    groups = {what: group.to(config.device) for what, group in superclasses(own.dataset, names).items()}
+    return {"clip_scale": scale, **fusion(teacher, clip_logits, test.labels.to(config.device), own.alpha,
+                                          classes @ classes.T, groups, torch.Generator().manual_seed(config.seed))}
+
+
+def prepare(config):
+    """-> (config with data set and place filled in, the test split, [(Classifier, its report so far)])."""
+    if config.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
     folders = []
     if config.checkpoint:
         if not (config.model and config.dataset):
             raise ValueError("--checkpoint takes --model NAME and --dataset NAME with it")
+        if config.fused:
+            raise ValueError("--fused takes --run, a run with a teacher and CLIP")
         config = dataclasses.replace(config, data_dir=config.data_dir or "data")
     else:
         folders = [Path(folder) for folder in config.run or [newest_run()]]
@@ -329,45 +628,104 @@ def evaluate(config):
         if unfinished:
             raise FileNotFoundError(f"no finished run in {', '.join(unfinished)} (no summary.json); python train.py "
                                     "makes one, and finishes one that it began")
-        known = [json.loads((folder / "config.json").read_text()) for folder in folders]
-        datasets = {run["settings"]["dataset"] for run in known}
+        known = [read_json(folder / "config.json", "settings", "places") for folder in folders]
+        datasets = {run["settings"].get("dataset") for run in known}
         if not config.dataset and len(datasets) > 1:
             raise ValueError(f"these runs are on different data sets, {', '.join(sorted(datasets))}: evaluate them one "
                              "data set at a time")
         config = dataclasses.replace(config, dataset=config.dataset or datasets.pop(),
-                                     data_dir=config.data_dir or known[0]["places"]["data_dir"])
+                                     data_dir=config.data_dir or known[0]["places"].get("data_dir"))
     test = load_test("test", config)
+    if config.shift == [] and not data.DATASETS[config.dataset].shifts:
+        raise ValueError(f"{config.dataset} has no shift split of its own: --shift DIR names the folder of one")
     classifiers = [load_run(folder, config.dataset, test.class_names) for folder in folders]
     if config.checkpoint:
         info, path = data.DATASETS[config.dataset], Path(config.checkpoint)
         model = models.load_weights(config.model, path, len(test.class_names))
-        about = {"checkpoint": str(path), "dataset": config.dataset, "student": config.model}
-        classifiers = [Classifier(model, info.mean, info.std, info.image_size, about, path.with_suffix(".report.json"))]
+        report = {"of": {"checkpoint": str(path), "dataset": config.dataset, "student": config.model},
+                  "weights": digest(path)}
+        path = path.with_suffix(".report.json")
+        classifiers = [Classifier(model, info.mean, info.std, info.image_size, path, report)]
     for classifier in classifiers:
         classifier.model.eval().to(config.device, memory_format=torch.channels_last)
+    images = data.fingerprint(test.images)
+    return config, test, [(own, go_on(own, seed=config.seed, amp=config.amp, images=images)) for own in classifiers]
 
-    reports = [{"of": classifier.about} for classifier in classifiers]
-    for name in ("test", *(data.DATASETS[config.dataset].shifts if config.shift else ())):
-        split = test if name == "test" else load_test(name, config)
-        for report, logits in zip(reports, predict(classifiers, blocks(split, config), config)):
-            report[name] = scores(logits, split.labels)
+
+def save(pairs):
+    for classifier, report in pairs:
+        data.write_atomically(classifier.path, json.dumps(report, indent=1).encode())
+
+
+def evaluate(config):
+    """What the command does with classifiers: -> their reports, dicts that also lie in report.json beside each run.
+    What is in a report already is not done again."""
+    config, test, pairs = prepare(config)
+    if config.fused:
+        pairs_fused = [pair for pair in pairs if {"teacher", "clip"} <= pair[1]["teachers"].keys()]
+        if not pairs_fused:
+            raise ValueError("--fused: none of these runs has a teacher and CLIP (as richkd, richkd-l and richkd-f do)")
+
+    sets = [("test", None)]
+    if config.shift is not None:
+        sets += [(name, None) for name in data.DATASETS[config.dataset].shifts]
+        sets += [(f"shift {path.name}", str(path)) for path in (Path(folder).resolve() for folder in config.shift)]
+    for name, folder in sets:
+        todo = [pair for pair in pairs if name not in pair[1] or pair[1][name].get("folder") != folder]
+        if todo:
+            split, columns = load_shift(folder, config, test) if folder else (
+                test if name == "test" else load_test(name, config), slice(None))
+            progress = data.Progress(name, len(split.labels))
+            for (_, report), logits in zip(todo, predict([own for own, _ in todo], blocks(split, config), config,
+                                                         progress)):
+                logits = logits[:, columns]
+                temperature = None if name == "test" else report["test"]["calibration"]["temperature"]
+                report[name] = {**scores(logits, split.labels), "folder": folder,
+                                "calibration": calibration(logits, split.labels, temperature)}
+            save(todo)
+
     if config.corruptions:
-        source = "generated" if config.corruptions == "generated" else "published"
-        for report in reports:
-            report["corruptions"] = {"source": source, "top1": {}}
-        tasks = [(name, severity) for name in COMMON for severity in range(1, 6)]
-        progress = data.Progress(f"corruptions ({source})", len(tasks), "sets")
-        for done, (name, severity) in enumerate(tasks, 1):
+        folder = None if config.corruptions == "generated" else str(Path(config.corruptions).resolve())
+        start = {"source": "published" if folder else "generated", "folder": folder}
+        for _, report in pairs:
+            if not start.items() <= {k: v for k, v in report.get("corruptions", {}).items() if k in start}.items():
+                report["corruptions"] = {**start, "top1": {}}
+        tasks = [(name, severity, todo) for name in COMMON for severity in range(1, 6)
+                 if (todo := [p for p in pairs if len(p[1]["corruptions"]["top1"].get(name, ())) < severity])]
+        progress = data.Progress(f"corruptions ({start['source']})", len(tasks) * len(test.labels))
+        for name, severity, todo in tasks:
             images, labels = corrupted(test, name, severity, config)
-            for report, logits in zip(reports, predict(classifiers, images, config)):
-                report["corruptions"]["top1"].setdefault(name, []).append(100 * top_k_accuracy(logits, labels))
-            progress.update(done, f"{name} {severity}", keep=done == len(tasks))
-        for report in reports:
-            errors = {name: 1 - sum(row) / 500 for name, row in report["corruptions"]["top1"].items()}
-            report["corruptions"]["mean_error"] = 100 * mean_corruption_error(errors)
-    for classifier, report in zip(classifiers, reports):
-        data.write_atomically(classifier.report, json.dumps(report, indent=2).encode())
-    return reports
+            logits = predict([own for own, _ in todo], images, config, progress, f"{name} {severity}")
+            for (_, report), z in zip(todo, logits):
+                report["corruptions"]["top1"].setdefault(name, []).append(100 * top_k_accuracy(z, labels))
+            save(todo)
+        alexnet = config.dataset == "imagenet" and len(test.class_names) == 1000
+        for _, report in pairs:
+            report["corruptions"] |= corruption_errors(report["corruptions"]["top1"], report["test"]["top1"], alexnet)
+        save(pairs)
+
+    for classifier, report in pairs_fused if config.fused else ():
+        if "fused" not in report:
+            report["fused"] = analyse(classifier.path.parent, config)
+            save([(classifier, report)])
+    for classifier, report in pairs if config.plot else ():
+        data.write_atomically(classifier.path.with_suffix(".png"), plot(report))
+        if config.corruptions:
+            draw_samples(test, config, classifier.path.with_name("samples.png"))
+    return [report for _, report in pairs]
+
+
+def draw_samples(test, config, path, n=2):
+    """The first n test images under the fifteen corruptions (columns, in their order) by severity (rows)."""
+    images = next(blocks(test, config))[:n].cpu()
+    few = data.Split(images, test.labels[:n], test.class_names)
+    cells = [next(iter(corrupted(few, name, severity, config)[0]))[:n].cpu() for severity in range(1, 6)
+             for name in COMMON]
+    cells = torch.stack(cells, dim=1).flatten(0, 1)  # (n * 5 * 15, 3, H, W)
+    times = max(1, 96 // cells.shape[-1])
+    grid = torchvision.utils.make_grid(cells.repeat_interleave(times, 2).repeat_interleave(times, 3), nrow=15,
+                                       pad_value=255)
+    data.write_atomically(path, torchvision.io.encode_png(grid).numpy().tobytes())
 
 
 def zero_shot(config):
@@ -382,30 +740,17 @@ def zero_shot(config):
     return {name: 100 * top_k_accuracy(features.float() @ rows.T, test.labels) for name, rows in classes.items()}
 
 
-def tables(reports):
-    """The reports as text: a table of test sets each, and one of corruptions by severity."""
-    lines = []
-    for report in reports:
-        lines.append(" ".join(f"{key} {value}" for key, value in report["of"].items() if value is not None))
-        lines.append(f"{'':20}{'top-1 %':>10}{'top-5 %':>10}{'NLL':>10}{'ECE %':>10}")
-        for name, row in report.items():
-            if isinstance(row, dict) and "ece" in row:
-                lines.append(f"{name:20}{row['top1']:10.2f}{row['top5']:10.2f}{row['nll']:10.3f}{row['ece']:10.2f}")
-        if "corruptions" in report:
-            lines.append(f"{'top-1 %, severity':20}{1:>10}{2:>10}{3:>10}{4:>10}{5:>10}{'mean':>10}")
-            for name, row in report["corruptions"]["top1"].items():
-                lines.append(f"{name:20}" + "".join(f"{value:10.2f}" for value in [*row, sum(row) / 5]))
-            lines.append(f"mean error over the fifteen ({report['corruptions']['source']}): "
-                         f"{report['corruptions']['mean_error']:.2f} %")
-    return "\n".join(lines)
-
-
 def job(config):
-    if config.zero_shot:
+    if config.compare:
+        print(comparison(compare([read_json(path, "of", "test") for path in config.compare])))
+    elif config.zero_shot:
         for template, top1 in zero_shot(config).items():
             print(f"{top1:6.2f} %  {template}")
     else:
-        print(tables(evaluate(config)))
+        reports = evaluate(config)
+        print(tables(reports))
+        if len(reports) > 1:
+            print("\n" + comparison(compare(reports)))
 
 
 if __name__ == "__main__":
