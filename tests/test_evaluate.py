@@ -259,9 +259,376 @@ def test_report_of_a_run_is_that_of_its_weights(run):
         right = model(data.normalize(bright, info.mean, info.std))[0].argmax(1) == test.labels
     assert rows["brightness"][3] == pytest.approx(100 * right.double().mean().item())
     assert report["corruptions"]["mean_error"] == pytest.approx(100 - sum(map(sum, rows.values())) / 75)
+    mean, relative = (report["corruptions"][name] for name in ("mean_error", "relative_mean_error"))
+    assert relative == pytest.approx(mean - 100 + report["test"]["top1"])
+    assert report["corruptions"]["source"] == "generated" and "mce" not in report["corruptions"]
+    assert report["test"]["brier"] == pytest.approx(evaluate.brier(logits, test.labels), rel=1e-5)
+    mass = evaluate.ece(logits, test.labels, bins=15, equal_mass=True)
+    assert report["test"]["ece_equal_mass"] == pytest.approx(100 * mass, rel=1e-4)
+    temperature = report["test"]["calibration"]["temperature"]
+    assert report["shift"]["calibration"]["temperature"] == temperature  # the shift split is not fitted on
+    assert report["shift"]["calibration"]["before"]["nll"] == report["shift"]["nll"]
+    (run / "report.json").unlink()
     again, = evaluate.evaluate(config(run, shift=[], corruptions="generated"))
     assert again == report  # the same noise
     assert "gaussian_noise" in evaluate.tables([report])
+
+
+def test_calibration_reports_images_that_it_did_not_fit():
+    logits, target = 5 * torch.randn(400, 10, generator=seeded(1)), torch.randint(10, (400,), generator=seeded(2))
+    target[:200] = logits[:200].argmax(dim=1)
+    table = evaluate.calibration(logits, target)
+    matches = []  # the reported half is found by its bins, the fitted one must be the rest
+    order = torch.randperm(400, generator=seeded(0))
+    for reported, fitted in ((order[:200], order[200:]), (order[200:], order[:200])):
+        matches.append(evaluate.nll(logits[reported], target[reported]) == pytest.approx(table["before"]["nll"]) and
+                       evaluate.fit_temperature(logits[fitted], target[fitted]) == pytest.approx(table["temperature"]))
+    assert matches.count(True) == 1
+    assert table["after"]["nll"] < table["before"]["nll"] and table["after"]["top1"] == table["before"]["top1"]
+    assert sum(table["after"]["bins"]["count"]) == 200 and table == evaluate.calibration(logits, target)
+    given = evaluate.calibration(logits, target, temperature=2.0)
+    assert given["after"]["images"] == 400
+    assert given["after"]["nll"] == pytest.approx(evaluate.nll(logits / 2, target))
+
+
+def test_corruption_errors():
+    table = {name: [100 - 100 * error] * 5 for name, error in evaluate.ALEXNET_ERRORS.items()}
+    errors = evaluate.corruption_errors(table, clean=56.522, alexnet=True)
+    mean = 100 * sum(evaluate.ALEXNET_ERRORS.values()) / 15
+    assert errors == pytest.approx({"mean_error": mean, "relative_mean_error": mean - 43.478, "mce": 100,
+                                    "relative_mce": 100})
+    assert list(evaluate.corruption_errors(table, 50, alexnet=False)) == ["mean_error", "relative_mean_error"]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often a classifier saw a set of images, by the note of its progress."""
+    seen, predict = [], evaluate.predict
+
+    def counting(classifiers, blocks, config, progress, note=""):
+        seen.extend([note or progress.label] * len(classifiers))
+        return predict(classifiers, blocks, config, progress, note)
+
+    monkeypatch.setattr(evaluate, "predict", counting)
+    return seen
+
+
+def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch, counted):
+    folder, everything = shutil.copytree(run, tmp_path / "run"), {"shift": [], "corruptions": "generated"}
+    (folder / "report.json").unlink(missing_ok=True)
+
+    def corrupt(images, name, severity, generator):
+        return images // severity  # quick
+
+    def until_snow(images, name, severity, generator):
+        if name == "snow" and severity == 3:
+            raise KeyboardInterrupt
+        return corrupt(images, name, severity, generator)
+
+    monkeypatch.setattr(evaluate, "corrupt", until_snow)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(config(folder, **everything))
+    assert len(counted) == 2 + 7 * 5 + 3  # the third snow was begun
+    partial = json.loads((folder / "report.json").read_text())
+    assert len(partial["corruptions"]["top1"]["snow"]) == 2 and "mean_error" not in partial["corruptions"]
+    assert "snow" not in evaluate.tables([partial])
+    monkeypatch.setattr(evaluate, "corrupt", corrupt)
+    counted.clear()
+    resumed, = evaluate.evaluate(config(folder, **everything))
+    assert counted[0] == "snow 3" and len(counted) == 38
+    counted.clear()
+    assert evaluate.evaluate(config(folder, **everything)) == [resumed] and not counted
+    assert evaluate.evaluate(config(folder)) == [resumed] and not counted
+    (folder / "report.json").unlink()
+    assert evaluate.evaluate(config(folder, **everything)) == [resumed]
+
+
+def test_what_changed_is_evaluated_anew(run, tmp_path, counted, cifar_c):
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "report.json").unlink(missing_ok=True)
+    first, = evaluate.evaluate(config(folder, shift=[]))
+    assert counted == ["test", "shift"]
+    for changes in ({"seed": 1}, {"amp": True}, {}):
+        counted.clear()
+        report, = evaluate.evaluate(config(folder, **changes))
+        assert counted == ["test"] and "shift" not in report
+    report["corruptions"] = {"source": "published", "folder": str(cifar_c), "top1": {"fog": [1, 2, 3]}}
+    (folder / "report.json").write_text(json.dumps(report))
+    counted.clear()
+    evaluate.evaluate(config(folder, corruptions="generated"))
+    assert len(counted) == 75  # the other source's are not gone on with; the test split is
+    student = torch.load(folder / "student.pt", weights_only=True)
+    student["model"]["fc.bias"] += 1
+    torch.save(student, folder / "student.pt")
+    for text in (None, "{", "[]"):
+        if text:
+            (folder / "report.json").write_text(text)
+        counted.clear()
+        evaluate.evaluate(config(folder))
+        assert counted == ["test"]
+
+
+def test_runs_share_what_they_see(run, tmp_path, counted, monkeypatch):
+    folders = [shutil.copytree(run, tmp_path / name) for name in "AB"]
+    for folder in folders:
+        (folder / "report.json").unlink(missing_ok=True)
+    evaluate.evaluate(config(folders[0], shift=[]))
+    counted.clear()
+    made = []
+    monkeypatch.setattr(evaluate, "corrupt", lambda images, *which: made.append(which[:2]) or images)
+    reports = evaluate.evaluate(config(*folders, shift=[], corruptions="generated"))
+    assert counted[:2] == ["test", "shift"] and len(counted) == 2 + 2 * 75  # of B alone; of both
+    assert len(made) == 75
+    assert reports[0]["corruptions"] == reports[1]["corruptions"]
+
+
+@pytest.mark.parametrize("file, content, message", (
+    ("config.json", "{", "config.json is damaged"), ("config.json", "{}", "expected entries settings, places"),
+    ("config.json", "3", "config.json is damaged"), ("summary.json", "", "summary.json is damaged"),
+    ("summary.json", '{"dataset": "shapes"}', "summary.json is damaged"), ("student.pt", "", "student.pt is damaged"),
+    ("student.pt", "no zip", "student.pt is damaged"), ("student.pt", None, "student.pt is not what train.py writes")))
+def test_damaged_files_are_named(run, tmp_path, file, content, message):
+    folder = shutil.copytree(run, tmp_path / "run")
+    if content is None:
+        torch.save({"model": {}}, folder / file)
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate.evaluate(config(folder))
+    assert "\n" not in str(error.value)
+
+
+# ---- shift sets
+
+
+def test_cifar10_1(tmp_path):
+    test = data.Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), list("abcdefghij"))
+    images = np.zeros((20, 32, 32, 3), dtype=np.uint8)
+    images[:, 1, 2, 0] = range(20)
+    np.save(tmp_path / "cifar10.1_v6_data.npy", images)
+    with pytest.raises(FileNotFoundError, match="cifar10.1_v6_labels.npy is missing"):
+        evaluate.read_cifar10_1(tmp_path)
+    np.save(tmp_path / "cifar10.1_v6_labels.npy", np.arange(20) % 10)
+    split, columns = evaluate.load_shift(tmp_path, evaluate.Config(dataset="cifar10"), test)
+    assert split.images[:, 0, 1, 2].tolist() == list(range(20)) and columns.tolist() == list(range(10))
+    assert split.labels.tolist() == list(range(10)) * 2
+    with pytest.raises(ValueError, match="holds a shift set of cifar10, but these runs are on cifar100"):
+        evaluate.load_shift(tmp_path, evaluate.Config(dataset="cifar100"), test)
+    for wrong in (np.arange(19), np.full(20, 10), np.full(20, -1)):
+        np.save(tmp_path / "cifar10.1_v6_labels.npy", wrong)
+        with pytest.raises(ValueError, match="expected 20 numbers from 0 to 9"):
+            evaluate.read_cifar10_1(tmp_path)
+    np.save(tmp_path / "cifar10.1_v6_data.npy", images[..., 0])
+    with pytest.raises(ValueError, match=r"v6_data.npy is uint8 \(20, 32, 32\); expected uint8 \(2000, 32, 32, 3\)"):
+        evaluate.read_cifar10_1(tmp_path)
+
+
+def test_stl10_has_nine_classes_of_cifar10(tmp_path, monkeypatch):
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    own = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    (tmp_path / "stl10_binary").mkdir()
+    with pytest.raises(ValueError, match="stl10_binary is no complete STL-10"):
+        evaluate.read_stl10(tmp_path)
+    pixels = np.zeros((10, 3, 96, 96), dtype=np.uint8)
+    pixels[:, 1, 7, 5] = range(10)  # their files are column-major
+    pixels.tofile(tmp_path / "stl10_binary/test_X.bin")
+    np.arange(1, 11, dtype=np.uint8).tofile(tmp_path / "stl10_binary/test_y.bin")
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    test = data.Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), names)
+    split, columns = evaluate.load_shift(tmp_path, evaluate.Config(dataset="cifar10"), test)
+    assert split.images.shape == (9, 3, 96, 96)
+    assert [names[k] for k in columns] == [name for name in names if name != "frog"]
+    shown = [own[value] for value in split.images[:, 1, 5, 7]]
+    assert [names[columns[label]] for label in split.labels] == [{"car": "automobile"}.get(n, n) for n in shown]
+    assert "monkey" not in shown
+
+
+def test_a_shift_folder_for_images_that_stream(tmp_path):
+    """Columns by WordNet id, by number and through classes.json; scores of the masked logits."""
+    for k, (wnid, count) in enumerate((("n01", 2), ("n02", 2), ("n03", 2))):
+        write_images(tmp_path / "data/val" / wnid, count)
+        torchvision.io.write_png(torch.full((3, 40, 30), 80 * k, dtype=torch.uint8),
+                                 str(tmp_path / "data/val" / wnid / "0.png"))
+    (tmp_path / "data/words.txt").write_text("n01\tcat\nn02\tdog\nn03\tbird\n")
+    for folders in (("n02", "n03"), ("1", "2"), ("hounds", "fowl")):
+        for folder, source in zip(folders, ("n02", "n03")):
+            shutil.copytree(tmp_path / "data/val" / source, tmp_path / folders[0] / "set" / folder)
+    torch.manual_seed(0)
+    torch.save(models.build_model("resnet18", 3).state_dict(), tmp_path / "net.pt")
+    known = {"checkpoint": str(tmp_path / "net.pt"), "model": "resnet18", "dataset": "imagenet", "workers": 0,
+             "data_dir": str(tmp_path / "data"), "device": "cpu"}
+    with pytest.raises(ValueError, match="'fowl' is not a class of the model"):
+        evaluate.evaluate(evaluate.Config(**known, shift=[str(tmp_path / "hounds/set")]))
+    (tmp_path / "hounds/set/classes.json").write_text('{"hounds": "dog", "fowl": "n03"}')
+    rows = []
+    for folder in ("n02", "1", "hounds"):
+        report, = evaluate.evaluate(evaluate.Config(**known, shift=[str(tmp_path / folder / "set")]))
+        rows.append(report["shift set"])
+        assert rows[-1].pop("folder") == str(tmp_path / folder / "set")
+    assert [row["nll"] for row in rows] == pytest.approx([rows[0]["nll"]] * 3) and rows[0]["images"] == 4
+    files = [tmp_path / "n02/set" / wnid / f"{i}.png" for wnid in ("n02", "n03") for i in (0, 1)]
+    info, model = data.DATASETS["imagenet"], models.load_weights("resnet18", tmp_path / "net.pt")
+    images = torch.stack([data.Stream([str(file)])[0, None][0] for file in files])
+    with torch.no_grad():
+        logits = model(data.normalize(images, info.mean, info.std))[0][:, 1:]  # n02 and n03 alone
+    assert rows[0]["nll"] == pytest.approx(evaluate.nll(logits, torch.tensor([0, 0, 1, 1])), rel=1e-4)
+    (tmp_path / "hounds/set/classes.json").write_text("{")
+    with pytest.raises(ValueError, match="classes.json is damaged"):
+        evaluate.evaluate(evaluate.Config(**known, shift=[str(tmp_path / "hounds/set")]))
+    with pytest.raises(ValueError, match="imagenet has no shift split of its own: --shift DIR"):
+        evaluate.evaluate(evaluate.Config(**known, shift=[]))
+
+
+def test_a_shift_folder_for_images_in_memory(run, tmp_path):
+    test = data.render_shapes("shift")
+    for k in (3, 12):
+        folder = tmp_path / "wild" / test[2][k].replace(" ", "_")
+        folder.mkdir(parents=True)
+        for i in (test[1] == k).nonzero()[:, 0].tolist()[:5]:
+            torchvision.io.write_png(test[0][i], str(folder / f"{i}.png"))
+    names = {test[2][k].replace(" ", "_"): test[2][k] for k in (3, 12)}
+    (tmp_path / "wild/classes.json").write_text(json.dumps(names))
+    split, columns = evaluate.load_shift(tmp_path / "wild", evaluate.Config(dataset="shapes"), data.Split(*test))
+    assert columns.tolist() == [3, 12]
+    assert split.images[0, None][0].equal(test[0][int(Path(split.images.paths[0]).stem)])  # as it is, not cropped
+    report, = evaluate.evaluate(config(run, shift=[str(tmp_path / "wild")], workers=0))
+    assert {"test", "shift", "shift wild"} <= report.keys() and report["shift wild"]["top1"] >= 0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        evaluate.evaluate(config(run, shift=[str(tmp_path / "empty")]))
+
+
+# ---- what fusion does
+
+
+def test_superclasses():
+    members = [row.split() for row in evaluate.CIFAR100_SUPERCLASSES.split(",")]
+    names = sorted(name for row in members for name in row)
+    assert [len(row) for row in members] == [5] * 20 and len(set(names)) == 100
+    group = evaluate.superclasses("cifar100", names)["superclass"]
+    assert len(group) == 100 and len(group.unique()) == 20
+    def together(a, b):
+        return group[names.index(a)] == group[names.index(b)]
+    assert together("maple_tree", "willow_tree") and together("streetcar", "lawn_mower") and together("man", "woman")
+    assert not together("man", "maple_tree") and not together("bus", "streetcar") and not together("seal", "shark")
+    groups = evaluate.superclasses("shapes", ["red star", "blue star", "red heart"])
+    assert groups["colour"].tolist() == [0, 1, 0] and groups["form"].tolist() == [0, 0, 2]
+    assert evaluate.superclasses("tiny-imagenet", ["cat"]) == {}
+
+
+def test_measures_are_the_metrics():
+    logits, target = 3 * torch.randn(300, 7, generator=seeded(1)), torch.randint(7, (300,), generator=seeded(2))
+    found = dict(zip(evaluate.MEASURES, evaluate.measures(evaluate.contributions(logits, target, 0.7)).tolist()))
+    expected = {"top1": 100 * evaluate.top_k_accuracy(logits, target), "nll": evaluate.nll(logits, target),
+                "ece": 100 * evaluate.ece(logits, target),
+                **{name: count / 3 for name, count in evaluate.quadrants(logits, target, 0.7).items()}}
+    assert found == pytest.approx(expected)
+
+
+def test_rank_shares_ties():
+    assert evaluate.rank(torch.tensor([3.0, 1.0, 3.0, 7.0, 3.0])).tolist() == [3, 1, 3, 5, 3]
+
+
+def test_non_target_by_hand():
+    logits = probabilities_as_logits([[0.5, 0.3, 0.2], [0.9, 0.01, 0.09], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]])
+    target = torch.tensor([0, 0, 1, 2])
+    similarity = torch.tensor([[1, 0.3, 0.5], [0.3, 1, 0.1], [0.5, 0.1, 1]])
+    found = evaluate.non_target(logits, target, similarity, {"kind": torch.tensor([0, 0, 1])})
+    rows = [(0.6, 0.4), (0.1, 0.9), (0.5, 0.5), (0.25, 0.75)]  # the other two classes, in order
+    assert found["entropy"] == pytest.approx(-sum(p * math.log(p) for row in rows for p in row) / 4)
+    assert found["same kind"] == pytest.approx(100 * (0.6 + 0.1 + 0.5 + 0) / 4)
+    # means of (0,1) (0,2) (1,0) (1,2) (2,0) (2,1): .35 .65 .5 .5 .25 .75, similarities .3 .5 .3 .1 .5 .1
+    a, b = np.array([2, 5, 3.5, 3.5, 1, 6]), np.array([3.5, 5.5, 3.5, 1.5, 5.5, 1.5])
+    assert found["rank_correlation"] == pytest.approx(np.corrcoef(a, b)[0, 1])
+    certain = evaluate.non_target(torch.tensor([[500.0, 1.0, 0.0]]), target[:1], similarity, {})  # no underflow
+    assert certain["entropy"] == pytest.approx(-sum(p * math.log(p) for p in (0.7310586, 0.2689414)))
+
+
+def test_sweep_and_quadrants():
+    target = torch.randint(5, (200,), generator=seeded(0))
+    teacher, clip = (3 * torch.randn(200, 5, generator=seeded(k)) + 2 * F.one_hot(target, 5) for k in (1, 2))
+    sweep = evaluate.sweep_alpha(teacher, clip, target, seeded())
+    assert [row["alpha"] for row in sweep] == [k / 10 for k in range(11)]
+    for row, logits in ((sweep[0], clip), (sweep[10], teacher), (sweep[3], 0.3 * teacher + 0.7 * clip)):
+        assert row["nll"][0] == pytest.approx(evaluate.nll(logits, target))
+        assert row["unsure_wrong"][0] == pytest.approx(evaluate.quadrants(logits, target, 0.7)["unsure_wrong"] / 2)
+        assert row["top1"][1] < row["top1"][0] < row["top1"][2]
+    table = evaluate.quadrant_changes({"teacher": teacher, "clip": clip, "same": teacher}, target, seeded())
+    assert list(table) == ["0.5", "0.7", "0.9"] and "change" not in table["0.5"]["teacher"]["top1"]
+    for threshold, rows in table.items():
+        counts = [rows[model]["confident_wrong"]["count"] for model in ("teacher", "clip")]
+        assert counts == [evaluate.quadrants(z, target, float(threshold))["confident_wrong"] for z in (teacher, clip)]
+        value, low, high = rows["clip"]["confident_wrong"]["change"]
+        assert value == pytest.approx((counts[1] - counts[0]) / 2) and low < value < high
+        assert all(entry["change"] == [0, 0, 0] for entry in rows["same"].values())  # paired: the same images
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    """A run of RichKD with a teacher and a CLIP of random weights, and the places where it was made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SHAPES_SIZES", {"train": 100, "test": 60, "shift": 50})
+        folder = tmp_path_factory.mktemp("rich")
+        torch.manual_seed(0)
+        torch.save(clip_model.CLIP(32, 32, 1, 64, 16, 64, 514, 64, 1, 1).state_dict(), folder / "clip.pt")
+        torch.save(models.build_model("resnet8", 25).state_dict(), folder / "teacher.pt")
+        train.run(train.Config(teacher=("resnet8",), teacher_weights=(str(folder / "teacher.pt"),), student="resnet8",
+                               clip=str(folder / "clip.pt"), epochs=1, alpha=0.4, cache_dir=str(folder / "cache"),
+                               out=str(folder / "run"), device="cpu"))
+        yield folder
+
+
+def test_fused_agrees_with_the_run(rich, counted):
+    places = {"cache_dir": str(rich / "cache"), "fused": True}
+    report, = evaluate.evaluate(config(rich / "run", **places))
+    summary, fused = json.loads((rich / "run/summary.json").read_text()), report["fused"]
+    assert fused["alpha"] == 0.4 and fused["clip_scale"] == pytest.approx(1 / 0.07, rel=1e-4)
+    for model in ("teacher", "clip", "fused"):
+        for rows in fused["quadrants"].values():
+            assert rows[model]["top1"]["value"][0] == pytest.approx(summary[f"{model}_accuracy"])
+    assert fused["sweep"][4]["top1"][0] == pytest.approx(summary["fused_accuracy"])
+    assert list(fused["non_target"]["fused"]) == ["rank_correlation", "entropy", "same colour", "same form"]
+    assert report == json.loads((rich / "run/report.json").read_text())
+    lines = evaluate.tables([report]).splitlines()
+    assert sum(line.startswith("confident, right at") for line in lines) == 3
+    assert [line.split()[0] for line in lines[-11:]] == [str(k / 10) for k in range(11)]
+    counted.clear()
+    assert evaluate.evaluate(config(rich / "run", **places)) == [report] and not counted
+
+
+def test_fused_needs_teacher_and_clip(run, tmp_path):
+    with pytest.raises(ValueError, match="none of these runs has a teacher and CLIP"):
+        evaluate.evaluate(config(run, fused=True))
+    with pytest.raises(ValueError, match="--fused takes --run"):
+        evaluate.evaluate(evaluate.Config(checkpoint="x", model="resnet8", dataset="shapes", fused=True))
+
+
+# ---- pictures
+
+
+def test_without_matplotlib_nothing_is_begun(run, monkeypatch, counted):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        evaluate.evaluate(config(run, plot=True, seed=3))
+    assert not counted
+
+
+def test_pictures(rich, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder, places = shutil.copytree(rich / "run", tmp_path / "run"), {"cache_dir": str(rich / "cache"), "plot": True}
+    (folder / "report.json").unlink(missing_ok=True)
+    evaluate.evaluate(config(folder, **places))
+    small = torchvision.io.read_image(str(folder / "report.png"))
+    assert not (folder / "samples.png").exists()
+    evaluate.evaluate(config(folder, **places, corruptions="generated", fused=True))
+    large = torchvision.io.read_image(str(folder / "report.png"))
+    assert [large.shape[k] / small.shape[k] for k in (1, 2)] == [2, 2]  # four panels, not one
+    samples = torchvision.io.read_image(str(folder / "samples.png"))
+    assert samples.shape == (3, 10 * 98 + 2, 15 * 98 + 2)
+    test = data.load_dataset("shapes", "", "test")
+    bright = evaluate.corrupt(test.images[1:2], "brightness", 4, None).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    y, x = 8 * 98 + 2, 10 * 98 + 2  # the second image, severity 4; the eleventh corruption
+    assert samples[:, y:y + 96, x:x + 96].equal(bright[0])
 
 
 def test_newest_run_and_none(run, tmp_path, monkeypatch):
