@@ -741,6 +741,7 @@ def zero_shot(config):
 
 
 def job(config):
+    train.resolve(train.Config(dataset=config.dataset or "shapes", device=config.device))  # raises where one is wrong
     if config.compare:
         print(comparison(compare([read_json(path, "of", "test") for path in config.compare])))
     elif config.zero_shot:

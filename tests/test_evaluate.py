@@ -472,9 +472,9 @@ def test_a_shift_folder_for_images_that_stream(tmp_path):
     with torch.no_grad():
         logits = model(data.normalize(images, info.mean, info.std))[0][:, 1:]  # n02 and n03 alone
     assert rows[0]["nll"] == pytest.approx(evaluate.nll(logits, torch.tensor([0, 0, 1, 1])), rel=1e-4)
-    (tmp_path / "hounds/set/classes.json").write_text("{")
-    with pytest.raises(ValueError, match="classes.json is damaged"):
-        evaluate.evaluate(evaluate.Config(**known, shift=[str(tmp_path / "hounds/set")]))
+    (tmp_path / "n02/set/classes.json").write_text("{")
+    with pytest.raises(ValueError, match="classes.json is damaged"):  # "shift set" is now another folder's
+        evaluate.evaluate(evaluate.Config(**known, shift=[str(tmp_path / "n02/set")]))
     with pytest.raises(ValueError, match="imagenet has no shift split of its own: --shift DIR"):
         evaluate.evaluate(evaluate.Config(**known, shift=[]))
 
@@ -629,6 +629,27 @@ def test_pictures(rich, tmp_path):
     bright = evaluate.corrupt(test.images[1:2], "brightness", 4, None).repeat_interleave(3, 2).repeat_interleave(3, 3)
     y, x = 8 * 98 + 2, 10 * 98 + 2  # the second image, severity 4; the eleventh corruption
     assert samples[:, y:y + 96, x:x + 96].equal(bright[0])
+
+
+@pytest.mark.parametrize("flags, message", (
+    (["--device", "nonsense"], "--device nonsense cannot be used here"), (["--dataset", "cifar"], "unknown data set"),
+    (["--run", "nowhere"], "no finished run in nowhere"), (["--compare", "nowhere.json"], "nowhere.json"),
+    (["--checkpoint", "x.pt", "--dataset", "shapes"], "--checkpoint takes --model")))
+def test_a_wrong_command_is_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(lambda: evaluate.job(train.parse(evaluate.Config, "", flags)))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_flags_with_and_without_folders():
+    plain = train.parse(evaluate.Config, "", [])
+    assert plain.shift is None and plain.corruptions is None
+    own = train.parse(evaluate.Config, "", ["--shift", "--corruptions"])
+    assert own.shift == [] and own.corruptions == "generated"
+    given = train.parse(evaluate.Config, "", ["--shift", "A", "B", "--corruptions", "C"])
+    assert given.shift == ["A", "B"] and given.corruptions == "C"
 
 
 def test_newest_run_and_none(run, tmp_path, monkeypatch):
