@@ -438,30 +438,33 @@ def read_json(path, *keys):
     """The dict that a JSON file holds, with these keys at least. ValueError where it does not."""
     try:
         content = json.loads(Path(path).read_text())
-        missing = [key for key in keys if key not in content]
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged: it holds no JSON as train.py or evaluate.py writes it") from None
-    if missing or not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected entries {', '.join(keys)}")
-    return content
+        if isinstance(content, dict) and content.keys() >= set(keys):
+            return content
+    except ValueError:
+        pass
+    raise ValueError(f"{path} is damaged: expected a JSON object" + (f" with {', '.join(keys)}" if keys else ""))
 
 
 def digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def check_classes(what, there, here):
+    """Raises ValueError, `what` and the first class that differs, unless both lists of classes are equal."""
+    for k, (own, other) in enumerate(itertools.zip_longest(there, here)):
+        if own != other:
+            raise ValueError(f"{what}: class {k} is {own!r} there and {other!r} here")
+
+
 def load_run(folder, dataset, class_names):
-    """-> Classifier of a finished run. Raises ValueError for a damaged one, and for one of other classes than the data
-    set's, naming the first that differs."""
+    """-> Classifier of a finished run. Raises ValueError for a damaged one, and where its classes are others."""
     about = ("dataset", "method", "teacher", "student", "seed", "epochs")
     summary = read_json(folder / "summary.json", *about, "accuracies")
-    student, known = train.read_checkpoint(folder / "student.pt"), ("model_name", "class_names", "mean", "image_size")
-    if not isinstance(student, dict) or not all(key in student for key in known):
+    student, known = train.read_checkpoint(folder / "student.pt"), ("model_name", "class_names", "mean", "std",
+                                                                    "image_size")
+    if not isinstance(student, dict) or not student.keys() >= set(known):
         raise ValueError(f"{folder / 'student.pt'} is not what train.py writes: expected {', '.join(known)} in it")
-    for k, (own, other) in enumerate(itertools.zip_longest(student["class_names"], class_names)):
-        if own != other:
-            raise ValueError(f"{folder} was trained on other classes than {dataset} has: class {k} is {own!r} there "
-                             f"and {other!r} here")
+    check_classes(f"{folder} was trained on other classes than {dataset} has", student["class_names"], class_names)
     model = models.load_weights(student["model_name"], folder / "student.pt")
     report = {"of": {key: summary[key] for key in about}, "weights": digest(folder / "student.pt"),
               "settings": read_json(folder / "config.json", "settings")["settings"],
@@ -523,6 +526,12 @@ def load_test(name, config):
     return split._replace(images=data.resize(split.images, data.DATASETS[config.dataset].image_size))
 
 
+def folder_names(split):
+    """The classes' folders, in the order of the labels, where images stream: WordNet ids for ImageNet. Else []."""
+    paths = split.images.paths if isinstance(split.images, data.Stream) else []
+    return sorted({Path(path).parent.name for path in paths})
+
+
 def load_shift(directory, config, test):
     """-> (a Split whose labels count within the columns, columns of the logits to choose among): a shift set's folder.
 
@@ -530,23 +539,20 @@ def load_shift(directory, config, test):
     by the folders of the data set, that is by WordNet id) or by its number (ImageNet-V2), or in classes.json.
     """
     root, info, names = Path(directory), data.DATASETS[config.dataset], list(test.class_names)
-    read = read_stl10 if (root / "stl10_binary").is_dir() else None
-    read = read_cifar10_1 if any(root.glob("cifar10.1_*.npy")) else read
-    if read:
-        if config.dataset != "cifar10":
-            raise ValueError(f"{root} holds a shift set of cifar10, but these runs are on {config.dataset}")
-        images, labels = read(root)
-        columns, labels = labels.unique(return_inverse=True)
-        return data.Split(images, labels, names), columns
-    ids = names
-    if isinstance(test.images, data.Stream):
-        ids = sorted({Path(path).parent.name for path in test.images.paths})
+    for files, read in (("cifar10.1_*.npy", read_cifar10_1), ("stl10_binary", read_stl10)):
+        if any(root.glob(files)):
+            if config.dataset != "cifar10":
+                raise ValueError(f"{root} holds a shift set of cifar10, but these runs are on {config.dataset}")
+            images, labels = read(root)
+            columns, labels = labels.unique(return_inverse=True)
+            return data.Split(images, labels, names), columns
+    ids = folder_names(test) or names
     folder_classes = {str(k): name for k, name in enumerate(ids) if str(k) not in ids}
     if (root / "classes.json").is_file():
         given = read_json(root / "classes.json")
         folder_classes |= {folder: ids[names.index(name)] if name in names else name for folder, name in given.items()}
     paths, labels, columns = list_folder(root, ids, folder_classes)
-    resize_to = round(info.image_size * 8 / 7) if ids is not names else info.image_size  # as `data.resize` does
+    resize_to = info.image_size if ids is names else round(info.image_size * 8 / 7)  # as `data.resize` does
     return data.Split(data.Stream(paths, info.image_size, resize_to), labels, names), columns
 
 
@@ -565,11 +571,16 @@ def corrupted(test, name, severity, config):
         return (corrupt(images, name, severity, generator) for images in blocks(test, config)), test.labels
     if config.dataset.startswith("cifar"):
         split = data.Split(*read_cifar_c(config.corruptions, name, severity), test.class_names)
+        if len(split.labels) == len(test.labels) and not split.labels.equal(test.labels):
+            raise ValueError(f"{config.corruptions}/labels.npy does not have the labels of {config.dataset}'s test split; "
+                             "expected the files made from it")
     else:
         folder = torchvision.datasets.ImageFolder(imagenet_c_folder(config.corruptions, name, severity))
         size = data.DATASETS[config.dataset].image_size  # the published images have it already
         images = data.Stream([path for path, _ in folder.samples], size, size)
         split = data.Split(images, torch.tensor(folder.targets), test.class_names)
+        if folder_names(test):
+            check_classes(f"{folder.root} has other classes than {config.dataset}", folder.classes, folder_names(test))
         if len(folder.classes) != len(test.class_names):
             raise ValueError(f"{folder.root} has {len(folder.classes)} classes, {config.dataset} "
                              f"{len(test.class_names)}: expected a folder for each")
@@ -619,8 +630,6 @@ def prepare(config):
     if config.checkpoint:
         if not (config.model and config.dataset):
             raise ValueError("--checkpoint takes --model NAME and --dataset NAME with it")
-        if config.fused:
-            raise ValueError("--fused takes --run, a run with a teacher and CLIP")
         config = dataclasses.replace(config, data_dir=config.data_dir or "data")
     else:
         folders = [Path(folder) for folder in config.run or [newest_run()]]
@@ -661,10 +670,9 @@ def evaluate(config):
     """What the command does with classifiers: -> their reports, dicts that also lie in report.json beside each run.
     What is in a report already is not done again."""
     config, test, pairs = prepare(config)
-    if config.fused:
-        pairs_fused = [pair for pair in pairs if {"teacher", "clip"} <= pair[1]["teachers"].keys()]
-        if not pairs_fused:
-            raise ValueError("--fused: none of these runs has a teacher and CLIP (as richkd, richkd-l and richkd-f do)")
+    taught = [pair for pair in pairs if {"teacher", "clip"} <= pair[1].get("teachers", {}).keys()]
+    if config.fused and not taught:
+        raise ValueError("--fused: no run here has a teacher and CLIP, as those of richkd, richkd-l and richkd-f have")
 
     sets = [("test", None)]
     if config.shift is not None:
@@ -680,7 +688,7 @@ def evaluate(config):
                                                          progress)):
                 logits = logits[:, columns]
                 temperature = None if name == "test" else report["test"]["calibration"]["temperature"]
-                report[name] = {**scores(logits, split.labels), "folder": folder,
+                report[name] = {**scores(logits, split.labels), **({"folder": folder} if folder else {}),
                                 "calibration": calibration(logits, split.labels, temperature)}
             save(todo)
 
@@ -688,7 +696,7 @@ def evaluate(config):
         folder = None if config.corruptions == "generated" else str(Path(config.corruptions).resolve())
         start = {"source": "published" if folder else "generated", "folder": folder}
         for _, report in pairs:
-            if not start.items() <= {k: v for k, v in report.get("corruptions", {}).items() if k in start}.items():
+            if {key: report.get("corruptions", {}).get(key) for key in start} != start:
                 report["corruptions"] = {**start, "top1": {}}
         tasks = [(name, severity, todo) for name in COMMON for severity in range(1, 6)
                  if (todo := [p for p in pairs if len(p[1]["corruptions"]["top1"].get(name, ())) < severity])]
@@ -704,7 +712,7 @@ def evaluate(config):
             report["corruptions"] |= corruption_errors(report["corruptions"]["top1"], report["test"]["top1"], alexnet)
         save(pairs)
 
-    for classifier, report in pairs_fused if config.fused else ():
+    for classifier, report in taught if config.fused else ():
         if "fused" not in report:
             report["fused"] = analyse(classifier.path.parent, config)
             save([(classifier, report)])
