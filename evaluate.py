@@ -460,13 +460,16 @@ def load_run(folder, dataset, class_names):
     """-> Classifier of a finished run. Raises ValueError for a damaged one, and where its classes are others."""
     about = ("dataset", "method", "teacher", "student", "seed", "epochs")
     summary = read_json(folder / "summary.json", *about, "accuracies")
-    student, known = train.read_checkpoint(folder / "student.pt"), ("model_name", "class_names", "mean", "std",
-                                                                    "image_size")
+    path, known = folder / "student.pt", ("model_name", "class_names", "mean", "std", "image_size")
+    try:
+        student = train.read_checkpoint(path)
+    except (OSError, ValueError):
+        raise ValueError(f"{path} is missing or damaged; train.py --overwrite makes the run anew") from None
     if not isinstance(student, dict) or not student.keys() >= set(known):
-        raise ValueError(f"{folder / 'student.pt'} is not what train.py writes: expected {', '.join(known)} in it")
+        raise ValueError(f"{path} is not what train.py writes: expected {', '.join(known)} in it")
     check_classes(f"{folder} was trained on other classes than {dataset} has", student["class_names"], class_names)
-    model = models.load_weights(student["model_name"], folder / "student.pt")
-    report = {"of": {key: summary[key] for key in about}, "weights": digest(folder / "student.pt"),
+    model = models.load_weights(student["model_name"], path)
+    report = {"of": {key: summary[key] for key in about}, "weights": digest(path),
               "settings": read_json(folder / "config.json", "settings")["settings"],
               "teachers": {who: row for who, row in summary["accuracies"].items() if row and who != "student"}}
     return Classifier(model, student["mean"], student["std"], student["image_size"], folder / "report.json", report)
@@ -572,8 +575,8 @@ def corrupted(test, name, severity, config):
     if config.dataset.startswith("cifar"):
         split = data.Split(*read_cifar_c(config.corruptions, name, severity), test.class_names)
         if len(split.labels) == len(test.labels) and not split.labels.equal(test.labels):
-            raise ValueError(f"{config.corruptions}/labels.npy does not have the labels of {config.dataset}'s test split; "
-                             "expected the files made from it")
+            raise ValueError(f"{config.corruptions}/labels.npy does not have the labels of {config.dataset}'s test "
+                             "split; expected the files made from it")
     else:
         folder = torchvision.datasets.ImageFolder(imagenet_c_folder(config.corruptions, name, severity))
         size = data.DATASETS[config.dataset].image_size  # the published images have it already

@@ -385,9 +385,10 @@ def test_runs_share_what_they_see(run, tmp_path, counted, monkeypatch):
 
 @pytest.mark.parametrize("file, content, message", (
     ("config.json", "{", "config.json is damaged"), ("config.json", "3", "config.json is damaged"),
-    ("config.json", "{}", "expected a JSON object with settings, places"), ("summary.json", "", "summary.json is damaged"),
-    ("summary.json", '{"dataset": "shapes"}', "summary.json is damaged"), ("student.pt", "", "student.pt is damaged"),
-    ("student.pt", "no zip", "student.pt is damaged"), ("student.pt", None, "student.pt is not what train.py writes")))
+    ("config.json", "{}", "config.json is damaged: expected a JSON object with settings, places"),
+    ("summary.json", "", "summary.json is damaged"), ("student.pt", "", "student.pt is missing or damaged"),
+    ("summary.json", '{"dataset": "shapes"}', "summary.json is damaged"),
+    ("student.pt", "no zip", "student.pt is missing or damaged"), ("student.pt", None, "student.pt is not what train.py writes")))
 def test_damaged_files_are_named(run, tmp_path, file, content, message):
     folder = shutil.copytree(run, tmp_path / "run")
     if content is None:
