@@ -299,6 +299,8 @@ def test_corruption_errors():
     assert errors == pytest.approx({"mean_error": mean, "relative_mean_error": mean - 43.478, "mce": 100,
                                     "relative_mce": 100})
     assert list(evaluate.corruption_errors(table, 50, alexnet=False)) == ["mean_error", "relative_mean_error"]
+    text = evaluate.tables([{"of": {}, "corruptions": {"source": "published", "top1": table, **errors}}])
+    assert text.endswith("against AlexNet: mCE 100.0 %, relative mCE 100.0 %")
 
 
 @pytest.fixture
@@ -388,7 +390,7 @@ def test_runs_share_what_they_see(run, tmp_path, counted, monkeypatch):
     ("config.json", "{}", "config.json is damaged: expected a JSON object with settings, places"),
     ("summary.json", "", "summary.json is damaged"), ("student.pt", "", "student.pt is missing or damaged"),
     ("summary.json", '{"dataset": "shapes"}', "summary.json is damaged"),
-    ("student.pt", "no zip", "student.pt is missing or damaged"), ("student.pt", None, "student.pt is not what train.py writes")))
+    ("student.pt", "no zip", "student.pt is missing or damaged"), ("student.pt", None, "is not what train.py writes")))
 def test_damaged_files_are_named(run, tmp_path, file, content, message):
     folder = shutil.copytree(run, tmp_path / "run")
     if content is None:
