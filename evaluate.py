@@ -261,15 +261,18 @@ maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus motorcycle pick
 lawn_mower rocket streetcar tank tractor"""
 
 
-def superclasses(dataset, class_names):
-    """{what: the group of each class, int64 (K,)}: CIFAR-100's twenty superclasses, the colours and forms of `shapes`;
-    {} where none are known."""
+def superclasses(dataset, class_names, class_ids=(), is_a="wordnet.is_a.txt"):
+    """{what: the group of each class, int64 (K,)}: CIFAR-100's twenty superclasses, the colours and forms of `shapes`,
+    the WordNet parents of class_ids by ImageNet's file of lines "parent child"; {} where none are known."""
     keys = {}
     if dataset == "cifar100":
         group = {name: g for g, row in enumerate(CIFAR100_SUPERCLASSES.split(",")) for name in row.split()}
         keys["superclass"] = [group[name] for name in class_names]
     elif dataset == "shapes":
         keys["colour"], keys["form"] = zip(*(name.split() for name in class_names))
+    elif class_ids and Path(is_a).is_file():
+        parent = {child: above for above, child in map(str.split, Path(is_a).read_text().splitlines())}
+        keys["WordNet parent"] = [parent.get(own, own) for own in class_ids]
     return {what: torch.tensor([row.index(key) for key in row]) for what, row in keys.items()}
 
 
@@ -620,7 +623,8 @@ def analyse(folder, config):
         classes = clip_model.class_features(clip, tokenizer, names, templates).to(config.device)
     test = train.resized(splits["test"], own)
     teacher, clip_logits = (z.to(config.device) for z in (train.predict(teachers, test, own), scale * cosines.float()))
-    groups = {what: group.to(config.device) for what, group in superclasses(own.dataset, names).items()}
+    groups = superclasses(own.dataset, names, folder_names(splits["test"]), Path(own.data_dir) / "wordnet.is_a.txt")
+    groups = {what: group.to(config.device) for what, group in groups.items()}
     print(f"{folder}: what fusion does, with bootstrap intervals", file=sys.stderr)  # a minute for CIFAR-100 on a CPU
     return {"clip_scale": scale, **fusion(teacher, clip_logits, test.labels.to(config.device), own.alpha,
                                           classes @ classes.T, groups, torch.Generator().manual_seed(config.seed))}

@@ -99,7 +99,8 @@ def comparison(groups):
     for group in groups:
         columns = sorted(dict.fromkeys(column for row in group["rows"].values() for column in row),
                          key=("NLL", "ECE %").__contains__)  # these last
-        lines += [f"{group['dataset']}, {group['teacher']} → {group['student']}, {group['epochs']} epochs. Mean ± "
+        architectures = " → ".join(filter(None, (group["teacher"], group["student"])))
+        lines += [f"{group['dataset']}, {architectures}, {group['epochs']} epochs. Mean ± "
                   "standard deviation over seeds; in brackets the paired difference to kd and its 95 % interval "
                   "(Student's t).", "", "| | runs | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
         for label, row in group["rows"].items():

@@ -523,7 +523,7 @@ def test_a_shift_folder_for_images_in_memory(run, tmp_path):
 # ---- what fusion does
 
 
-def test_superclasses():
+def test_superclasses(tmp_path):
     members = [row.split() for row in evaluate.CIFAR100_SUPERCLASSES.split(",")]
     names = sorted(name for row in members for name in row)
     assert [len(row) for row in members] == [5] * 20 and len(set(names)) == 100
@@ -535,6 +535,10 @@ def test_superclasses():
     assert not together("man", "maple_tree") and not together("bus", "streetcar") and not together("seal", "shark")
     groups = evaluate.superclasses("shapes", ["red star", "blue star", "red heart"])
     assert groups["colour"].tolist() == [0, 1, 0] and groups["form"].tolist() == [0, 0, 2]
+    (tmp_path / "is_a").write_text("n9 n1\nn8 n2\nn9 n3\nn7 n9\n")
+    groups = evaluate.superclasses("imagenet", list("abcd"), ["n1", "n2", "n3", "n4"], tmp_path / "is_a")
+    assert groups["WordNet parent"].tolist() == [0, 1, 0, 3]
+    assert evaluate.superclasses("imagenet", ["a"], ["n1"], tmp_path / "none") == {}
     assert evaluate.superclasses("tiny-imagenet", ["cat"]) == {}
 
 
