@@ -1,4 +1,4 @@
-"""Common corruptions of images (Hendrycks and Dietterich 2019, arXiv 1903.12261): the benchmark's fifteen and four more.
+"""Common corruptions of images (Hendrycks and Dietterich 2019, arXiv 1903.12261): the benchmark's 15 and four more.
 
     images = corrupt(images, "fog", severity=3, generator=torch.Generator().manual_seed(0))
 

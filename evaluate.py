@@ -398,7 +398,7 @@ class Config:
     dataset: str = train.setting(None, "the data set; without, the run's own", type=str)
     data_dir: str = train.setting(None, "where the data set lies; without, where the run found it", type=str)
     shift: tuple = train.setting(None, "evaluate the data set's own shift splits and those in folders, too: "
-                                 "CIFAR-10.1, STL-10, or a folder a class (in classes.json: {folder: class})", nargs="*",
+                                 "CIFAR-10.1, STL-10, or a folder a class (classes.json: {folder: class})", nargs="*",
                                  metavar="DIR")
     corruptions: str = train.setting(None, "evaluate corrupted test images, too: the published files below DIR, or "
                                      "generated ones", nargs="?", const="generated", metavar="DIR")
