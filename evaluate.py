@@ -746,7 +746,8 @@ def draw_samples(test, config, path, n=2):
 
 def zero_shot(config):
     """CLIP itself on a data set's test split: {"all N templates": top-1 in percent, then an entry a template}."""
-    config = dataclasses.replace(config, dataset=config.dataset or "shapes", data_dir=config.data_dir or "data")
+    config = train.Config(dataset=config.dataset or "shapes", data_dir=config.data_dir or "data", **{
+        name: getattr(config, name) for name in ("clip", "bpe", "prompts", "amp", "device", "workers", "cache_dir")})
     test = data.load_dataset(config.dataset, config.data_dir, "test")
     templates = clip_model.load_templates(config.prompts or train.PROMPTS)
     clip, tokenizer = train.load_clip(config)
