@@ -219,7 +219,7 @@ def held(config, wait=False):
 def claim(config, folder, stack, wait):
     """Lock the folder until `stack` is left, and write config.json or see that the one there has the same settings."""
     known = folder / "config.json"
-    if folder.exists() and not known.is_file() and set(os.listdir(folder)) - {".lock"}:
+    if folder.exists() and not known.is_file() and any(name[0] != "." for name in os.listdir(folder)):
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names another folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = data.lock(folder / ".lock", lambda file: f"{folder} is in use by process {file.read().decode()}", wait)
@@ -487,7 +487,7 @@ def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale,
                 loss, parts, logits = step(inputs, *teacher_outputs, *clip_outputs, labels, index)
             right = 100 * (logits.detach().argmax(1) == labels).float().mean()
             sums = {"loss": loss.detach(), **parts, "train_accuracy": right}
-            total = total + torch.stack(list(sums.values()))
+            total = total + torch.stack(list(sums.values())).double()
             if stop:
                 if not total[0].isfinite():
                     raise ValueError("the loss is not finite")
@@ -544,7 +544,7 @@ def fit(config, folder, splits):
     if (folder / "last.pt").is_file():
         log, part = restore(folder / "last.pt", parts)
         if rank() == 0:
-            print(f"{folder}: going on at {place(config, log, part, N)}", file=sys.stderr)
+            print(f"{folder}: going on after {place(config, log, part, N)}", file=sys.stderr)
     if config.compile:
         for module in (student, *(teachers.teachers if teachers else ())):
             module.compile()
