@@ -453,6 +453,27 @@ def resize(images, size):
     return torch.cat(blocks) if images.dim() == 4 else blocks[0]
 
 
+def subset(split, low, high):
+    """A split with the images from `low` to `high`, shares in 0...1, of every class in one fixed random order. Subsets
+    of ranges that do not meet have no image in common. Raises ValueError where no image is left."""
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))
+    order = order[split.labels[order].sort(stable=True).indices]  # by class
+    counts = split.labels.bincount()
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    share = (torch.arange(len(order)) - first) / counts.repeat_interleave(counts).double()
+    index = order[(share >= low) & (share < high)].sort().values
+    if not len(index):
+        raise ValueError(f"no image lies between the shares {low} and {high} of any class; take a larger part")
+    images = split.images
+    if isinstance(images, torch.Tensor):
+        images = images[index]
+    elif isinstance(images, list):
+        images = [images[i] for i in index]
+    else:
+        images = Stream([images.paths[i] for i in index], images.size)
+    return split._replace(images=images, labels=split.labels[index])
+
+
 def blocks(images, size, start=0, workers=0, block=250):
     """Images of any kind that `Split` holds, from image `start` on, in order, as CLIP is to see them: uint8 (b,3,H,W),
     of one size a block, each decoded at full size (a Stream: brought to `size` by CLIP's own bicubic transform)."""

@@ -1,7 +1,8 @@
 """RichKD: knowledge distillation from a conventional teacher fused with CLIP, in plain PyTorch.
 
 Mansourian, Babaei, Kasaei, "Enriching Knowledge Distillation with Cross-Modal Teacher Fusion", arXiv 2511.09286.
-Leaf functions first, the method `RichKD` last. A function needs nothing but torch: copy it alone.
+Leaf functions first, the method `RichKD` last. A function needs nothing but torch: copy it alone. NaN and indices are
+checked on the CPU only: reading a GPU's numbers at every step would stall it, a training loop looks now and then.
 
 The method (equation numbers are this file's; the docstrings refer to them)
 
@@ -42,7 +43,7 @@ def kd_loss(student_logits, teacher_logits, temperature=3.0):
     student = (student_logits.to(dtype) / temperature).log_softmax(1)
     teacher = (teacher_logits.to(dtype) / temperature).softmax(1)
     loss = torch.nn.functional.kl_div(student, teacher, reduction="batchmean") * temperature**2
-    if loss.isnan():
+    if loss.is_cpu and loss.isnan():
         raise ValueError("the KD loss is NaN: student or teacher logits hold NaN or infinity")
     return loss
 
@@ -81,7 +82,7 @@ def dkd_loss(student_logits, teacher_logits, target, alpha=1.0, beta=8.0, temper
     tckd, nckd = (torch.nn.functional.kl_div(student, teacher.exp(), reduction="batchmean")
                   for student, teacher in (binary, others))
     loss = temperature**2 * (alpha * tckd + beta * nckd)
-    if loss.isnan():
+    if loss.is_cpu and loss.isnan():
         raise ValueError("the DKD loss is NaN: student or teacher logits hold NaN or infinity")
     return loss
 
@@ -110,7 +111,7 @@ def mlkd_loss(student_logits, teacher_logits, temperatures=(2.0, 3.0, 4.0, 5.0, 
             loss = loss + T**2 * torch.nn.functional.kl_div(log_student, teacher, reduction="batchmean")
             loss = loss + (teacher @ teacher.T - student @ student.T).square().sum() / B
             loss = loss + (teacher.T @ teacher - student.T @ student).square().sum() / K
-    if loss.isnan():
+    if loss.is_cpu and loss.isnan():
         raise ValueError("the MLKD loss is NaN: student or teacher logits hold NaN or infinity")
     return loss
 
@@ -151,20 +152,36 @@ def rkd_loss(student, teacher, distance_weight=25.0, angle_weight=50.0):
     return distance_weight * smooth_l1(*distances) + angle_weight * smooth_l1(*angles)
 
 
-def nce_loss(positive, negative, Z, num_images, weight=1.0):
-    """Noise-contrastive estimation of CRD for one bank: equation (6), mean over the batch.
+def nce_loss(anchor, bank, index, negatives, Z, temperature=0.07, same=None):
+    """Noise-contrastive estimation of CRD against one bank: equation (6), mean over the batch.
 
-    positive (B,) and negative (B, J) are the scores v . r / tau, Z () the normaliser, weight (B, J) the negatives'.
-    D = P / (P + c) says "the pair is real". With h = score - log(Z c), - log D is softplus(-h) and - log(1 - D)
-    softplus(h): nothing overflows, and of the (B, J) steps only h is kept for the backward pass.
+    anchor (B, d) against the rows index (B,) and negatives, (J,) for the whole batch or (B, J), of bank (N, d);
+    Z () the normaliser; same (B, J) bool masks negatives, and the rest of a row stands for all J. -> ()
+    D = P / (P + c) says "the pair is real". With h = v . r / tau - log(Z c), - log D is softplus(-h) and - log(1 - D)
+    softplus(h): nothing overflows. The negatives' gradient, the sum of sigmoid(h) r, is added up as they pass by, so
+    that no (B, J) or (B, J, d) block is kept; the loss can be differentiated once, by the anchor.
     Tian et al., "Contrastive Representation Distillation", ICLR 2020, equation 18; RepDistiller `crd/criterion.py`.
     """
-    J = negative.shape[1]
-    c = J / num_images + 1e-7
-    offset = (Z * c).log()
-    positive = torch.nn.functional.softplus(offset - positive)
-    negative = torch.nn.functional.softplus(negative - offset).mul_(weight).sum(1)
-    constant = J * torch.tensor(c * num_images / J, dtype=torch.float64).log().item()  # the numerator is J/N, not c
+    J, N = negatives.shape[-1], len(bank)
+    c = J / N + 1e-7
+    anchor, offset = anchor / temperature, (Z * c).log()
+    positive = torch.nn.functional.softplus(offset - (anchor * bank[index].to(anchor.dtype)).sum(1))  # (B,)
+    score, sum_up, block = "bd,bjd->bj", "bj,bjd->bd", 256
+    if negatives.ndim == 1:
+        score, sum_up, block = "bd,jd->bj", "bj,jd->bd", 2048
+    with torch.no_grad():
+        negative, gradient = torch.zeros_like(positive), torch.zeros_like(anchor)
+        for start in range(0, J, block):
+            part = slice(start, start + block)
+            rows = torch.nn.functional.embedding(negatives[..., part], bank).to(anchor.dtype)  # (j, d) or (B, j, d)
+            h = torch.einsum(score, anchor, rows).sub_(offset)  # (B, j)
+            if same is not None:
+                h.masked_fill_(same[:, part], -torch.inf)
+            negative += torch.nn.functional.softplus(h).sum(1)
+            gradient += torch.einsum(sum_up, h.sigmoid_(), rows)
+        weight = 1.0 if same is None else J / (J - same.sum(1)).clamp(min=1)  # () or (B,)
+    negative = weight * (negative + (gradient * (anchor - anchor.detach())).sum(1))  # the value, and its gradient
+    constant = J * torch.tensor(c * N / J, dtype=torch.float64).log().item()  # the numerator is J/N, not c
     return (positive + negative).mean() + constant
 
 
@@ -255,9 +272,9 @@ class ContrastiveMemory(torch.nn.Module):
     (`labels` is the data set's own tensor); `bank_dtype=torch.float16` halves them, computing stays in float32.
 
     State, all of it in `state_dict`: the banks (N, d); Z (2,), -1 until the first batch sets it, as published, to
-    N * mean exp(v . r / tau); `step`, which with `seed` determines the draw. Under an initialised torch.distributed
-    all ranks update with the rows of all, of batches of one size, and their states stay equal (so give
-    DistributedDataParallel broadcast_buffers=False, or it sends the banks at every step).
+    N * mean exp(v . r / tau); the number of steps, which with `seed` determines the draw. Under an initialised
+    torch.distributed all ranks update with the rows of all, of batches of one size, and their states stay equal (so
+    give DistributedDataParallel broadcast_buffers=False, or it sends the banks at every step).
     """
 
     def __init__(self, num_images, d=128, num_negatives=16384, temperature=0.07, momentum=0.5, *, labels=None,
@@ -277,8 +294,14 @@ class ContrastiveMemory(torch.nn.Module):
             bank = torch.empty(num_images, d, dtype=bank_dtype).uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, bank)
         self.register_buffer("Z", torch.full((2,), -1.0))
-        self.register_buffer("step", torch.tensor(0))
         self.register_buffer("labels", labels, persistent=False)
+        self.step = 0  # on the CPU: reading it from a GPU would stall
+
+    def get_extra_state(self):
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state):
+        self.step = int(state)
 
     def forward(self, student, fused, index, negatives=None):
         """Embeddings (B, d), (B, d) and image numbers (B,) int64 -> (); then both banks are updated at `index`.
@@ -291,39 +314,35 @@ class ContrastiveMemory(torch.nn.Module):
             raise ValueError(f"student {tuple(student.shape)}, fused {tuple(fused.shape)}, index {tuple(index.shape)}: "
                              f"expected (B, {d}), (B, {d}), (B,)")
         index = index.to(device)
-        outside = (index < 0) | (index >= N)
-        if (outside | (student + fused).isnan().any(1)).any():  # one reading from the device, before anything changes
-            raise ValueError(f"index {index[outside].tolist()} outside 0..{N - 1}" if outside.any() else "NaN features")
+        if index.is_cpu:  # before anything changes
+            outside = index[(index < 0) | (index >= N)].tolist()
+            if outside or (student + fused).isnan().any():
+                raise ValueError(f"index {outside} outside 0..{N - 1}" if outside else "NaN features")
+        self.step += 1
         if negatives is None:  # a function of seed and step alone, so that every rank draws the same
-            self.step += 1
-            generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + int(self.step))
+            generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + self.step)
             shape = (self.num_negatives,) if self.negatives == "shared" else (len(index), self.num_negatives)
             negatives = torch.randint(N, shape, generator=generator, device=device).sort().values  # in memory's order
-        weight = 1.0
-        if self.labels is not None:  # the rest of a row stands for all J: its expectation is that of other-class draws
-            weight = (self.labels[negatives] != self.labels[index][:, None]).to(student.dtype)  # (B, J)
-            weight *= weight.shape[1] / weight.sum(1, keepdim=True).clamp(min=1)
-        with torch.autocast(student.device.type, enabled=False):
-            scores = [self.scores(student, self.fused_bank, index, negatives),
-                      self.scores(fused, self.student_bank, index, negatives)]
-            if self.Z[0] < 0:
-                self.Z.copy_(torch.stack([self.partition(*pair, weight) for pair in scores]))
-            loss = sum(nce_loss(*pair, Z, N, weight) for pair, Z in zip(scores, self.Z))
+        same = None if self.labels is None else self.labels[negatives] == self.labels[index][:, None]  # (B, J)
+        pairs = ((student, self.fused_bank), (fused, self.student_bank))
+        with torch.autocast(device.type, enabled=False):
+            if self.step == 1 and self.Z[0] < 0:
+                self.Z.copy_(torch.stack([self.partition(*pair, index, negatives, same) for pair in pairs]))
+            loss = sum(nce_loss(*pair, index, negatives, Z, self.temperature, same) for pair, Z in zip(pairs, self.Z))
         self.update(student.detach(), fused.detach(), index)
         return loss
 
-    def scores(self, anchor, bank, index, negatives):
-        """v . r / tau for the positives (B,) and the negatives (B, J)."""
-        anchor = anchor / self.temperature
-        rows = torch.nn.functional.embedding(negatives, bank).to(anchor.dtype)  # (J, d) or (B, J, d)
-        negative = torch.einsum("bd,jd->bj" if rows.ndim == 2 else "bd,bjd->bj", anchor, rows)
-        return (anchor * bank[index].to(anchor.dtype)).sum(1), negative
-
     @torch.no_grad()
-    def partition(self, positive, negative, weight):
-        """Z = N * mean of exp(score) over the positives and the weighted negatives of all ranks: ()."""
-        mean = (positive.exp() + (negative.exp() * weight).sum(1)) / (1 + negative.shape[1])  # (B,)
-        return gather(mean).mean() * len(self.student_bank)
+    def partition(self, anchor, bank, index, negatives, same):
+        """Z = N * mean of exp(v . r / tau) over the positives and the negatives of all ranks: ()."""
+        rows = torch.cat([index[:, None], negatives.expand(len(index), -1)], dim=1)  # (B, 1 + J)
+        mean = []
+        for i, v in enumerate(anchor / self.temperature):  # row by row: once in a training, and no (B, J, d) block
+            weight = torch.ones(rows.shape[1], dtype=v.dtype, device=v.device)
+            if same is not None:
+                weight[1:] = ~same[i] * (same.shape[1] / (~same[i]).sum().clamp(min=1))
+            mean.append(((bank[rows[i]].to(v.dtype) @ v).exp() * weight).mean())
+        return gather(torch.stack(mean)).mean() * len(bank)
 
     @torch.no_grad()
     def update(self, student, fused, index):
@@ -385,6 +404,13 @@ class RichKD(torch.nn.Module):
 
         The parts are weighted and detached: they add up to the loss. ValueError: shapes, index outside 0..N-1, NaN.
         """
+        logit, feature, a, l = self.logit_weight > 0, self.feature_weight > 0, self.alpha, self.lam
+        for name, value, needed in (
+                ("teacher_logits", teacher_logits, logit and a > 0), ("clip_logits", clip_logits, logit and a < 1),
+                ("teacher_features", teacher_features, feature and l > 0), ("index", index, feature),
+                ("clip_features", clip_features, feature and l < 1), ("student_features", student_features, feature)):
+            if needed and value is None:
+                raise ValueError(f"{name} is None, but alpha {a}, lam {l} and the weights of the losses ask for it")
         student_logits = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
         losses = {}
         if self.ce_weight:
@@ -415,6 +441,6 @@ class RichKD(torch.nn.Module):
                 loss = rkd_loss(student_features, fused)
             losses["feature"] = self.feature_weight * loss
         loss = sum(losses.values())
-        if loss.isnan():
+        if loss.is_cpu and loss.isnan():
             raise ValueError("the loss is NaN: student logits or features hold NaN or infinity")
         return loss, {name: part.detach() for name, part in losses.items()}

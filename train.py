@@ -78,6 +78,8 @@ class Config:
     dataset: str = setting("shapes", "one of " + ", ".join(data.DATASETS))
     data_dir: str = setting("data", "where the data set lies or is downloaded to (tiny-imagenet: or its zip)")
     image_size: int = setting(None, "side to which the classifiers' images are brought; the data set's own", type=int)
+    fraction: float = setting(1.0, "share of the training images to train on, the same ones for every run")
+    holdout: float = setting(0.0, "share of the training images that takes the test split's place (to choose settings)")
     method: str = setting("richkd", "one of " + ", ".join(METHODS))
     teacher: tuple = setting(None, "architecture of the conventional teacher; several are fused", nargs="+")
     teacher_weights: tuple = setting(None, "a checkpoint a teacher; without, it is trained first, and kept", nargs="+")
@@ -86,6 +88,7 @@ class Config:
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint's path", type=str)
     bpe: str = setting(None, "CLIP's BPE merges, bpe_simple_vocab_16e6.txt.gz; without, downloaded", type=str)
     prompts: str = setting(None, "templates, one a line, {} for the class name; the authors' twelve", type=str)
+    average: str = setting("embeddings", "what is averaged over the templates: the class embeddings, or the logits")
     clip_scale: float = setting(None, "scale of CLIP's cosines; without, CLIP's own exp(logit_scale)", type=float)
     alpha: float = setting(0.7, "the teacher's share of the fused logits")
     lam: float = setting(0.7, "the teacher's share of the fused features")
@@ -155,14 +158,15 @@ def resolve(config):
                                      teacher=tuple(names.get(name, name) for name in config.teacher))
     for name, low, high in (("alpha", 0, 1), ("lam", 0, 1), ("logit_weight", 0, math.inf), ("workers", 0, math.inf),
                             ("feature_weight", 0, math.inf), ("num_negatives", 1, math.inf), ("epochs", 1, math.inf),
-                            ("batch_size", 1, math.inf), ("image_size", 8, math.inf), ("seed", 0, 2**31)):
+                            ("batch_size", 1, math.inf), ("image_size", 8, math.inf), ("seed", 0, 2**31),
+                            ("fraction", 0, 1), ("holdout", 0, 0.9)):
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{flag(name)} {getattr(config, name)}: expected {low} to {high}")
     for name in ("temperature", "lr", "clip_scale"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} {getattr(config, name)}: expected more than 0")
     for name, known in (("logit_loss", ("kd", "dkd", "mlkd")), ("feature_loss", ("crd", "mse", "rkd")),
-                        ("negatives", ("shared", "per-image"))):
+                        ("negatives", ("shared", "per-image")), ("average", ("embeddings", "logits"))):
         if getattr(config, name) not in known:
             raise ValueError(f"{flag(name)} {getattr(config, name)!r}: expected one of {', '.join(known)}")
     teacher = config.teacher if needs_teacher(config) else ()
@@ -290,7 +294,13 @@ def first(work):
 def load_splits(config):
     """{"train", "test" and the data set's shifts: Split}, images as they come (CLIP sees those)."""
     names = ("train", "test", *data.DATASETS[config.dataset].shifts)
-    return {name: data.load_dataset(config.dataset, config.data_dir, name) for name in names}
+    splits = {name: data.load_dataset(config.dataset, config.data_dir, name) for name in names}
+    if config.fraction < 1 or config.holdout > 0:
+        kept = 1 - config.holdout
+        if config.holdout:
+            splits["test"] = data.subset(splits["train"], kept, 1)
+        splits["train"] = data.subset(splits["train"], 0, kept * config.fraction)
+    return splits
 
 
 def resized(split, config):
@@ -323,8 +333,9 @@ def load_teachers(config, splits):
     for name, weights in zip(config.teacher, config.teacher_weights or [None] * len(config.teacher)):
         if weights is None:
             own = resolve(Config(dataset=config.dataset, image_size=config.image_size, method="scratch", student=name,
-                                 epochs=config.epochs, batch_size=config.batch_size, weight_decay=config.weight_decay,
-                                 amp=config.amp, device=config.device, workers=config.workers))
+                                 fraction=config.fraction, holdout=config.holdout, epochs=config.epochs,
+                                 batch_size=config.batch_size, weight_decay=config.weight_decay, amp=config.amp,
+                                 device=config.device, workers=config.workers))
             digest = hashlib.sha256(json.dumps(settings(own), sort_keys=True).encode()).hexdigest()[:8]
             folder = Path(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest}"
             with held(dataclasses.replace(own, out=str(folder)), wait=True):
@@ -365,23 +376,28 @@ def load_targets(config, clip, tokenizer, splits):
     templates, resolution = clip_model.load_templates(config.prompts or PROMPTS), clip.visual.input_resolution
 
     @functools.cache  # once for all splits, and only where one is not in the cache
-    def classes():  # (K,D)
-        names = next(iter(splits.values())).class_names
+    def classes():  # a list of (K,D), one for each set of templates whose logits are averaged
+        names, sets = next(iter(splits.values())).class_names, [templates]
+        if config.average == "logits":
+            sets = [[template] for template in templates]
         progress = data.Progress("prompts", len(names) * len(templates), "prompts")
-        return clip_model.class_features(clip, tokenizer, names, templates,
-                                         progress=lambda done, total: progress.update(done, keep=done == total))
+        return [clip_model.class_features(
+            clip, tokenizer, names, some, progress=lambda done, total: progress.update(
+                i * total + done, keep=i * total + done == len(names) * len(templates)))
+            for i, some in enumerate(sets)]
 
     def blocks(split, start):
         for images in data.blocks(split.images, resolution, start, config.workers):
             with torch.inference_mode(), autocast(config):
                 images = clip_model.preprocess(images.to(config.device), resolution)
                 features = F.normalize(clip.encode_image(images).float(), dim=1)  # (B,D)
-            yield richkd.zero_shot_logits(features, classes(), 1.0), features
+            yield sum(richkd.zero_shot_logits(features, w, 1.0) for w in classes()) / len(classes()), features
 
     targets = {}
     for name, split in splits.items():
         key = {"checkpoint": digest.hexdigest(), "templates": templates, "class_names": split.class_names,
-               "dataset": config.dataset, "split": name, "images": data.fingerprint(split.images), "amp": config.amp}
+               "dataset": config.dataset, "split": name, "images": data.fingerprint(split.images), "amp": config.amp,
+               **({"average": config.average} if config.average != "embeddings" else {})}
         short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
         path = Path(config.cache_dir) / f"targets-{config.dataset}-{name}-{short}.bin"
         shape = (len(split.labels), len(split.class_names), clip.embed_dim)

@@ -282,3 +282,24 @@ def test_targets_of_another_key_or_damaged_are_refused(tmp_path):
         path.write_bytes(nonsense)
         with pytest.raises(ValueError, match="is no cache of CLIP targets"):
             data.cached_targets(path, KEY, (10, 2, 3), rows)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "stream"])
+def test_subsets_share_no_image_and_keep_the_classes_balance(kind):
+    labels = torch.tensor([0] * 10 + [1] * 40 + [2] * 20)[torch.randperm(70, generator=torch.Generator().manual_seed(1))]
+    images = torch.arange(70, dtype=torch.uint8)[:, None, None, None].expand(70, 3, 2, 2)
+    if kind == "list":
+        images = list(images)
+    elif kind == "stream":
+        images = data.Stream([str(i) for i in range(70)], 2)
+
+    def numbers(split):
+        each = split.images.paths if kind == "stream" else [image[0, 0, 0] for image in split.images]
+        return [int(i) for i in each]
+    split = data.Split(images, labels, ["a", "b", "c"])
+    few, kept, held = (data.subset(split, *part) for part in ((0, 0.9 * 0.5), (0, 0.9), (0.9, 1)))
+    assert held.labels.bincount().tolist() == [1, 4, 2] and kept.labels.bincount().tolist() == [9, 36, 18]
+    assert sorted(numbers(kept) + numbers(held)) == list(range(70)) and set(numbers(few)) < set(numbers(kept))
+    assert all(labels[i] == label for part in (few, held) for i, label in zip(numbers(part), part.labels))
+    with pytest.raises(ValueError, match="no image"):
+        data.subset(split, 0.5, 0.5)

@@ -29,6 +29,7 @@ def wave(*shape, scale=1.0, phase=0.0):
 
 
 STUDENT, TEACHER, TARGET = wave(4, 6, scale=4, phase=0.3), wave(4, 6, scale=5, phase=1.1), torch.tensor([2, 0, 5, 3])
+BANK = wave(9, 6, phase=2.3)
 
 
 def close(actual, expected, tolerance=1e-9):
@@ -104,7 +105,7 @@ def test_mse_by_hand():
     lambda s: richkd.mse_loss(s, TEACHER),
     lambda s: richkd.rkd_loss(s, TEACHER[:, :3]),
     lambda s: richkd.fuse_features(s, TEACHER, 0.3),
-    lambda s: richkd.nce_loss(s[:, 0], s[:, 1:], torch.tensor(7.0, dtype=torch.float64), 20),
+    lambda s: richkd.nce_loss(s, BANK, torch.tensor([1, 0, 3, 3]), torch.arange(7), torch.tensor(7.0).double(), 0.9),
 ], ids="kd dkd mlkd standardize mse rkd fuse nce".split())
 def test_gradcheck(function):
     assert torch.autograd.gradcheck(function, STUDENT.clone().requires_grad_())
@@ -202,6 +203,27 @@ def test_shared_negatives_equal_the_same_negatives_given_per_image():
         results.append((loss.detach(), student.grad, fused.grad, memory.Z))
     for shared, per_image in zip(*results):
         close(shared, per_image, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5000,), (3, 600)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nce_loss_in_several_blocks_equals_the_plain_formula(shape, masked):
+    generator = torch.Generator().manual_seed(0)
+    bank = normalize(torch.randn(50, 6, generator=generator, dtype=torch.float64), dim=1)
+    negatives, index = torch.randint(50, shape, generator=generator), torch.tensor([3, 0, 49])
+    same = negatives.expand(3, -1) % 5 == index[:, None] % 5 if masked else None
+    anchor, plain = unit(3, 6, 0.7), unit(3, 6, 0.7)
+    J, Z = shape[-1], torch.tensor(4e4, dtype=torch.float64)
+    loss = richkd.nce_loss(anchor, bank, index, negatives, Z, 0.3, same)
+    P = ((plain[:, None] * bank[negatives.expand(3, -1)]).sum(2) / 0.3).exp() / Z  # (B, J)
+    c, positive = J / 50, ((plain * bank[index]).sum(1) / 0.3).exp() / Z
+    kept = torch.ones(3, J) if same is None else (~same).double()
+    terms = -(c / (P + c + 1e-7)).log() * kept * (J / kept.sum(1, keepdim=True))
+    expected = (terms.sum(1) - (positive / (positive + c + 1e-7)).log()).mean()
+    for value in (loss, expected):
+        value.backward()
+    close(loss.detach(), expected.detach())
+    close(anchor.grad, plain.grad)
 
 
 def brute_force(memory, student, fused, index, negatives, labels):
@@ -475,7 +497,8 @@ def test_two_processes_keep_the_banks_of_one(tmp_path):
 CALLS = {
     "kd_loss": (STUDENT, TEACHER, 3.0), "standardize_logits": (STUDENT,), "dkd_loss": (STUDENT, TEACHER, TARGET),
     "mlkd_loss": (STUDENT, TEACHER), "mse_loss": (STUDENT, TEACHER), "rkd_loss": (STUDENT, TEACHER),
-    "nce_loss": (STUDENT[:, 0], STUDENT, torch.tensor(9.0), 40), "ensemble_text_features": (wave(2, 3, 4),),
+    "nce_loss": (STUDENT, BANK, torch.tensor([1, 0, 3, 3]), torch.arange(7), torch.tensor(9.0)),
+    "ensemble_text_features": (wave(2, 3, 4),),
     "zero_shot_logits": (STUDENT, TEACHER, 100.0), "fuse_teachers": ([STUDENT, TEACHER], [1, 2]),
     "fuse_logits": (STUDENT, TEACHER, 0.7), "fuse_features": (STUDENT, TEACHER, 0.7), "gather": (STUDENT,),
 }
@@ -503,6 +526,13 @@ def test_every_class_works_from_its_source_and_the_names_it_uses():
     memory(unit(3, 4, 0.7).float(), unit(3, 4, 1.9).float(), torch.tensor([1, 4, 7]))
     method = alone("RichKD", *CALLS, "Embed", "ContrastiveMemory")(7, 9, 11, N, d=8, num_negatives=12)
     method(*batch())
+
+
+@pytest.mark.parametrize("position, name", [(1, "student_features"), (2, "teacher_logits"), (3, "teacher_features"),
+                                            (4, "clip_logits"), (5, "clip_features"), (7, "index")])
+def test_what_has_a_weight_may_not_be_none(position, name):
+    with pytest.raises(ValueError, match=f"^{name} is None"):
+        bad(position, None)()
 
 
 def bad(position, value):

@@ -157,6 +157,22 @@ def test_methods_differ_in_their_loss_alone(config):
     assert train.resolve(with_(config, method="richkd", alpha=0.0, lam=0.0)).teacher == ()  # CLIP is the only teacher
 
 
+def test_logits_or_embeddings_are_averaged_over_the_templates(config, tmp_path):
+    prompts = tmp_path / "two.txt"
+    prompts.write_text("a photo of a {}\na {} far away\n")
+    cosines = {}
+    for average in ("embeddings", "logits"):
+        resolved = train.resolve(with_(config, average=average, prompts=str(prompts)))
+        splits = train.load_splits(resolved)
+        clip, tokenizer = train.load_clip(resolved)
+        cosines[average], features = train.load_targets(resolved, clip, tokenizer, splits)["test"]
+    names, each = splits["test"].class_names, ["a photo of a {}", "a {} far away"]
+    each = torch.stack([clip_model.class_features(clip, tokenizer, names, [template]) for template in each])
+    for average, rows in (("logits", each.mean(0)), ("embeddings", torch.nn.functional.normalize(each.mean(0), dim=1))):
+        torch.testing.assert_close(cosines[average].float(), features.float() @ rows.T, rtol=0, atol=1e-3)
+    assert (cosines["embeddings"] - cosines["logits"]).abs().max() > 2e-3
+
+
 def test_teachers_are_left_as_they_were(config):
     resolved = train.resolve(config)
     splits = train.load_splits(resolved)
