@@ -559,6 +559,7 @@ def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, d
                     found = (x.pin_memory().to(device, non_blocking=True) for x in found)
                 yield tuple(found)
         except ValueError as error:  # a worker's carries its traceback, whose last line is the message
+            error.__traceback__ = None  # it holds the loader, whose workers would be waited for
             raise ValueError(_one_line(error).removeprefix("ValueError: ")) from None
         return
     for place, index in steps:
@@ -614,7 +615,7 @@ def _make_targets(path, header, N, row, key, blocks):
             return
         file.seek(0)
         begun = file.readline(MAX_HEADER) == header
-        done = (os.fstat(file.fileno()).st_size - len(header)) // row if begun else 0
+        done = min(N, (os.fstat(file.fileno()).st_size - len(header)) // row) if begun else 0
         file.truncate(len(header) + done * row if begun else 0)  # a row cut in half is written again
         file.write(b"" if begun else header)
         progress = Progress(f"CLIP's targets ({key.get('split', '')})", N, start=done)
