@@ -488,8 +488,8 @@ def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale,
         group["lr"] = learning_rate(config, epoch)
     step.train()
     every = 1 if torch.device(config.device).type == "cpu" else 50  # reading a loss stalls a GPU
-    images, steps, sums = (part["images"], part["steps"], part["sums"]) if part else (0, 0, {})
-    began, before, finite = time.time() - (part["seconds"] if part else 0), epoch * N, math.nan
+    images, steps, seconds, sums = (part or {"images": 0, "steps": 0, "seconds": 0, "sums": {}}).values()
+    began, finite = time.time() - seconds, math.nan
     total = torch.tensor(list(sums.values()) or 0, dtype=torch.float64, device=config.device)
     for pixels, labels, index, *clip in data.batches(train, config.batch_size, seed, images, rank(), world(),
                                                      config.workers, config.device, targets or ()):
@@ -508,8 +508,9 @@ def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale,
                 if not total[0].isfinite():
                     raise ValueError("the loss is not finite")
                 finite = loss.item()
-                progress.update(before + images, f"epoch {epoch + 1}/{config.epochs} | loss {finite:.3f} | accuracy "
-                                f"{right.item():.1f} %")
+                if rank() == 0:
+                    progress.update(epoch * N + images, f"epoch {epoch + 1}/{config.epochs} | loss {finite:.3f} | "
+                                    f"accuracy {right.item():.1f} %")
         except ValueError as error:
             raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: {error}; last finite loss {finite:.4g}; the "
                                      f"run folder keeps epoch {epoch}; a smaller --lr may help") from None
@@ -666,7 +667,10 @@ def restore(path, parts):
     try:
         for name, module in parts.items():
             module.load_state_dict(last[name])
-        return last["log"], last["part"]
+        log, part = last["log"], last["part"]
+        [row["test_accuracy"] + row["images_per_second"] + row["seconds"] for row in log]  # raises now, not later
+        part and sum((part["images"], part["steps"], part["seconds"], *part["sums"].values()))
+        return log, part
     except Exception:  # a file that something else wrote can raise anything, too
         raise ValueError(f"{path} is damaged; --overwrite starts the run anew") from None
 
@@ -692,7 +696,7 @@ def run(config):
             table(summary)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{folder / 'summary.json'} is damaged; --overwrite trains anew") from None
-        print(f"{folder} holds this run, finished; --overwrite trains anew")
+        show(f"{folder} holds this run, finished; --overwrite trains anew")
         return summary
 
 
