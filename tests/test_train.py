@@ -165,6 +165,13 @@ def test_the_frozen_teacher_is_the_teacher_in_either_dtype(config):
         train.resolve(with_(config, teacher_dtype="float16"))
 
 
+def test_deterministic_changes_nothing_on_a_cpu(config):
+    config = with_(config, method="scratch", epochs=1)
+    train.run(config)
+    train.run(with_(config, deterministic=True, out=config.out + "-d"))
+    assert equal(weights(config.out), weights(config.out + "-d")) and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_compiled_is_the_same_to_rounding(config, monkeypatch):
     """--compile with the graphs captured and not made into machine code, which takes minutes."""
     compiled, compile_ = [], torch.nn.Module.compile
