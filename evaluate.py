@@ -1,21 +1,26 @@
-"""Evaluate trained classifiers: accuracy, calibration, shift and corruptions; and CLIP itself.
+"""Evaluate trained classifiers: accuracy, calibration, shift, corruptions, what fusing did to the teacher; and CLIP.
 
     python evaluate.py                                       # the newest finished run on its test split
     python evaluate.py --shift --corruptions                 # its shift splits and the 15 common corruptions, too
+    python evaluate.py --run runs/A --fused --plot           # teacher, CLIP and both fused; report.png, samples.png
     python evaluate.py --run runs/A runs/B --corruptions CIFAR-100-C        # several runs; the published files
+    python evaluate.py --shift imagenet-a imagenet-r         # folders by WordNet id; also CIFAR-10.1, STL-10, any other
     python evaluate.py --checkpoint FILE --model resnet20 --dataset cifar100
     python evaluate.py --zero-shot --clip ViT-B/32 --dataset cifar100
+    python evaluate.py --compare runs/*/report.json          # methods over seeds, as Markdown, from the reports alone
 
-Four sections, leaves first: metrics (they take logits, never a model), corruptions (uint8 images in, uint8 images out),
-published files, and runs with their report. A function can be copied alone, together with the few helpers it names.
+report.json, beside each run, grows set by set: the same command goes on where it was interrupted, and a report of other
+weights or settings is begun anew. Four sections, leaves first: metrics (they take logits, never a model), published
+files, what fusion does, runs with their report. A function can be copied with the few helpers it names.
 
 References
-    Hendrycks and Dietterich 2019, arXiv 1903.12261: the corruptions, mCE and relative mCE; the published code is
-        hendrycks/robustness, ImageNet-C/create_c/make_cifar_c.py, make_tinyimagenet_c.py and make_imagenet_c.py
+    Hendrycks and Dietterich 2019, arXiv 1903.12261: mCE and relative mCE
     Guo et al. 2017, arXiv 1706.04599: expected calibration error, temperature scaling
 """
 
 import dataclasses
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -27,12 +32,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torchvision.io import decode_jpeg, encode_jpeg
 
 import clip_model
 import data
 import models
+import richkd
 import train
+from corruptions import *  # each corruption, COMMON, EXTRA and corrupt() are names of this module, too
+from results import compare, comparison, plot, tables
 
 # Metrics --------------------------------------------------------------------------------------------------------------
 # Logits are (N, K) of any float dtype, targets (N,) int64. Everything is computed in float64; shares and errors lie
@@ -104,17 +111,18 @@ def quadrants(logits, target, threshold):
 
 
 def bootstrap_interval(statistic, samples, generator, resamples=1000, level=0.95):
-    """(low, high) of statistic(*samples), a number, over images drawn with replacement: percentiles (Efron 1979).
+    """(low, high) of statistic(*samples) over images drawn with replacement: percentiles (Efron 1979).
 
-    samples are tensors (N, ...), resampled together. For a mean pass torch.mean and [the images' values]; for a paired
-    difference, the differences.
+    samples are tensors (N, ...), resampled together; the statistic is a number or a tensor, low and high are a number
+    or lists. For a mean pass torch.mean and [the images' values]; for a paired difference, the differences.
     """
     n, values = len(samples[0]), []
     for _ in range(resamples):
         index = torch.randint(n, (n,), generator=generator, device=generator.device)
-        values.append(float(statistic(*(sample[index.to(sample.device)] for sample in samples))))
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.quantile((1 - level) / 2).item(), values.quantile((1 + level) / 2).item()
+        value = statistic(*(sample[index.to(sample.device)] for sample in samples))
+        values.append(torch.as_tensor(value, dtype=torch.float64, device="cpu"))
+    values = torch.stack(values)
+    return values.quantile((1 - level) / 2, dim=0).tolist(), values.quantile((1 + level) / 2, dim=0).tolist()
 
 
 # AlexNet's top-1 errors on ImageNet-C, mean over the five severities (hendrycks/robustness), and on the clean images
@@ -142,406 +150,17 @@ def mean_corruption_error(errors, clean_error=None, alexnet=False):
                for name, baseline in ALEXNET_ERRORS.items()) / len(ALEXNET_ERRORS)
 
 
-# Corruptions ----------------------------------------------------------------------------------------------------------
-# Each takes images uint8 (N, 3, H, W), a severity 1-5 and a torch.Generator (ignored where nothing is random) and
-# returns new uint8 images on the same device; every image has its own random draws. The first line is the published
-# table: CIFAR-C, Tiny-ImageNet-C, ImageNet-C.
-
-
-def check_severity(severity):
-    if severity not in (1, 2, 3, 4, 5):
-        raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
-
-
-def published(images, severity, cifar, tiny, imagenet):
-    """The entry for `severity` in the table that was made for 32, 64 or 224 pixels, whichever fits: the shorter side is
-    below 48, below 120, or above. Entries are in pixels and do not scale with the side."""
-    check_severity(severity)
-    side = min(images.shape[-2:])
-    return (cifar if side < 48 else tiny if side < 120 else imagenet)[int(severity) - 1]
-
-
-def to_uint8(x):
-    """float 0...1 -> uint8, clipped and truncated (not rounded), as np.uint8 does in the published code. The margin
-    keeps flat areas as they are, where float32 lands just below a whole level and the published float64 does not."""
-    return (x * 255 + 1e-4).clamp(0, 255).to(torch.uint8)
-
-
-def draw(sampler, shape, generator, device):
-    """sampler(shape), torch.randn or torch.rand, drawn where the generator lives: a CPU generator serves any device."""
-    return sampler(shape, generator=generator, device=generator.device).to(device)
-
-
-def blur(x, sigma, truncate=4, border="nearest"):
-    """scipy's gaussian_filter over the last two axes of x float (..., H, W); border "nearest" (the edge pixel repeats)
-    or "mirror" (the edge pixel twice). One matrix per axis takes any border, and a sigma wider than the image."""
-    reach = int(truncate * sigma + 0.5)
-    taps = torch.arange(-reach, reach + 1)
-    weight = (-taps ** 2 / (2 * max(sigma, 1e-6) ** 2)).softmax(dim=0)
-
-    def matrix(size):
-        source = torch.arange(size)[:, None] + taps  # (size, taps), on the CPU: there the sum has one order
-        source = (source.clamp(0, size - 1) if border == "nearest"
-                  else torch.minimum(source % (2 * size), (-1 - source) % (2 * size)))
-        return torch.zeros(size, size).scatter_add_(1, source, weight.expand(size, -1)).to(x.device)
-
-    return matrix(x.shape[-2]) @ (x @ matrix(x.shape[-1]).T)
-
-
-def clipped_zoom(x, factor):
-    """Enlarges the centre of x float (N, C, H, W) by the factor: bilinear, corners aligned, cut to the old size."""
-    height, width = x.shape[-2:]
-    h, w = math.ceil(height / factor), math.ceil(width / factor)
-    top, left = (height - h) // 2, (width - w) // 2
-    x = F.interpolate(x[..., top:top + h, left:left + w], size=(int(h * factor + 0.5), int(w * factor + 0.5)),
-                      mode="bilinear", align_corners=True)
-    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
-    return x[..., top:top + height, left:left + width]
-
-
-def motion(x, radius, sigma, angle):
-    """ImageMagick's motion blur of x float (N, C, H, W) in grey levels, at angle (N,) in degrees: one side of a
-    Gaussian, taps 0 ... 2 radius at the nearest pixels of the line; edge pixels repeat; truncated to whole levels."""
-    height, width = x.shape[-2:]
-    taps = torch.arange(2 * radius + 1, device=x.device)
-    weight = (-taps ** 2 / (2 * sigma ** 2)).softmax(dim=0)
-    dx = (taps * angle.deg2rad().cos()[:, None] - 0.5).ceil().long()  # (N, taps)
-    dy = (taps * angle.deg2rad().sin()[:, None] - 0.5).ceil().long()
-    column = (torch.arange(width, device=x.device) + dx[..., None]).clamp(0, width - 1)  # (N, taps, W)
-    row = (torch.arange(height, device=x.device) + dy[..., None]).clamp(0, height - 1)  # (N, taps, H)
-    pixels, total = x.flatten(2), torch.zeros_like(x)
-    for t in range(len(taps)):
-        index = (row[:, t, :, None] * width + column[:, t, None, :]).flatten(1)  # (N, H * W)
-        total += weight[t] * pixels.gather(2, index[:, None].expand(pixels.shape)).view(x.shape)
-    return (total + 1e-3).floor()  # the margin keeps flat areas as they are
-
-
-def gaussian_noise(images, severity, generator):
-    """Normal noise of standard deviation c, of a range of 1."""
-    c = published(images, severity, [.04, .06, .08, .09, .10], [.04, .08, .12, .15, .18], [.08, .12, .18, .26, .38])
-    return to_uint8(images / 255 + c * draw(torch.randn, images.shape, generator, images.device))
-
-
-def shot_noise(images, severity, generator):
-    """Poisson noise of c photons at full brightness."""
-    c = published(images, severity, [500, 250, 100, 75, 50], [250, 100, 50, 30, 15], [60, 25, 12, 5, 3])
-    photons = torch.poisson((images / 255 * c).to(generator.device), generator)
-    return to_uint8(photons.to(images.device) / c)
-
-
-def impulse_noise(images, severity, generator):
-    """Salt and pepper in equal parts, each channel on its own."""
-    c = published(images, severity, [.01, .02, .03, .05, .07], [.01, .02, .05, .08, .14], [.03, .06, .09, .17, .27])
-    chance = draw(torch.rand, images.shape, generator, images.device)
-    return images.masked_fill(chance < c, 0).masked_fill(chance < c / 2, 255)
-
-
-def speckle_noise(images, severity, generator):
-    """Normal noise in proportion to the value."""
-    c = published(images, severity, [.06, .1, .12, .16, .2], [.15, .2, .25, .3, .35], [.15, .2, .35, .45, .6])
-    return to_uint8(images / 255 * (1 + c * draw(torch.randn, images.shape, generator, images.device)))
-
-
-def gaussian_blur(images, severity, generator=None):
-    """Edge pixels repeat."""
-    sigma = published(images, severity, [.4, .6, .7, .8, 1], [.5, .75, 1, 1.25, 1.5], [1, 2, 3, 4, 6])
-    return to_uint8(blur(images / 255, sigma))
-
-
-def defocus_blur(images, severity, generator=None):
-    """A disk, itself smoothed by a Gaussian of 3 x 3 or 5 x 5; both mirror without repeating the edge pixel."""
-    radius, sigma = published(images, severity, [(.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)],
-                              [(.5, .6), (1, .1), (1.5, .1), (2.5, .01), (3, .1)],
-                              [(3, .1), (4, .5), (6, .5), (8, .5), (10, .5)])
-    grid, margin = (8, 1) if radius <= 8 else (radius, 2)
-    axis = torch.arange(-grid, grid + 1, device=images.device)
-    disk = (axis[:, None] ** 2 + axis ** 2 <= radius ** 2).float()
-    disk = F.pad(disk[None, None] / disk.sum(), [margin] * 4, mode="reflect")
-    taps = (-torch.arange(-margin, margin + 1, device=images.device) ** 2 / (2 * sigma ** 2)).softmax(dim=0)
-    kernel = F.conv2d(disk, torch.outer(taps, taps)[None, None])  # (1, 1, 2 grid + 1, 2 grid + 1)
-    rim = grid - min(grid, math.ceil(radius) + margin)  # of zeros
-    kernel = kernel[..., rim:kernel.shape[2] - rim, rim:kernel.shape[3] - rim]
-    x = F.pad(images / 255, [kernel.shape[3] // 2] * 4, mode="reflect")
-    x = x.flatten(0, 1)[None]  # (1, N * 3, ...): as channels of one image it takes a tenth of the time
-    return to_uint8(F.conv2d(x, kernel.expand(x.shape[1], -1, -1, -1), groups=x.shape[1]).view(images.shape))
-
-
-def glass_blur(images, severity, generator):
-    """Blurs, gives every pixel the value of one at most `reach` away, and blurs again.
-
-    The published loop runs from the last pixel to the first and means to swap; NumPy's views make it a copy. Offsets go
-    from -reach to reach - 1, so that a pixel may read one that the same pass has overwritten: such chains are followed
-    to their end, twice as far at each step.
-    """
-    sigma, reach, passes = published(
-        images, severity, [(.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)],
-        [(.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)],
-        [(.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)])
-    n, _, height, width = images.shape
-    row = torch.arange(height, device=images.device)[:, None]
-    column = torch.arange(width, device=images.device)
-    here = row * width + column  # (H, W)
-    moves = (row > reach) & (row <= height - reach) & (column > reach) & (column <= width - reach)
-    x = to_uint8(blur(images / 255, sigma)).flatten(2)  # (N, 3, H * W)
-    for _ in range(passes):
-        dy, dx = (2 * reach * draw(torch.rand, (2, n, height, width), generator, images.device)).long() - reach
-        source = torch.where(moves, here + dy * width + dx, here).flatten(1)  # (N, H * W)
-        overwritten = source > here.flatten()
-        while overwritten.any():
-            source, overwritten = (torch.where(overwritten, source.gather(1, source), source),
-                                   overwritten & overwritten.gather(1, source))
-        x = x.gather(2, source[:, None].expand(x.shape))
-    return to_uint8(blur(x.view(images.shape) / 255, sigma))
-
-
-def motion_blur(images, severity, generator):
-    """Along a line at an angle between -45 and 45 degrees."""
-    radius, sigma = published(images, severity, [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
-                              [(10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)],
-                              [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)])
-    angle = 90 * draw(torch.rand, (len(images),), generator, images.device) - 45
-    return motion(images.float(), radius, sigma, angle).to(torch.uint8)
-
-
-def zoom_blur(images, severity, generator=None):
-    """The mean of the image and `count` enlargements of it, by 1, 1 + step, 1 + 2 step ..."""
-    count, step = published(images, severity, [(7, .01), (12, .01), (16, .01), (21, .01), (26, .01)],
-                            [(7, .01), (12, .01), (16, .01), (21, .01), (26, .01)],
-                            [(12, .01), (16, .01), (11, .02), (13, .02), (11, .03)])
-    x = images / 255
-    return to_uint8(sum((clipped_zoom(x, 1 + i * step) for i in range(count)), start=x) / (count + 1))
-
-
-def snow(images, severity, generator):
-    """Thresholded noise, enlarged and blurred along a steep line, laid on twice (once turned by 180 degrees) over the
-    whitened image."""
-    mean, deviation, zoom, threshold, radius, sigma, keep = published(
-        images, severity,
-        [(.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
-         (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8)],
-        [(.1, .2, 1, .6, 8, 3, .8), (.1, .2, 1, .5, 10, 4, .8), (.15, .3, 1.75, .55, 10, 4, .7),
-         (.25, .3, 2.25, .6, 12, 6, .65), (.3, .3, 1.25, .65, 14, 12, .6)],
-        [(.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
-         (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)])
-    n, _, height, width = images.shape
-    x = images / 255
-    flakes = clipped_zoom(mean + deviation * draw(torch.randn, (n, 1, height, width), generator, x.device), zoom)
-    flakes = to_uint8(flakes * (flakes >= threshold)).float()
-    flakes = motion(flakes, radius, sigma, 90 * draw(torch.rand, (n,), generator, x.device) - 135) / 255
-    grey = (x * x.new_tensor([.299, .587, .114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
-    x = keep * x + (1 - keep) * torch.maximum(x, grey * 1.5 + 0.5)
-    return to_uint8(x + flakes + flakes.flip(2, 3))
-
-
-def frost(images, severity, generator):
-    """The image and frost, each at its weight.
-
-    The published code cuts its frost from five photographs, which are not ours to ship. Here it is procedural: bright
-    ridges along the zero lines of power-law noise, in colour, contrast and roughness like one of the five, drawn per
-    image. The strength agrees with the published one; the pictures do not.
-    """
-    keep, weight = published(images, severity, [(1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45)],
-                             [(1, .3), (.9, .4), (.8, .45), (.75, .5), (.7, .55)],
-                             [(1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)])
-    looks = torch.tensor([[77, 148, 165, 14], [198, 203, 212, 19], [198, 203, 212, 19], [145, 160, 173, 25],
-                          [102, 114, 125, 34]], device=images.device)  # mean R, G, B; standard deviation
-    n, _, height, width = images.shape
-    vertical, horizontal = (torch.fft.fftfreq(side, device=images.device) for side in (height, width))
-    frequency = torch.hypot(vertical[:, None], horizontal).clamp(min=0.5 / max(height, width))
-    slope = 1.12 - 8 / min(height, width)  # for small images the photographs are shrunk, hence rougher
-    gain = frequency ** -slope
-    noise = torch.fft.fft2(draw(torch.randn, (n, height, width), generator, images.device))
-    noise = torch.fft.ifft2(noise * gain / gain.square().mean().sqrt()).real
-    ridges = (0.8 - noise.abs()) / 0.6  # the absolute value of a normal variable has mean 0.8 and deviation 0.6
-    look = looks[(5 * draw(torch.rand, (n,), generator, images.device)).long()][..., None, None]  # (N, 4, 1, 1)
-    ice = (look[:, :3] + look[:, 3:] * ridges[:, None]).clamp(0, 255)
-    return to_uint8((keep * images + weight * ice) / 255)
-
-
-def plasma(n, size, decay, generator, device):
-    """n cloud fields in 0...1, float (n, size, size), size a power of two: diamond-square on a torus, the random part
-    divided by `decay` at each halving of the step."""
-    height = torch.zeros(n, size, size, device=device)
-    step, wibble = size, 100.0
-
-    def mean(total):
-        return total / 4 + wibble ** 2 * (2 * draw(torch.rand, total.shape, generator, device) - 1)
-
-    while step >= 2:
-        half = step // 2
-        corner = height[:, ::step, ::step]
-        pair = corner + corner.roll(-1, 1)
-        centre = mean(pair + pair.roll(-1, 2))
-        height[:, half::step, half::step] = centre
-        height[:, ::step, half::step] = mean(centre + centre.roll(1, 1) + corner + corner.roll(-1, 2))
-        height[:, half::step, ::step] = mean(centre + centre.roll(1, 2) + corner + corner.roll(-1, 1))
-        step, wibble = half, wibble / decay
-    height -= height.amin(dim=(1, 2), keepdim=True)
-    return height / height.amax(dim=(1, 2), keepdim=True)
-
-
-def fog(images, severity, generator):
-    """Adds clouds and scales back to the image's own maximum."""
-    weight, decay = published(images, severity, [(.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)],
-                              [(.4, 3), (.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)],
-                              [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)])
-    n, _, height, width = images.shape
-    x = images / 255
-    peak = x.amax(dim=(1, 2, 3), keepdim=True)
-    size = 2 ** math.ceil(math.log2(max(height, width)))
-    clouds = plasma(n, size, decay, generator, images.device)[:, None, :height, :width]
-    return to_uint8((x + weight * clouds) * peak / (peak + weight))
-
-
-def brightness(images, severity, generator=None):
-    """Adds to the HSV value, which scales R, G and B alike."""
-    c = published(images, severity, [.05, .1, .15, .2, .3], [.1, .2, .3, .4, .5], [.1, .2, .3, .4, .5])
-    x = images / 255
-    value = x.amax(dim=1, keepdim=True)
-    brighter = (value + c).clamp(max=1)
-    return to_uint8(torch.where(value > 0, x * (brighter / value), brighter))
-
-
-def contrast(images, severity, generator=None):
-    """Pulls every channel towards its own mean over the image."""
-    c = published(images, severity, [.75, .5, .4, .3, .15], [.4, .3, .2, .1, .05], [.4, .3, .2, .1, .05])
-    x = images / 255
-    mean = x.mean(dim=(2, 3), keepdim=True)
-    return to_uint8((x - mean) * c + mean)
-
-
-def elastic_transform(images, severity, generator):
-    """A random affine map, which moves three points by up to `jitter` pixels, then a displacement by smooth noise.
-    Bilinear both times; the first mirrors at the centre of the edge pixel, the second at its rim."""
-    amount, sigma, jitter = published(
-        images, severity, [(0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, .96, .96)],
-        [(0, 0, 5.12), (3.2, 19.2, 3.84), (6.4, 5.12, 3.84), (6.4, 1.92, 1.92), (10.24, 1.92, 1.28)],
-        [(488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)])
-    n, _, height, width = images.shape
-    x, y = torch.meshgrid(*(torch.arange(side, device=images.device) for side in (width, height)), indexing="xy")
-    pixel = torch.stack([x, y], dim=-1).float()  # (H, W, 2)
-    size = torch.tensor([width, height], device=images.device)
-    square = torch.tensor([[1, 1], [1, -1], [-1, -1]], device=images.device) * (min(height, width) // 3)
-    points = (size // 2 + square).float().expand(n, 3, 2)
-    moved = points + jitter * (2 * draw(torch.rand, (n, 3, 2), generator, images.device) - 1)
-    back = torch.linalg.solve(F.pad(moved, [0, 1], value=1), points)  # (N, 3, 2), from the result to the image
-    source = torch.einsum("hwi,nij->nhwj", pixel, back[:, :2]) + back[:, None, None, 2]  # (N, H, W, 2)
-    x = F.grid_sample(images / 255, 2 * source / (size - 1) - 1, padding_mode="reflection", align_corners=True)
-    shift = 2 * draw(torch.rand, (n, 2, height, width), generator, images.device) - 1
-    source = pixel + amount * blur(shift, sigma, truncate=3, border="mirror").permute(0, 2, 3, 1)
-    return to_uint8(F.grid_sample(x, (2 * source + 1) / size - 1, padding_mode="reflection", align_corners=False))
-
-
-def pixelate(images, severity, generator=None):
-    """Shrinks and enlarges with Pillow's box filter: windows go by pixel centre, every pass rounds to whole levels."""
-    c = published(images, severity, [.95, .9, .85, .75, .65], [.9, .8, .7, .6, .5], [.6, .5, .4, .3, .25])
-
-    def resize(x, size):  # the last axis
-        scale = x.shape[-1] / size
-        centre = (torch.arange(size, dtype=torch.float64, device=x.device)[:, None] + 0.5) * scale
-        half, pixel = max(scale, 1) / 2, torch.arange(x.shape[-1], device=x.device)
-        window = (pixel >= (centre - half + 0.5).floor()) & (pixel < (centre + half + 0.5).floor())  # (size, old size)
-        return (x @ (window / window.sum(dim=1, keepdim=True)).T + 0.5).floor()
-
-    height, width = images.shape[-2:]
-    small = resize(resize(images.float(), int(width * c)).mT, int(height * c)).mT
-    return resize(resize(small, width).mT, height).mT.to(torch.uint8)
-
-
-def jpeg_compression(images, severity, generator=None):
-    """There and back through libjpeg (4:2:0 chroma), on the CPU."""
-    quality = published(images, severity, [80, 65, 58, 50, 40], [65, 58, 50, 40, 25], [25, 18, 15, 10, 7])
-    return torch.stack([decode_jpeg(encode_jpeg(image, quality)) for image in images.cpu()]).to(images.device)
-
-
-def edges(x):
-    """Edges of whole numbers x float (N, 1, H, W), as 0.0 or 1.0: OpenCV's Canny above its upper threshold 150, without
-    the weak edges that it joins on. Sobel, size |dx| + |dy|, peaks across the edge along one of four directions."""
-    sobel = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    dx, dy = F.conv2d(F.pad(x, [1] * 4, mode="replicate"), torch.stack([sobel, sobel.T])[:, None]).split(1, dim=1)
-    size = dx.abs() + dy.abs()
-    near = F.unfold(size, 3, padding=1).unflatten(-1, x.shape[2:])  # (N, 9, H, W), the pixel itself is number 4
-    flat, steep = dy.abs() < 0.41421356 * dx.abs(), dy.abs() > 2.41421356 * dx.abs()  # tan 22.5 and 67.5 degrees
-    before = torch.where(flat, 3, torch.where(steep, 1, torch.where((dx < 0) == (dy < 0), 0, 2)))
-    after = near.gather(1, 8 - before)
-    peak = (size > near.gather(1, before)) & ((size > after) | (size == after) & (flat | steep))
-    return (peak & (size > 150)).float()
-
-
-def spatter(images, severity, generator):
-    """Drops: noise, blurred and thresholded. Water (severities 1-3) gets a relief from the distance to its edges,
-    equalised and filtered; mud (4-5) is opaque."""
-    mean, deviation, sigma, threshold, strength, is_mud = published(
-        images, severity, [(.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
-                           (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1)],
-        [(.62, .1, .7, .7, .6, 0), (.65, .1, .8, .7, .6, 0), (.65, .3, 1, .69, .6, 0),
-         (.65, .1, .7, .68, .6, 1), (.65, .1, .5, .67, .6, 1)],
-        [(.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
-         (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)])
-    n, _, height, width = images.shape
-    x = images / 255
-    liquid = blur(mean + deviation * draw(torch.randn, (n, 1, height, width), generator, x.device), sigma)
-    if is_mud:
-        mud = blur((liquid > threshold).float(), strength)
-        mud = mud * (mud >= 0.8)
-        return to_uint8(x * (1 - mud) + mud * x.new_tensor([63, 42, 20]).view(3, 1, 1) / 255)
-
-    def mean_filter(y):
-        return F.avg_pool2d(F.pad(y, [1] * 4, mode="reflect"), 3, 1)
-
-    liquid = (liquid * (liquid >= threshold) * 255).floor()
-    near, distance = edges(liquid), 0
-    for step in range(20):  # up to 20 pixels; growing by squares and diamonds in turn comes close to Euclid's distance
-        distance = distance + 1 - near
-        near = F.max_pool2d(near, 3, 1, 1) if step % 2 == 0 else torch.maximum(
-            F.max_pool2d(near, (3, 1), 1, (1, 0)), F.max_pool2d(near, (1, 3), 1, (0, 1)))
-    depth = mean_filter(distance).long().flatten(1)  # (N, H * W), 0 ... 20
-    rank = F.one_hot(depth, 21).sum(dim=1).cumsum(dim=1)  # (N, 21), for the histogram equalisation
-    first = rank.gather(1, depth.amin(dim=1, keepdim=True))
-    depth = ((rank.gather(1, depth) - first) * 255 / (height * width - first).clamp(min=1)).round()
-    kernel = x.new_tensor([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])[None, None]
-    relief = F.conv2d(F.pad(depth.view(n, 1, height, width), [1] * 4, mode="reflect"), kernel).clamp(0, 255)
-    water = liquid * mean_filter(relief).round()
-    water = strength * water / water.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)  # no drop at all stays none
-    return to_uint8(x + water * x.new_tensor([175, 238, 238]).view(3, 1, 1) / 255)
-
-
-def saturate(images, severity, generator=None):
-    """Scales and shifts the HSV saturation. What is grey has hue 0, so that a shift turns it red, as published."""
-    scale, shift = published(images, severity, [(.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)],
-                             [(.3, 0), (.1, 0), (2, 0), (5, .1), (30, .2)],
-                             [(.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)])
-    x = images / 255
-    value = x.amax(dim=1, keepdim=True)
-    spread = value - x.amin(dim=1, keepdim=True)
-    saturation = torch.where(value > 0, spread / value, 0)
-    below = torch.where(spread > 0, (value - x) / spread, x.new_tensor([0, 1, 1]).view(3, 1, 1))  # 0...1, the hue
-    return to_uint8(value * (1 - (saturation * scale + shift).clamp(max=1) * below))
-
-
-COMMON = {f.__name__: f for f in (
-    gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur, snow, frost, fog,
-    brightness, contrast, elastic_transform, pixelate, jpeg_compression)}  # the benchmark's fifteen, in its order
-EXTRA = {f.__name__: f for f in (speckle_noise, gaussian_blur, spatter, saturate)}
-
-
-def corrupt(images, name, severity, generator):
-    """images uint8 (N, 3, H, W) under the corruption `name` of COMMON or EXTRA at severity 1-5: uint8, on their device.
-
-    Parts of 2 ** 18 pixels, one after the other, bound the memory. The result depends on the generator's state and
-    device and on the order of the images; splitting a call changes the draws, unless it is split between two parts.
-    Raises ValueError on an unknown name, a severity outside 1-5, and images of another type or shape.
-    """
-    known = {**COMMON, **EXTRA}
-    if name not in known:
-        raise ValueError(f"unknown corruption {name!r}; known are {', '.join(known)}")
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (N, 3, H, W), N > 0")
-    parts = images.split(max(1, 2 ** 18 // (images.shape[2] * images.shape[3])))
-    return torch.cat([known[name](part.contiguous(), severity, generator) for part in parts])
-
-
 # Published files ------------------------------------------------------------------------------------------------------
+
+
+def read_array(path, expected):
+    """A .npy file, read when it is used. FileNotFoundError naming what was `expected`, ValueError on a damaged file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected the unpacked {expected}")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no NumPy array file, or is cut short; unpack it again") from error
 
 
 def read_cifar_c(directory, name, severity):
@@ -551,15 +170,8 @@ def read_cifar_c(directory, name, severity):
     Only the part asked for is read. Raises FileNotFoundError, and ValueError on a file of another shape.
     """
     check_severity(severity)
-    arrays = []
-    for path in (Path(directory) / f"{name}.npy", Path(directory) / "labels.npy"):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; expected the unpacked CIFAR-10-C or CIFAR-100-C")
-        try:
-            arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no NumPy array file, or is cut short; unpack it again") from error
-    images, labels = arrays
+    images, labels = (read_array(Path(directory) / file, "CIFAR-10-C or CIFAR-100-C")
+                      for file in (f"{name}.npy", "labels.npy"))
     if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or not len(images):
         raise ValueError(f"{directory}/{name}.npy is {images.dtype} {images.shape}; expected uint8 (50000, 32, 32, 3)")
     n = len(images) // 5
@@ -605,6 +217,175 @@ def list_folder(root, class_ids, folder_classes=None):
     return paths, labels, columns
 
 
+def read_cifar10_1(directory):
+    """CIFAR-10.1 (Recht et al. 2018), version 6 where there are several: images uint8 (N, 3, 32, 32), labels int64 (N,)
+    of CIFAR-10's classes. Raises FileNotFoundError, and ValueError on a file of another shape."""
+    path = max(Path(directory).glob("cifar10.1_v*_data.npy"), default=Path(directory) / "cifar10.1_v6_data.npy")
+    images = read_array(path, "CIFAR-10.1")
+    labels = read_array(path.with_name(path.name.replace("data", "labels")), "CIFAR-10.1")
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or not len(images):
+        raise ValueError(f"{path} is {images.dtype} {images.shape}; expected uint8 (2000, 32, 32, 3)")
+    if labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < 10:
+        raise ValueError(f"{directory}: labels are {labels.shape}; expected {len(images)} numbers from 0 to 9")
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def read_stl10(directory):
+    """STL-10's test images of the nine classes that CIFAR-10 has: images uint8 (N, 3, 96, 96), labels int64 (N,) of
+    CIFAR-10's classes (no frog). `directory` has stl10_binary/ in it. Raises ValueError where that is damaged."""
+    try:
+        stl = torchvision.datasets.STL10(directory, split="test")
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{directory}/stl10_binary is no complete STL-10 ({error}); unpack it again") from None
+    # airplane, bird, car, cat, deer, dog, horse, monkey, ship, truck
+    labels = torch.tensor([0, 2, 1, 3, 4, 5, 7, -1, 8, 9])[torch.from_numpy(stl.labels.astype(np.int64))]
+    return torch.from_numpy(stl.data[labels.numpy() >= 0].copy()), labels[labels >= 0]
+
+
+# What fusion does -----------------------------------------------------------------------------------------------------
+# Probabilities are the softmax of the logits as they are distilled, at temperature 1. Shares are in percent, a number
+# with its interval is [value, low, high]: bootstrap over the images, 95 %.
+
+QUADRANTS = ("confident_right", "confident_wrong", "unsure_right", "unsure_wrong")
+MEASURES = ("top1", "nll", "ece", *QUADRANTS)
+
+# Five classes a superclass, in the order of the data set's "coarse" labels.
+CIFAR100_SUPERCLASSES = """
+beaver dolphin otter seal whale, aquarium_fish flatfish ray shark trout, orchid poppy rose sunflower tulip,
+bottle bowl can cup plate, apple mushroom orange pear sweet_pepper, clock keyboard lamp telephone television,
+bed chair couch table wardrobe, bee beetle butterfly caterpillar cockroach, bear leopard lion tiger wolf,
+bridge castle house road skyscraper, cloud forest mountain plain sea, camel cattle chimpanzee elephant kangaroo,
+fox porcupine possum raccoon skunk, crab lobster snail spider worm, baby boy girl man woman,
+crocodile dinosaur lizard snake turtle, hamster mouse rabbit shrew squirrel,
+maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus motorcycle pickup_truck train,
+lawn_mower rocket streetcar tank tractor"""
+
+
+def superclasses(dataset, class_names, class_ids=(), is_a="wordnet.is_a.txt"):
+    """{what: the group of each class, int64 (K,)}: CIFAR-100's twenty superclasses, the colours and forms of `shapes`,
+    the WordNet parents of class_ids by ImageNet's file of lines "parent child"; {} where none are known."""
+    keys = {}
+    if dataset == "cifar100":
+        group = {name: g for g, row in enumerate(CIFAR100_SUPERCLASSES.split(",")) for name in row.split()}
+        keys["superclass"] = [group[name] for name in class_names]
+    elif dataset == "shapes":
+        keys["colour"], keys["form"] = zip(*(name.split() for name in class_names))
+    elif class_ids and Path(is_a).is_file():
+        parent = {child: above for above, child in map(str.split, Path(is_a).read_text().splitlines())}
+        keys["WordNet parent"] = [parent.get(own, own) for own in class_ids]
+    return {what: torch.tensor([row.index(key) for key in row]) for what, row in keys.items()}
+
+
+def estimate(statistic, samples, generator, resamples=1000):
+    """Numbers with their bootstrap intervals, S times [value, low, high], of statistic(*samples), a tensor (S,). (The
+    interval of an ECE lies rather high: resampling adds noise to every bin.)"""
+    return [list(row) for row in zip(statistic(*samples).tolist(),
+                                     *bootstrap_interval(statistic, samples, generator, resamples))]
+
+
+def against(names, statistic, own, other, generator, resamples=1000):
+    """{name: {"value", "change"}}, `estimate` of statistic(*own) and of statistic(*own) - statistic(*other): lists of
+    tensors (N, ...) about the same images, resampled together. Without another ([]) there is no change."""
+    table = {name: {"value": value} for name, value in zip(names, estimate(statistic, own, generator, resamples))}
+    if other:
+        changes = estimate(lambda *both: statistic(*both[:len(own)]) - statistic(*both[len(own):]), [*own, *other],
+                           generator, resamples)
+        for name, change in zip(names, changes):
+            table[name]["change"] = change
+    return table
+
+
+def contributions(logits, target, threshold, bins=15):
+    """What each image adds to the measures, so that they can be resampled without the logits: float64 (N, 6 + bins).
+    Right or not, its NLL, its quadrant (four columns), confidence - right in the column of its bin of equal width."""
+    logits = logits.double()
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    right, loss = predicted.eq(target), F.cross_entropy(logits, target, reduction="none")
+    quadrant = F.one_hot(2 * (confidence < threshold) + ~right, 4)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)
+    gap = F.one_hot(torch.bucketize(confidence, edges[1:-1]), bins) * (confidence - right.double())[:, None]
+    return torch.cat([right[:, None], loss[:, None], quadrant, gap], dim=1)
+
+
+def measures(rows):
+    """`contributions` of some images -> MEASURES (7,): top-1, ECE and the quadrants in percent, NLL in nats."""
+    mean = rows.mean(dim=0)
+    return torch.cat([100 * mean[:1], mean[1:2], 100 * mean[6:].abs().sum(dim=0, keepdim=True), 100 * mean[2:6]])
+
+
+def sweep_alpha(teacher_logits, clip_logits, target, generator, threshold=0.7,
+                alphas=tuple(tenth / 10 for tenth in range(11))):
+    """What the teacher's share alpha does: a list of {"alpha", then MEASURES with their intervals} of the fused logits
+    (N, K), from CLIP alone (0) to the teacher alone (1)."""
+    rows = []
+    for alpha in alphas:
+        fused = richkd.fuse_logits(teacher_logits, clip_logits, alpha)
+        values = estimate(measures, [contributions(fused, target, threshold)], generator)
+        rows.append({"alpha": alpha, **dict(zip(MEASURES, values))})
+    return rows
+
+
+def quadrant_changes(logits, target, generator, thresholds=(0.5, 0.7, 0.9)):
+    """Where the images lie for each model: {threshold: {model: {measure: {"value", "count", "change"}}}}.
+
+    logits: {model: (N, K)}, the first of which is the one that changes are taken against, image by image. The measures
+    are the quadrants (with a count), and top-1, NLL and ECE, which do not depend on the threshold.
+    """
+    table = {}
+    for threshold in thresholds:
+        rows = {model: contributions(z, target, threshold) for model, z in logits.items()}
+        first = next(iter(rows.values()))
+        for model, own in rows.items():
+            entry = against(MEASURES, measures, [own], [first] if own is not first else [], generator)
+            for name, count in quadrants(logits[model], target, threshold).items():
+                entry[name]["count"] = count
+            table.setdefault(str(threshold), {})[model] = entry
+    return table
+
+
+def rank(values):
+    """Ranks of (n,) numbers, equal ones sharing their mean rank: float64 (n,)."""
+    _, index, count = values.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2).double()[index]
+
+
+def non_target(logits, target, similarity, groups):
+    """What is said of the classes that an image does not show. Its non-target distribution is the softmax of its logits
+    (N, K) without the target's. -> {"rank_correlation", "entropy", "same <what>" for each of the groups}:
+
+    Spearman's correlation, over ordered pairs of different classes, of the mean non-target probabilities (of class b on
+    the images of class a) with similarity (K, K), say of the class names for CLIP; the mean entropy in nats; the mean
+    mass in percent on the classes of the target's own group, groups being {what: the group of each class (K,)}.
+    """
+    K = logits.shape[1]
+    others = logits.double().scatter(1, target[:, None], -math.inf).softmax(dim=1)  # (N, K)
+    count = torch.bincount(target, minlength=K)[:, None]
+    mean = torch.zeros(K, K, dtype=torch.float64, device=logits.device).index_add_(0, target, others) / count
+    pairs = (count > 0) & ~torch.eye(K, dtype=torch.bool, device=logits.device)
+    ranks = torch.stack([rank(mean[pairs]), rank(similarity[pairs])])
+    found = {"rank_correlation": ranks.corrcoef()[0, 1].item(),
+             "entropy": torch.special.entr(others).sum(dim=1).mean().item()}
+    for what, group in groups.items():
+        found[f"same {what}"] = 100 * (others * (group == group[target][:, None])).sum(dim=1).mean().item()
+    return found
+
+
+def fusion(teacher_logits, clip_logits, target, alpha, similarity, groups, generator):
+    """The whole analysis, {"alpha", "quadrants", "sweep", "non_target"}: see `quadrant_changes`, `sweep_alpha` and
+    `non_target`, which has a value and a change against the teacher for each model, too (200 resamples)."""
+    logits = {"teacher": teacher_logits, "clip": clip_logits,
+              "fused": richkd.fuse_logits(teacher_logits, clip_logits, alpha)}
+    names = list(non_target(teacher_logits, target, similarity, groups))
+
+    def numbers(z, y):
+        return torch.tensor(list(non_target(z, y, similarity, groups).values()), dtype=torch.float64)
+
+    rest = {model: against(names, numbers, [z, target], [teacher_logits, target] if model != "teacher" else [],
+                           generator, resamples=200) for model, z in logits.items()}
+    return {"alpha": alpha, "quadrants": quadrant_changes(logits, target, generator),
+            "sweep": sweep_alpha(teacher_logits, clip_logits, target, generator), "non_target": rest}
+
+
 # Runs and reports -----------------------------------------------------------------------------------------------------
 
 
@@ -616,14 +397,20 @@ class Config:
     model: str = train.setting(None, "the checkpoint's architecture", type=str)
     dataset: str = train.setting(None, "the data set; without, the run's own", type=str)
     data_dir: str = train.setting(None, "where the data set lies; without, where the run found it", type=str)
-    shift: bool = train.setting(False, "evaluate the data set's shift splits, too")
+    shift: tuple = train.setting(None, "evaluate the data set's own shift splits and those in folders, too: "
+                                 "CIFAR-10.1, STL-10, or a folder a class (classes.json: {folder: class})", nargs="*",
+                                 metavar="DIR")
     corruptions: str = train.setting(None, "evaluate corrupted test images, too: the published files below DIR, or "
                                      "generated ones", nargs="?", const="generated", metavar="DIR")
+    fused: bool = train.setting(False, "analyse the run's teacher, CLIP and both fused on the test split, too")
+    plot: bool = train.setting(False, "draw report.png and, of corruptions, samples.png (needs matplotlib)")
+    compare: tuple = train.setting(None, "only compare the methods of these report.json files", nargs="+",
+                                   metavar="FILE")
     zero_shot: bool = train.setting(False, "evaluate --clip itself on --dataset, by one template, each, and all")
     clip: str = train.setting("ViT-L/14", "as in train.py", type=str)
     bpe: str = train.setting(None, "as in train.py", type=str)
     prompts: str = train.setting(None, "as in train.py", type=str)
-    seed: int = train.setting(0, "of generated corruptions")
+    seed: int = train.setting(0, "of generated corruptions and bootstrap intervals")
     amp: bool = train.setting(False, "bfloat16 autocast")
     device: str = train.setting(train.Config.device, "cpu, cuda, cuda:1")
     workers: int = train.setting(8, "loader processes where images stream (imagenet)")
@@ -631,13 +418,13 @@ class Config:
 
 
 class Classifier(NamedTuple):
-    """A trained network and what reading its answers takes."""
+    """A trained network, what reading its answers takes, and its report."""
     model: torch.nn.Module
     mean: list
     std: list
     image_size: int
-    about: dict  # what the report says of it
-    report: Path
+    path: Path  # of the report
+    report: dict  # its first entries
 
 
 def newest_run(root="runs"):
@@ -650,27 +437,80 @@ def newest_run(root="runs"):
     return finished[-1].parent
 
 
-def load_run(folder, dataset, class_names):
-    """-> Classifier of a finished run. Raises ValueError for a damaged one, and for one of other classes than the data
-    set's, naming the first that differs."""
-    student, summary = train.read_checkpoint(folder / "student.pt"), json.loads((folder / "summary.json").read_text())
-    for k, (own, other) in enumerate(itertools.zip_longest(student["class_names"], class_names)):
+def read_json(path, *keys):
+    """The dict that a JSON file holds, with these keys at least. ValueError where it does not."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if isinstance(content, dict) and content.keys() >= set(keys):
+            return content
+    except ValueError:
+        pass
+    raise ValueError(f"{path} is damaged: expected a JSON object" + (f" with {', '.join(keys)}" if keys else ""))
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def check_classes(what, there, here):
+    """Raises ValueError, `what` and the first class that differs, unless both lists of classes are equal."""
+    for k, (own, other) in enumerate(itertools.zip_longest(there, here)):
         if own != other:
-            raise ValueError(f"{folder} was trained on other classes than {dataset} has: class {k} is {own!r} there "
-                             f"and {other!r} here")
-    model = models.load_weights(student["model_name"], folder / "student.pt")
-    about = {key: summary[key] for key in ("dataset", "method", "teacher", "student", "seed", "epochs")}
-    return Classifier(model, student["mean"], student["std"], student["image_size"], about, folder / "report.json")
+            raise ValueError(f"{what}: class {k} is {own!r} there and {other!r} here")
+
+
+def load_run(folder, dataset, class_names):
+    """-> Classifier of a finished run. Raises ValueError for a damaged one, and where its classes are others."""
+    about = ("dataset", "method", "teacher", "student", "seed", "epochs")
+    summary = read_json(folder / "summary.json", *about, "accuracies")
+    path, known = folder / "student.pt", ("model_name", "class_names", "mean", "std", "image_size")
+    try:
+        student = train.read_checkpoint(path)
+    except (OSError, ValueError):
+        raise ValueError(f"{path} is missing or damaged; train.py --overwrite makes the run anew") from None
+    if not isinstance(student, dict) or not student.keys() >= set(known):
+        raise ValueError(f"{path} is not what train.py writes: expected {', '.join(known)} in it")
+    check_classes(f"{folder} was trained on other classes than {dataset} has", student["class_names"], class_names)
+    model = models.load_weights(student["model_name"], path)
+    report = {"of": {key: summary[key] for key in about}, "weights": digest(path),
+              "settings": read_json(folder / "config.json", "settings")["settings"],
+              "teachers": {who: row for who, row in summary["accuracies"].items() if row and who != "student"}}
+    return Classifier(model, student["mean"], student["std"], student["image_size"], folder / "report.json", report)
+
+
+def go_on(classifier, **how):
+    """The report that lies there, to be completed, if it is of the same weights and settings; else a new one."""
+    new = json.loads(json.dumps({**classifier.report, "how": how}))
+    try:
+        old = json.loads(classifier.path.read_text())
+        return old if {key: old.get(key) for key in new} == new else new
+    except (FileNotFoundError, ValueError, AttributeError):
+        return new
 
 
 def scores(logits, labels):
-    """The metrics of one test set: top-1, top-5 and ECE in percent, NLL in nats."""
-    return {"top1": 100 * top_k_accuracy(logits, labels), "top5": 100 * top_k_accuracy(logits, labels, 5),
-            "nll": nll(logits, labels), "ece": 100 * ece(logits, labels)}
+    """The metrics of a test set: top-1, top-5 and both ECEs (15 bins) in percent, NLL in nats, Brier score."""
+    return {"images": len(labels), "top1": 100 * top_k_accuracy(logits, labels),
+            "top5": 100 * top_k_accuracy(logits, labels, 5), "nll": nll(logits, labels), "brier": brier(logits, labels),
+            "ece": 100 * ece(logits, labels), "ece_equal_mass": 100 * ece(logits, labels, equal_mass=True)}
+
+
+def calibration(logits, labels, temperature=None):
+    """`scores` before and after a division by the temperature, with the reliability diagram's points. Without one, it
+    is fitted on a random half of the images (always the same), and the scores are those of the other half."""
+    if temperature is None:
+        rest, half = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tensor_split(2)
+        temperature = fit_temperature(logits[half], labels[half])
+        logits, labels = logits[rest], labels[rest]
+    table = {"temperature": temperature}
+    for name, z in (("before", logits), ("after", logits / temperature)):
+        points = zip(("confidence", "accuracy", "count"), calibration_bins(z, labels))
+        table[name] = {**scores(z, labels), "bins": {what: row.tolist() for what, row in points}}
+    return table
 
 
 @torch.inference_mode()
-def predict(classifiers, blocks, config):
+def predict(classifiers, blocks, config, progress, note=""):
     """Blocks of uint8 images (b,3,H,W) -> a list of logits (N,K), one a classifier, each seeing the images at its own
     size; a block is made once for all of them."""
     logits = [[] for _ in classifiers]
@@ -679,6 +519,8 @@ def predict(classifiers, blocks, config):
             inputs = train.to_input(data.resize(images, classifier.image_size), classifier.mean, classifier.std)
             with train.autocast(config):
                 rows.append(classifier.model(inputs)[0].float().cpu())
+        done = progress.done + len(images)
+        progress.update(done, note, keep=done >= progress.total)
     return [torch.cat(rows) for rows in logits]
 
 
@@ -688,6 +530,36 @@ def load_test(name, config):
     if isinstance(split.images, torch.Tensor):
         return split
     return split._replace(images=data.resize(split.images, data.DATASETS[config.dataset].image_size))
+
+
+def folder_names(split):
+    """The classes' folders, in the order of the labels, where images stream: WordNet ids for ImageNet. Else []."""
+    paths = split.images.paths if isinstance(split.images, data.Stream) else []
+    return sorted({Path(path).parent.name for path in paths})
+
+
+def load_shift(directory, config, test):
+    """-> (a Split whose labels count within the columns, columns of the logits to choose among): a shift set's folder.
+
+    CIFAR-10.1's or STL-10's files, or a folder of images a class. Folders are named by class (where the images stream
+    by the folders of the data set, that is by WordNet id) or by its number (ImageNet-V2), or in classes.json.
+    """
+    root, info, names = Path(directory), data.DATASETS[config.dataset], list(test.class_names)
+    for files, read in (("cifar10.1_*.npy", read_cifar10_1), ("stl10_binary", read_stl10)):
+        if any(root.glob(files)):
+            if config.dataset != "cifar10":
+                raise ValueError(f"{root} holds a shift set of cifar10, but these runs are on {config.dataset}")
+            images, labels = read(root)
+            columns, labels = labels.unique(return_inverse=True)
+            return data.Split(images, labels, names), columns
+    ids = folder_names(test) or names
+    folder_classes = {str(k): name for k, name in enumerate(ids) if str(k) not in ids}
+    if (root / "classes.json").is_file():
+        given = read_json(root / "classes.json")
+        folder_classes |= {folder: ids[names.index(name)] if name in names else name for folder, name in given.items()}
+    paths, labels, columns = list_folder(root, ids, folder_classes)
+    resize_to = info.image_size if ids is names else round(info.image_size * 8 / 7)  # as `data.resize` does
+    return data.Split(data.Stream(paths, info.image_size, resize_to), labels, names), columns
 
 
 def blocks(split, config):
@@ -705,19 +577,63 @@ def corrupted(test, name, severity, config):
         return (corrupt(images, name, severity, generator) for images in blocks(test, config)), test.labels
     if config.dataset.startswith("cifar"):
         split = data.Split(*read_cifar_c(config.corruptions, name, severity), test.class_names)
+        if len(split.labels) == len(test.labels) and not split.labels.equal(test.labels):
+            raise ValueError(f"{config.corruptions}/labels.npy does not have the labels of {config.dataset}'s test "
+                             "split; expected the files made from it")
     else:
         folder = torchvision.datasets.ImageFolder(imagenet_c_folder(config.corruptions, name, severity))
         size = data.DATASETS[config.dataset].image_size  # the published images have it already
         images = data.Stream([path for path, _ in folder.samples], size, size)
         split = data.Split(images, torch.tensor(folder.targets), test.class_names)
+        if folder_names(test):
+            check_classes(f"{folder.root} has other classes than {config.dataset}", folder.classes, folder_names(test))
         if len(folder.classes) != len(test.class_names):
             raise ValueError(f"{folder.root} has {len(folder.classes)} classes, {config.dataset} "
                              f"{len(test.class_names)}: expected a folder for each")
     return blocks(split, config), split.labels
 
 
-def evaluate(config):
-    """What the command does with classifiers: -> their reports, dicts that also lie in report.json beside each run."""
+def corruption_errors(table, clean, alexnet):
+    """The means over {corruption: top-1 a severity}, in percent: the error, the same less the clean one (`clean` is the
+    clean top-1); with alexnet the mCE and relative mCE of ImageNet-C, see `mean_corruption_error`."""
+    errors, clean = {name: 1 - sum(row) / 500 for name, row in table.items()}, 1 - clean / 100
+    means = {"mean_error": mean_corruption_error(errors), "relative_mean_error": mean_corruption_error(errors, clean)}
+    if alexnet:
+        means |= {"mce": mean_corruption_error(errors, alexnet=True),
+                  "relative_mce": mean_corruption_error(errors, clean, alexnet=True)}
+    return {name: 100 * value for name, value in means.items()}
+
+
+def analyse(folder, config):
+    """`fusion` for a run's own teacher, CLIP and alpha on its test split, made again as train.py made them (its cache
+    has all of it); and CLIP's scale. Raises ValueError for a run without a teacher or without CLIP."""
+    settings = read_json(folder / "config.json", "settings")["settings"]
+    places = {name: getattr(config, name) for name in ("data_dir", "device", "workers", "cache_dir")}
+    try:
+        own = train.Config(**{**settings, **places})
+    except TypeError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged or of another version: {error}") from None
+    splits = train.load_splits(own)
+    teachers = train.load_teachers(own, splits)
+    clip, tokenizer = train.load_clip(own)
+    cosines, _ = train.load_targets(own, clip, tokenizer, {"test": splits["test"]})["test"]
+    scale, names = own.clip_scale or clip.logit_scale.exp().item(), splits["test"].class_names
+    templates = clip_model.load_templates(own.prompts or train.PROMPTS)
+    with torch.inference_mode():
+        classes = clip_model.class_features(clip, tokenizer, names, templates).to(config.device)
+    test = train.resized(splits["test"], own)
+    teacher, clip_logits = (z.to(config.device) for z in (train.predict(teachers, test, own), scale * cosines.float()))
+    groups = superclasses(own.dataset, names, folder_names(splits["test"]), Path(own.data_dir) / "wordnet.is_a.txt")
+    groups = {what: group.to(config.device) for what, group in groups.items()}
+    print(f"{folder}: what fusion does, with bootstrap intervals", file=sys.stderr)  # a minute for CIFAR-100 on a CPU
+    return {"clip_scale": scale, **fusion(teacher, clip_logits, test.labels.to(config.device), own.alpha,
+                                          classes @ classes.T, groups, torch.Generator().manual_seed(config.seed))}
+
+
+def prepare(config):
+    """-> (config with data set and place filled in, the test split, [(Classifier, its report so far)])."""
+    if config.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
     folders = []
     if config.checkpoint:
         if not (config.model and config.dataset):
@@ -729,45 +645,103 @@ def evaluate(config):
         if unfinished:
             raise FileNotFoundError(f"no finished run in {', '.join(unfinished)} (no summary.json); python train.py "
                                     "makes one, and finishes one that it began")
-        known = [json.loads((folder / "config.json").read_text()) for folder in folders]
-        datasets = {run["settings"]["dataset"] for run in known}
+        known = [read_json(folder / "config.json", "settings", "places") for folder in folders]
+        datasets = {run["settings"].get("dataset") for run in known}
         if not config.dataset and len(datasets) > 1:
             raise ValueError(f"these runs are on different data sets, {', '.join(sorted(datasets))}: evaluate them one "
                              "data set at a time")
         config = dataclasses.replace(config, dataset=config.dataset or datasets.pop(),
-                                     data_dir=config.data_dir or known[0]["places"]["data_dir"])
+                                     data_dir=config.data_dir or known[0]["places"].get("data_dir"))
     test = load_test("test", config)
+    if config.shift == [] and not data.DATASETS[config.dataset].shifts:
+        raise ValueError(f"{config.dataset} has no shift split of its own: --shift DIR names the folder of one")
     classifiers = [load_run(folder, config.dataset, test.class_names) for folder in folders]
     if config.checkpoint:
         info, path = data.DATASETS[config.dataset], Path(config.checkpoint)
         model = models.load_weights(config.model, path, len(test.class_names))
-        about = {"checkpoint": str(path), "dataset": config.dataset, "student": config.model}
-        classifiers = [Classifier(model, info.mean, info.std, info.image_size, about, path.with_suffix(".report.json"))]
+        report = {"of": {"checkpoint": str(path), "dataset": config.dataset, "student": config.model},
+                  "weights": digest(path)}
+        path = path.with_suffix(".report.json")
+        classifiers = [Classifier(model, info.mean, info.std, info.image_size, path, report)]
     for classifier in classifiers:
         classifier.model.eval().to(config.device, memory_format=torch.channels_last)
+    images = data.fingerprint(test.images)
+    return config, test, [(own, go_on(own, seed=config.seed, amp=config.amp, images=images)) for own in classifiers]
 
-    reports = [{"of": classifier.about} for classifier in classifiers]
-    for name in ("test", *(data.DATASETS[config.dataset].shifts if config.shift else ())):
-        split = test if name == "test" else load_test(name, config)
-        for report, logits in zip(reports, predict(classifiers, blocks(split, config), config)):
-            report[name] = scores(logits, split.labels)
+
+def save(pairs):
+    for classifier, report in pairs:
+        data.write_atomically(classifier.path, json.dumps(report, indent=1).encode())
+
+
+def evaluate(config):
+    """What the command does with classifiers: -> their reports, dicts that also lie in report.json beside each run.
+    What is in a report already is not done again."""
+    config, test, pairs = prepare(config)
+    taught = [pair for pair in pairs if {"teacher", "clip"} <= pair[1].get("teachers", {}).keys()]
+    if config.fused and not taught:
+        raise ValueError("--fused: no run here has a teacher and CLIP, as those of richkd, richkd-l and richkd-f have")
+
+    sets = [("test", None)]
+    if config.shift is not None:
+        sets += [(name, None) for name in data.DATASETS[config.dataset].shifts]
+        sets += [(f"shift {path.name}", str(path)) for path in (Path(folder).resolve() for folder in config.shift)]
+    for name, folder in sets:
+        todo = [pair for pair in pairs if name not in pair[1] or pair[1][name].get("folder") != folder]
+        if todo:
+            split, columns = load_shift(folder, config, test) if folder else (
+                test if name == "test" else load_test(name, config), slice(None))
+            progress = data.Progress(name, len(split.labels))
+            for (_, report), logits in zip(todo, predict([own for own, _ in todo], blocks(split, config), config,
+                                                         progress)):
+                logits = logits[:, columns]
+                temperature = None if name == "test" else report["test"]["calibration"]["temperature"]
+                report[name] = {**scores(logits, split.labels), **({"folder": folder} if folder else {}),
+                                "calibration": calibration(logits, split.labels, temperature)}
+            save(todo)
+
     if config.corruptions:
-        source = "generated" if config.corruptions == "generated" else "published"
-        for report in reports:
-            report["corruptions"] = {"source": source, "top1": {}}
-        tasks = [(name, severity) for name in COMMON for severity in range(1, 6)]
-        progress = data.Progress(f"corruptions ({source})", len(tasks), "sets")
-        for done, (name, severity) in enumerate(tasks, 1):
+        folder = None if config.corruptions == "generated" else str(Path(config.corruptions).resolve())
+        start = {"source": "published" if folder else "generated", "folder": folder}
+        for _, report in pairs:
+            if {key: report.get("corruptions", {}).get(key) for key in start} != start:
+                report["corruptions"] = {**start, "top1": {}}
+        tasks = [(name, severity, todo) for name in COMMON for severity in range(1, 6)
+                 if (todo := [p for p in pairs if len(p[1]["corruptions"]["top1"].get(name, ())) < severity])]
+        progress = data.Progress(f"corruptions ({start['source']})", len(tasks) * len(test.labels))
+        for name, severity, todo in tasks:
             images, labels = corrupted(test, name, severity, config)
-            for report, logits in zip(reports, predict(classifiers, images, config)):
-                report["corruptions"]["top1"].setdefault(name, []).append(100 * top_k_accuracy(logits, labels))
-            progress.update(done, f"{name} {severity}", keep=done == len(tasks))
-        for report in reports:
-            errors = {name: 1 - sum(row) / 500 for name, row in report["corruptions"]["top1"].items()}
-            report["corruptions"]["mean_error"] = 100 * mean_corruption_error(errors)
-    for classifier, report in zip(classifiers, reports):
-        data.write_atomically(classifier.report, json.dumps(report, indent=2).encode())
-    return reports
+            logits = predict([own for own, _ in todo], images, config, progress, f"{name} {severity}")
+            for (_, report), z in zip(todo, logits):
+                report["corruptions"]["top1"].setdefault(name, []).append(100 * top_k_accuracy(z, labels))
+            save(todo)
+        alexnet = config.dataset == "imagenet" and len(test.class_names) == 1000
+        for _, report in pairs:
+            report["corruptions"] |= corruption_errors(report["corruptions"]["top1"], report["test"]["top1"], alexnet)
+        save(pairs)
+
+    for classifier, report in taught if config.fused else ():
+        if "fused" not in report:
+            report["fused"] = analyse(classifier.path.parent, config)
+            save([(classifier, report)])
+    for classifier, report in pairs if config.plot else ():
+        data.write_atomically(classifier.path.with_suffix(".png"), plot(report))
+        if config.corruptions:
+            draw_samples(test, config, classifier.path.with_name("samples.png"))
+    return [report for _, report in pairs]
+
+
+def draw_samples(test, config, path, n=2):
+    """The first n test images under the fifteen corruptions (columns, in their order) by severity (rows)."""
+    images = next(blocks(test, config))[:n].cpu()
+    few = data.Split(images, test.labels[:n], test.class_names)
+    cells = [next(iter(corrupted(few, name, severity, config)[0]))[:n].cpu() for severity in range(1, 6)
+             for name in COMMON]
+    cells = torch.stack(cells, dim=1).flatten(0, 1)  # (n * 5 * 15, 3, H, W)
+    times = max(1, 96 // cells.shape[-1])
+    grid = torchvision.utils.make_grid(cells.repeat_interleave(times, 2).repeat_interleave(times, 3), nrow=15,
+                                       pad_value=255)
+    data.write_atomically(path, torchvision.io.encode_png(grid).numpy().tobytes())
 
 
 def zero_shot(config):
@@ -782,30 +756,18 @@ def zero_shot(config):
     return {name: 100 * top_k_accuracy(features.float() @ rows.T, test.labels) for name, rows in classes.items()}
 
 
-def tables(reports):
-    """The reports as text: a table of test sets each, and one of corruptions by severity."""
-    lines = []
-    for report in reports:
-        lines.append(" ".join(f"{key} {value}" for key, value in report["of"].items() if value is not None))
-        lines.append(f"{'':20}{'top-1 %':>10}{'top-5 %':>10}{'NLL':>10}{'ECE %':>10}")
-        for name, row in report.items():
-            if isinstance(row, dict) and "ece" in row:
-                lines.append(f"{name:20}{row['top1']:10.2f}{row['top5']:10.2f}{row['nll']:10.3f}{row['ece']:10.2f}")
-        if "corruptions" in report:
-            lines.append(f"{'top-1 %, severity':20}{1:>10}{2:>10}{3:>10}{4:>10}{5:>10}{'mean':>10}")
-            for name, row in report["corruptions"]["top1"].items():
-                lines.append(f"{name:20}" + "".join(f"{value:10.2f}" for value in [*row, sum(row) / 5]))
-            lines.append(f"mean error over the fifteen ({report['corruptions']['source']}): "
-                         f"{report['corruptions']['mean_error']:.2f} %")
-    return "\n".join(lines)
-
-
 def job(config):
-    if config.zero_shot:
+    train.resolve(train.Config(dataset=config.dataset or "shapes", device=config.device))  # raises where one is wrong
+    if config.compare:
+        print(comparison(compare([read_json(path, "of", "test") for path in config.compare])))
+    elif config.zero_shot:
         for template, top1 in zero_shot(config).items():
             print(f"{top1:6.2f} %  {template}")
     else:
-        print(tables(evaluate(config)))
+        reports = evaluate(config)
+        print(tables(reports))
+        if len(reports) > 1:
+            print("\n" + comparison(compare(reports)))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     git clone https://github.com/hendrycks/robustness
     pip install opencv-python-headless scikit-image scipy Wand        # Wand needs ImageMagick (libmagickwand)
-    python tests/bench_corruptions.py robustness/ImageNet-C/create_c [--golden tests/golden_evaluate.json]
+    python tests/bench_corruptions.py robustness/ImageNet-C/create_c [--golden tests/golden_corruptions.json]
 
 Runs the public make_cifar_c.py, make_tinyimagenet_c.py and make_imagenet_c.py as they are, but for names that today's
-NumPy, SciPy and scikit-image have changed. --golden writes the public code's numbers that test_evaluate.py checks.
+NumPy, SciPy and scikit-image have changed. --golden writes the public code's numbers that test_corruptions.py checks.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import evaluate
-from test_evaluate import FIXED, PIXELS, picture, strength
+import corruptions
+from test_corruptions import FIXED, PIXELS, picture, strength
 
 FILES = {32: "make_cifar_c.py", 64: "make_tinyimagenet_c.py", 224: "make_imagenet_c.py"}
 RENAMED = {"scipy.ndimage.interpolation": "scipy.ndimage", "multichannel=True": "channel_axis=-1",
@@ -72,7 +72,7 @@ def main():
         sys.exit(f"error: {error}; the public code needs opencv-python-headless, scikit-image, scipy and Wand")
     if not (args.directory / FILES[32]).is_file():
         sys.exit(f"error: no {FILES[32]} in {args.directory}; expected ImageNet-C/create_c of hendrycks/robustness")
-    functions, golden = {**evaluate.COMMON, **evaluate.EXTRA}, {}
+    functions, golden = {**corruptions.COMMON, **corruptions.EXTRA}, {}
     for size in FILES:
         public = public_code(args.directory, size)
         n = max(4, args.images // {32: 1, 64: 2, 224: 10}[size])
@@ -91,7 +91,7 @@ def main():
                 start = time.perf_counter()
                 theirs = run_public(public[name], some, severity)
                 middle = time.perf_counter()
-                ours = evaluate.corrupt(some, name, severity, torch.Generator().manual_seed(severity))
+                ours = corruptions.corrupt(some, name, severity, torch.Generator().manual_seed(severity))
                 spent["public"] += middle - start
                 spent["ours"] += time.perf_counter() - middle
                 if name in FIXED:
@@ -102,7 +102,7 @@ def main():
                     cells.append("/".join(f"{y / x:.2f}" for x, y in zip(a[1:], b[1:])))
                     numbers = [round(x, 2) for x in a]
                 golden[f"{name} {severity} {size}"] = numbers
-            if name in evaluate.COMMON:
+            if name in corruptions.COMMON:
                 seconds = {who: seconds[who] + spent[who] / len(some) for who in seconds}
             print(f"  {name:18s} {'  '.join(cells)}   {spent['public'] / 5 / len(some) * 1e3:.2f} -> "
                   f"{spent['ours'] / 5 / len(some) * 1e3:.2f}")

@@ -48,8 +48,9 @@ runs() {  # a line a run: the name of its folder, then its own flags
 runs | FLAGS="--dataset $dataset $*" ROOT=$root xargs -P "${JOBS:-1}" -L 1 \
     bash -c 'python train.py $FLAGS --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && tail -n 1 "$ROOT/$0.txt"'
 folders=$(runs | cut -d " " -f 1 | sed "s|^|$root/|")
-python evaluate.py --run "$root/richkd-s0" --shift --corruptions --fused
-python evaluate.py --run $folders --shift --corruptions
+if [ "$dataset" = shapes ]; then shift=--shift; fi
+python evaluate.py --run "$root/richkd-s0" ${shift:-} --corruptions --fused --plot
+python evaluate.py --run $folders ${shift:-} --corruptions
 python - $folders > "results/$dataset-$part.json" << 'END'
 import json, pathlib, sys
 print(json.dumps([json.loads(pathlib.Path(folder, "report.json").read_text()) for folder in sys.argv[1:]], indent=0))
