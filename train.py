@@ -106,7 +106,7 @@ class Config:
     weight_decay: float = setting(None, "of SGD with momentum .9", type=float)
     seed: int = setting(0, "of initialisation, order, augmentation and negatives (a teacher trained here: 0)")
     amp: bool = setting(False, "bfloat16 autocast")
-    teacher_dtype: str = setting(None, "the frozen teacher's float32 or bfloat16; bfloat16 where that is fast", type=str)
+    teacher_dtype: str = setting(None, "of the frozen teacher: float32, or bfloat16 where it is fast", type=str)
     compile: bool = setting(False, "torch.compile of student and teacher")
     deterministic: bool = setting(False, "on CUDA the same numbers every time, slower; a CPU gives them anyway")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")

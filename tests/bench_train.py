@@ -7,7 +7,7 @@ negatives. What is compared takes turns in one process, round by round, so that 
 the numbers are medians over the rounds. `--rounds 1 --steps 2 --images 640` is a smoke test.
 
 The straightforward loop is written out as public code has it: PIL transforms and each image's own negatives in a
-DataLoader, float32, a plain teacher in eval mode, and a (B, J, d) block gathered from each bank; the losses are the same.
+DataLoader, float32, a plain teacher in eval mode, a (B, J, d) block gathered from each bank; the losses are the same.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def main():
     split = data.Split(torch.randint(256, (N, 3, 32, 32), dtype=torch.uint8), torch.randint(K, (N,)), [""] * K)
     targets = [torch.rand(N, K).sub(0.5).half(), F.normalize(torch.randn(N, D), dim=1).half()]
     config = train.resolve(train.Config(dataset="cifar100", teacher=("resnet56",), student="resnet20", device="cpu"))
-    print(f"torch {torch.__version__}, {args.threads} threads, {N} images, {rounds} rounds of {args.steps} steps of {B}")
+    print(f"torch {torch.__version__}, {args.threads} threads, {N} images; {rounds} rounds of {args.steps} steps")
 
     def make():
         """A student with its criterion and optimiser, and the plain teacher."""
@@ -111,7 +111,8 @@ def main():
         train.train_epoch(config, 0, split, step, optimizer, teachers, targets, 100.0, data.Progress("", N), part)
 
     if "a" in args.parts:
-        loader = torch.utils.data.DataLoader(Straightforward(split, info.mean, info.std), B, shuffle=True, num_workers=2)
+        images_one_by_one = Straightforward(split, info.mean, info.std)
+        loader = torch.utils.data.DataLoader(images_one_by_one, B, shuffle=True, num_workers=2)
 
         def ours():
             for pixels, _, _ in data.batches(split, B, seed=0):

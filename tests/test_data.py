@@ -73,7 +73,8 @@ def test_an_epoch_is_gone_on_with_at_any_step():
         rest = list(data.batches(split, 8, seed=3, start=8 * step, tables=(table,)))
         assert len(rest) == 7 - step
         for mine, all_of_it in zip(rest, whole[step:]):
-            assert all(torch.equal(a, b) for a, b in zip(mine, all_of_it)) and torch.equal(mine[3][:, 0], mine[2].float())
+            assert all(torch.equal(a, b) for a, b in zip(mine, all_of_it))
+            assert torch.equal(mine[3][:, 0], mine[2].float())  # the table's rows are the images'
     assert list(data.batches(split, 8, seed=3, start=50)) == []
     crops = [images[:, 1, :, 0].flatten().tolist() for images, *_ in whole[:2]]
     assert crops[0] != crops[1]  # the draws are a step's own
