@@ -82,8 +82,9 @@ def load_merges(path=None, cache_dir=None):
         raise ValueError(f"{path}: no BPE file, plain or .gz: {error}") from None
     header = int("#version" in lines[0])
     pairs = [tuple(line.split()) for line in lines[header : header + NUM_MERGES] if line.strip()]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"{path}: no BPE file: expected two symbols a line")
+    symbols = set(Tokenizer().symbols.values())
+    if any(len(pair) != 2 or not symbols.issuperset("".join(pair)) for pair in pairs):
+        raise ValueError(f"{path}: no BPE file: expected two symbols a line, in GPT-2's letters for bytes")
     return pairs
 
 
@@ -518,7 +519,10 @@ def load_templates(path):
 
     Raises ValueError with file and line for a line without `{}`, and for a file without templates.
     """
-    lines = enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1)
+    try:
+        lines = enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no text in UTF-8: {error}") from None
     templates = {number: line.strip() for number, line in lines if line.strip() and line.strip()[0] != "#"}
     wrong = [number for number, template in templates.items() if "{}" not in template]
     if wrong or not templates:

@@ -110,7 +110,7 @@ def lock(path, busy, wait=True):
         except BlockingIOError:
             file.seek(0)
             if not wait:
-                raise ValueError(busy(file)) from None
+                raise ValueError(f"{busy(file)}; wait until that ends") from None
             print(f"{busy(file)}: waiting for it", file=sys.stderr)
             fcntl.lockf(file, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
@@ -367,6 +367,9 @@ def _tiny_imagenet(name, root, split):
         else:
             rows = (line.split("\t") for line in read(top + "val/val_annotations.txt").decode().splitlines())
             labels = {f"{top}val/images/{row[0]}": label[row[1]] for row in rows}
+        missing = labels.keys() - set(names)  # in a folder, `..` could lead elsewhere
+        if missing:
+            raise ValueError(f"it holds no {min(missing)}")
         progress = Progress(f"reading {root.name} ({split})", len(labels))
         images = []
         for file in labels:
@@ -504,8 +507,9 @@ def fingerprint(images):
 
 def normalize(images, mean, std):
     """uint8 (B,3,H,W) -> float32, (x / 255 - mean) / std; one multiplication and one addition an element."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
-    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+    scale, shift = (v.to(images.device, non_blocking=True) for v in (1 / (255 * std), mean / std))  # waits for no GPU
+    return images.float().mul_(scale).sub_(shift)
 
 
 def augment(images, generator, padding=4):
@@ -559,6 +563,7 @@ def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, d
                     found = (x.pin_memory().to(device, non_blocking=True) for x in found)
                 yield tuple(found)
         except ValueError as error:  # a worker's carries its traceback, whose last line is the message
+            error.__traceback__ = None  # it holds the loader, whose workers would be waited for
             raise ValueError(_one_line(error).removeprefix("ValueError: ")) from None
         return
     for place, index in steps:
@@ -614,7 +619,7 @@ def _make_targets(path, header, N, row, key, blocks):
             return
         file.seek(0)
         begun = file.readline(MAX_HEADER) == header
-        done = (os.fstat(file.fileno()).st_size - len(header)) // row if begun else 0
+        done = min(N, (os.fstat(file.fileno()).st_size - len(header)) // row) if begun else 0
         file.truncate(len(header) + done * row if begun else 0)  # a row cut in half is written again
         file.write(b"" if begun else header)
         progress = Progress(f"CLIP's targets ({key.get('split', '')})", N, start=done)

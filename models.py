@@ -33,6 +33,7 @@ import copy
 import difflib
 import os
 import re
+import warnings
 from collections import OrderedDict
 from functools import partial
 
@@ -369,7 +370,8 @@ NUMPY_NUMBERS += [np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All
 def read_state(path):
     """The tensors of a checkpoint file, {name: tensor}: a bare state dict, or one under "model", "state_dict" or "net",
     with or without the `module.` of DataParallel. Executes nothing; raises as `load_weights`."""
-    with open(path, "rb") as file, torch.serialization.safe_globals(NUMPY_NUMBERS):
+    with (open(path, "rb") as file, torch.serialization.safe_globals(NUMPY_NUMBERS),
+          warnings.catch_warnings(action="ignore")):  # torch's thoughts on pickle protocols
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can fail anywhere in the reader, with any exception
@@ -383,6 +385,9 @@ def read_state(path):
             break
     state = content.items() if isinstance(content, dict) else ()
     state = {str(key).removeprefix("module."): value for key, value in state if isinstance(value, torch.Tensor)}
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{path}: tensor '{name}' holds no plain numbers")
     if not any(tensor.dim() == 2 for tensor in state.values()):
         raise ValueError(f"{path}: no classifier in it: expected a state dict, bare or under 'model', 'state_dict' or "
                          "'net', with a last linear layer")

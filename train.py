@@ -106,7 +106,7 @@ class Config:
     weight_decay: float = setting(None, "of SGD with momentum .9", type=float)
     seed: int = setting(0, "of initialisation, order, augmentation and negatives (a teacher trained here: 0)")
     amp: bool = setting(False, "bfloat16 autocast")
-    teacher_dtype: str = setting(None, "the frozen teacher's float32 or bfloat16; bfloat16 where that is fast", type=str)
+    teacher_dtype: str = setting(None, "of the frozen teacher: float32, or bfloat16 where it is fast", type=str)
     compile: bool = setting(False, "torch.compile of student and teacher")
     deterministic: bool = setting(False, "on CUDA the same numbers every time, slower; a CPU gives them anyway")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
@@ -223,7 +223,7 @@ def held(config, wait=False):
 def claim(config, folder, stack, wait):
     """Lock the folder until `stack` is left, and write config.json or see that the one there has the same settings."""
     known = folder / "config.json"
-    if folder.exists() and not known.is_file() and set(os.listdir(folder)) - {".lock"}:
+    if folder.exists() and not known.is_file() and any(name[0] != "." for name in os.listdir(folder)):
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names another folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = data.lock(folder / ".lock", lambda file: f"{folder} is in use by process {file.read().decode()}", wait)
@@ -488,8 +488,8 @@ def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale,
         group["lr"] = learning_rate(config, epoch)
     step.train()
     every = 1 if torch.device(config.device).type == "cpu" else 50  # reading a loss stalls a GPU
-    images, steps, sums = (part["images"], part["steps"], part["sums"]) if part else (0, 0, {})
-    began, before, finite = time.time() - (part["seconds"] if part else 0), epoch * N, math.nan
+    images, steps, seconds, sums = (part or {"images": 0, "steps": 0, "seconds": 0, "sums": {}}).values()
+    began, finite = time.time() - seconds, math.nan
     total = torch.tensor(list(sums.values()) or 0, dtype=torch.float64, device=config.device)
     for pixels, labels, index, *clip in data.batches(train, config.batch_size, seed, images, rank(), world(),
                                                      config.workers, config.device, targets or ()):
@@ -503,13 +503,14 @@ def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale,
                 loss, parts, logits = step(inputs, *teacher_outputs, *clip_outputs, labels, index)
             right = 100 * (logits.detach().argmax(1) == labels).float().mean()
             sums = {"loss": loss.detach(), **parts, "train_accuracy": right}
-            total = total + torch.stack(list(sums.values()))
+            total = total + torch.stack(list(sums.values())).double()
             if stop:
                 if not total[0].isfinite():
                     raise ValueError("the loss is not finite")
                 finite = loss.item()
-                progress.update(before + images, f"epoch {epoch + 1}/{config.epochs} | loss {finite:.3f} | accuracy "
-                                f"{right.item():.1f} %")
+                if rank() == 0:
+                    progress.update(epoch * N + images, f"epoch {epoch + 1}/{config.epochs} | loss {finite:.3f} | "
+                                    f"accuracy {right.item():.1f} %")
         except ValueError as error:
             raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: {error}; last finite loss {finite:.4g}; the "
                                      f"run folder keeps epoch {epoch}; a smaller --lr may help") from None
@@ -560,7 +561,7 @@ def fit(config, folder, splits):
     if (folder / "last.pt").is_file():
         log, part = restore(folder / "last.pt", parts)
         if rank() == 0:
-            print(f"{folder}: going on at {place(config, log, part, N)}", file=sys.stderr)
+            print(f"{folder}: going on after {place(config, log, part, N)}", file=sys.stderr)
     if config.compile:
         for module in (student, *(teachers.teachers if teachers else ())):
             module.compile()
@@ -666,7 +667,10 @@ def restore(path, parts):
     try:
         for name, module in parts.items():
             module.load_state_dict(last[name])
-        return last["log"], last["part"]
+        log, part = last["log"], last["part"]
+        [row["test_accuracy"] + row["images_per_second"] + row["seconds"] for row in log]  # raises now, not later
+        part and sum((part["images"], part["steps"], part["seconds"], *part["sums"].values()))
+        return log, part
     except Exception:  # a file that something else wrote can raise anything, too
         raise ValueError(f"{path} is damaged; --overwrite starts the run anew") from None
 
@@ -692,7 +696,7 @@ def run(config):
             table(summary)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{folder / 'summary.json'} is damaged; --overwrite trains anew") from None
-        print(f"{folder} holds this run, finished; --overwrite trains anew")
+        show(f"{folder} holds this run, finished; --overwrite trains anew")
         return summary
 
 

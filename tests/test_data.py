@@ -65,6 +65,21 @@ def test_batches_keep_image_label_and_index_together():
     assert torch.equal(torch.cat([index for _, _, index in plain]), torch.arange(13, 50))
 
 
+def test_an_epoch_is_gone_on_with_at_any_step():
+    split = coded_split(50)
+    table = torch.arange(50.0).view(50, 1)
+    whole = list(data.batches(split, 8, seed=3, tables=(table,)))
+    for step in (0, 1, 5, 6):
+        rest = list(data.batches(split, 8, seed=3, start=8 * step, tables=(table,)))
+        assert len(rest) == 7 - step
+        for mine, all_of_it in zip(rest, whole[step:]):
+            assert all(torch.equal(a, b) for a, b in zip(mine, all_of_it))
+            assert torch.equal(mine[3][:, 0], mine[2].float())  # the table's rows are the images'
+    assert list(data.batches(split, 8, seed=3, start=50)) == []
+    crops = [images[:, 1, :, 0].flatten().tolist() for images, *_ in whole[:2]]
+    assert crops[0] != crops[1]  # the draws are a step's own
+
+
 def test_ranks_share_the_batches_of_one_process():
     split = coded_split(21)
     whole = list(data.batches(split, 6, seed=5))
@@ -189,6 +204,8 @@ def test_imagenet_streams_the_same_with_any_number_of_workers(tmp_path):
     assert runs[0][0][0].shape == (4, 3, 16, 16) and runs[0][0][0].dtype == torch.uint8
     other = next(iter(data.batches(split, 4, seed=2)))
     assert not torch.equal(other[0], runs[0][0][0])
+    rest = list(data.batches(split, 4, seed=1, start=4, workers=2))
+    assert len(rest) == 1 and all(torch.equal(a, b) for a, b in zip(rest[0], runs[0][1]))
     plain = torch.cat([images for images, _, _ in data.batches(split, 4)])
     with Image.open(split.images.paths[4]) as file:
         expected = v2.Compose([v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()])(file)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,69 @@ def test_alpha_one_is_plain_distillation_to_the_bit(config):
     assert equal(weights(config.out), weights(config.out + "-l"))
 
 
+def test_the_frozen_teacher_is_the_teacher_in_either_dtype(config):
+    """Folded BatchNorm and channels_last to rounding; bfloat16 to what its 8 bits allow; outputs a graph may hold."""
+    resolved = train.resolve(config)
+    teachers = train.load_teachers(resolved, train.load_splits(resolved))
+    path = next(Path(config.cache_dir).glob("teacher-shapes-resnet14-*/student.pt"))
+    plain = models.load_weights("resnet14", path).eval()
+    inputs = train.to_input(data.load_dataset("shapes", "", "test").images, (0.5,) * 3, (0.25,) * 3)
+    with torch.no_grad():
+        expected = plain(inputs)
+    assert train.resolve(config).teacher_dtype == train.fast_dtype("cpu")
+    assert train.resolve(with_(config, method="scratch")).teacher_dtype is None
+    for dtype, bound in (("float32", 1e-5), ("bfloat16", 0.05)):
+        teachers.dtype = dtype
+        for got, want in zip(teachers(inputs), expected):
+            assert got.dtype == torch.float32 and not got.is_inference()
+            assert 0 < (got - want).abs().max() <= bound * want.abs().max()
+    with pytest.raises(ValueError, match="--teacher-dtype 'float16': expected one of float32, bfloat16"):
+        train.resolve(with_(config, teacher_dtype="float16"))
+
+
+def test_deterministic_changes_nothing_on_a_cpu(config):
+    config = with_(config, method="scratch", epochs=1)
+    train.run(config)
+    train.run(with_(config, deterministic=True, out=config.out + "-d"))
+    assert equal(weights(config.out), weights(config.out + "-d")) and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_compiled_is_the_same_to_rounding(config, monkeypatch):
+    """--compile with the graphs captured and not made into machine code, which takes minutes."""
+    compiled, compile_ = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module) or compile_(
+        module, backend="aot_eager"))
+    config = with_(config, method="kd", epochs=1)
+    one, two = train.run(config), train.run(with_(config, compile=True, out=config.out + "-compiled"))
+    assert len(compiled) == 2  # student and teacher
+    assert two["accuracies"]["teacher"] == one["accuracies"]["teacher"]
+    assert weights(config.out).keys() == weights(config.out + "-compiled").keys()
+    losses = [float((Path(out) / "log.csv").read_text().splitlines()[1].split(",")[2])
+              for out in (config.out, config.out + "-compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_tensorboard_is_asked_for_before_any_work(config, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard needs the package of that name: pip install tensorboard"):
+        train.run(with_(config, tensorboard=True))
+    assert not Path(config.out).exists()
+    assert train.settings(config) == train.settings(with_(config, tensorboard=True))
+
+
+def test_tensorboard_gets_every_column_of_the_log(config, monkeypatch):
+    scalars = []
+    writer = SimpleNamespace(add_scalar=lambda *values: scalars.append(values), flush=lambda: None)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    train.run(with_(config, method="scratch", tensorboard=True))
+    with open(Path(config.out) / "log.csv") as file:
+        for epoch, row in enumerate(csv.DictReader(file), 1):
+            for name, value in row.items():
+                assert (name, float(value), epoch) in scalars
+    assert epoch == 2
+
+
 def test_methods_differ_in_their_loss_alone(config):
     runs = {}
     for method in train.METHODS:
@@ -251,6 +315,63 @@ def test_two_processes_make_the_same_files(clip_file, tmp_path):
     logits = model(data.normalize(test.images, data.DATASETS["shapes"].mean, data.DATASETS["shapes"].std))[0]
     assert 100 * (logits.argmax(1) == test.labels).sum().item() / 51 == summary["student_accuracy"]
     assert done.stderr.count("epoch 2/2") == 2  # the teacher's and the student's line, each once
+
+
+LOSSES = """
+import json, os, signal, torch, data, train
+data.SHAPES_SIZES = {"train": 250, "test": 50, "shift": 50}
+torch.set_num_threads(1)
+ranks, path = int(sys.argv[5]), Path(f"{sys.argv[4]}-{os.environ.get('RANK', 0)}.json")
+losses = json.loads(path.read_text()) if path.exists() else []
+
+def forward(step, inputs, *supervision):
+    if ranks == 1:  # what each rank would see through the student by itself, then interleaved again
+        shares = [step.student(inputs[rank::2]) for rank in range(2)]
+        logits, features = (torch.stack(pair, 1).flatten(0, 1) for pair in zip(*shares))
+    else:
+        logits, features = step.student(inputs)
+    loss, parts = step.criterion(logits, features, *supervision)
+    losses.append([loss.item(), *(part.item() for part in parts.values())])
+    if ranks == 2 and len(losses) == 8 and train.rank() == 1:  # one rank is told to stop; both do, and go on later
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss, parts, logits
+
+train.Step.forward = forward
+load, to_input, init = train.load_teachers, train.to_input, train.Step.__init__
+train.load_teachers = lambda *arguments: load(*arguments).double()
+train.to_input = lambda *arguments: to_input(*arguments).double()
+train.Step.__init__ = lambda step, *arguments: init(step, *arguments) or step.double() and None
+try:
+    train.run(train.Config(teacher=("resnet8",), teacher_weights=(sys.argv[1],), teacher_dtype="float32",
+                           student="resnet8", clip=sys.argv[2], epochs=4, batch_size=50, num_negatives=64,
+                           cache_dir=sys.argv[3], out=sys.argv[4], device="cpu"))
+except KeyboardInterrupt as stop:
+    assert stop.args[0] == signal.SIGTERM and "epoch 2 of 4, 150 of 250 images" in stop.args[1], stop.args
+path.write_text(json.dumps(losses))
+"""
+
+
+def test_two_processes_have_the_losses_of_one(clip_file, tmp_path):
+    """RichKD (L+F) for 20 steps. BatchNorm normalises by each process's own half of the batch, so the one process sends
+    the two halves through the student one after the other; all else is as it is. In float64: float32's rounding grows
+    tenfold every few steps at this learning rate, whatever makes it. A signal stops the two after 8 steps."""
+    script, teacher = tmp_path / "script.py", tmp_path / "teacher.pt"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n" + LOSSES)
+    torch.manual_seed(1)
+    torch.save(models.build_model("resnet8", 25).state_dict(), teacher)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for world in ("2", "2", "1"):
+        done = subprocess.run([sys.executable, *(torchrun if world == "2" else ()), script, teacher, clip_file,
+                               tmp_path / "cache", tmp_path / world, world], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, left, right = (torch.tensor(json.loads((tmp_path / name).read_text()), dtype=torch.float64)
+                        for name in ("1-0.json", "2-0.json", "2-1.json"))
+    difference = (one - (left + right) / 2).abs() / one.abs()
+    print(f"largest relative difference of loss, ce, logit, feature over 20 steps: {difference.amax(0).tolist()}")
+    assert len(one) == 20 and difference.max() < 1e-9
+    logs = [(tmp_path / world / "log.csv").read_text().splitlines() for world in "12"]
+    for one, two in zip(*([line.split(",")[2:6] for line in log[1:]] for log in logs)):  # lr, loss, ce, logit, feature
+        assert [float(x) for x in one] == pytest.approx([float(x) for x in two], rel=1e-5)
 
 
 # ---- wrong input: one line that names it
