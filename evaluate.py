@@ -663,8 +663,7 @@ def prepare(config):
                   "weights": digest(path)}
         path = path.with_suffix(".report.json")
         classifiers = [Classifier(model, info.mean, info.std, info.image_size, path, report)]
-    for classifier in classifiers:
-        classifier.model.eval().to(config.device, memory_format=torch.channels_last)
+    classifiers = [own._replace(model=models.freeze(own.model).to(config.device)) for own in classifiers]
     images = data.fingerprint(test.images)
     return config, test, [(own, go_on(own, seed=config.seed, amp=config.amp, images=images)) for own in classifiers]
 
