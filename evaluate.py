@@ -404,7 +404,7 @@ class Config:
                                      "generated ones", nargs="?", const="generated", metavar="DIR")
     fused: bool = train.setting(False, "analyse the run's teacher, CLIP and both fused on the test split, too")
     plot: bool = train.setting(False, "draw report.png and, of corruptions, samples.png (needs matplotlib)")
-    compare: tuple = train.setting(None, "only compare the methods of these report.json files", nargs="+",
+    compare: tuple = train.setting(None, "only compare the methods of these reports (or lists of them)", nargs="+",
                                    metavar="FILE")
     zero_shot: bool = train.setting(False, "evaluate --clip itself on --dataset, by one template, each, and all")
     clip: str = train.setting("ViT-L/14", "as in train.py", type=str)
@@ -446,6 +446,18 @@ def read_json(path, *keys):
     except ValueError:
         pass
     raise ValueError(f"{path} is damaged: expected a JSON object" + (f" with {', '.join(keys)}" if keys else ""))
+
+
+def read_reports(path):
+    """The reports in a file: a report.json, or a list of them as tests/study.sh gathers. ValueError where it is none."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError:
+        content = None
+    reports = content if isinstance(content, list) else [content]
+    if not reports or not all(isinstance(report, dict) and report.keys() >= {"of", "test"} for report in reports):
+        raise ValueError(f"{path} is damaged: expected a report.json, or a list of such reports")
+    return reports
 
 
 def digest(path):
@@ -759,7 +771,7 @@ def zero_shot(config):
 def job(config):
     train.resolve(train.Config(dataset=config.dataset or "shapes", device=config.device))  # raises where one is wrong
     if config.compare:
-        print(comparison(compare([read_json(path, "of", "test") for path in config.compare])))
+        print(comparison(compare([report for path in config.compare for report in read_reports(path)])))
     elif config.zero_shot:
         for template, top1 in zero_shot(config).items():
             print(f"{top1:6.2f} %  {template}")

@@ -43,14 +43,14 @@ def figures(report):
 
 
 def by_method(reports):
-    """{method: {seed: figures}}. A method's name is followed by the settings in which its reports differ, but for the
-    seed. Raises ValueError where two reports are of one method and seed."""
-    methods = {}
+    """{method: {seed: figures}}. A method's name is followed by the settings that differ from those of its first report,
+    but for the seed. Raises ValueError where two reports are of one method and seed."""
+    methods, first = {}, {}
     for report in reports:
         of, settings = report["of"], report.get("settings", {})
-        alike = [other.get("settings", {}) for other in reports if other["of"].get("method") == of.get("method")]
+        usual = first.setdefault(of.get("method"), settings)
         own = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()
-               if name != "seed" and any(other.get(name) != value for other in alike)]
+               if name != "seed" and value not in (None, []) and usual.get(name) != value]
         label = " ".join([of.get("method") or of["checkpoint"], *own])
         if of.get("seed") in methods.setdefault(label, {}):
             raise ValueError(f"two reports are of {label} with seed {of.get('seed')}; expected each run once")

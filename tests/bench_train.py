@@ -7,7 +7,7 @@ negatives. What is compared takes turns in one process, round by round, so that 
 the numbers are medians over the rounds. `--rounds 1 --steps 2 --images 640` is a smoke test.
 
 The straightforward loop is written out as public code has it: PIL transforms and each image's own negatives in a
-DataLoader, float32, a plain teacher in eval mode, a (B, J, d) block gathered from each bank; the losses are the same.
+DataLoader, float32, a plain teacher in eval mode, each image's rows gathered from each bank; the losses are the same.
 """
 
 import argparse

@@ -53,6 +53,11 @@ python evaluate.py --run "$root/richkd-s0" ${shift:-} --corruptions --fused --pl
 python evaluate.py --run $folders ${shift:-} --corruptions
 python - $folders > "results/$dataset-$part.json" << 'END'
 import json, pathlib, sys
-print(json.dumps([json.loads(pathlib.Path(folder, "report.json").read_text()) for folder in sys.argv[1:]], indent=0))
+reports = [json.loads(pathlib.Path(folder, "report.json").read_text()) for folder in sys.argv[1:]]
+for report in reports:  # small: without the points of the reliability diagrams
+    for row in report.values():
+        if isinstance(row, dict):
+            row.pop("calibration", None)
+print("[" + ",\n".join(map(json.dumps, reports)) + "]")
 END
 python evaluate.py --compare "results/$dataset-$part.json"

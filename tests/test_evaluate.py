@@ -729,3 +729,14 @@ def test_zero_shot_table(tmp_path, monkeypatch):
         classes = clip_model.class_features(clip, clip_model.Tokenizer(), test.class_names, templates)
         expected = 100 * ((image @ classes.T).argmax(1) == test.labels).double().mean().item()
         assert table[name] == pytest.approx(expected, abs=2)  # features are kept as float16: a tie may fall otherwise
+
+
+def test_reports_are_read_alone_or_as_a_list(tmp_path):
+    path, one = tmp_path / "reports.json", {"of": {}, "test": {}}
+    for content, expected in ((one, [one]), ([one, one], [one, one])):
+        path.write_text(json.dumps(content))
+        assert evaluate.read_reports(path) == expected
+    for content in ("{", "[]", "3", '[{"of": 1}]'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="reports.json is damaged"):
+            evaluate.read_reports(path)
