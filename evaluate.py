@@ -449,7 +449,7 @@ def read_json(path, *keys):
 
 
 def read_reports(path):
-    """The reports in a file: a report.json, or a list of them as tests/study.sh gathers. ValueError where it is none."""
+    """The reports in a file: a report.json, or a list of them as tests/study.sh gathers. ValueError for another one."""
     try:
         content = json.loads(Path(path).read_text())
     except ValueError:
