@@ -43,8 +43,8 @@ def figures(report):
 
 
 def by_method(reports):
-    """{method: {seed: figures}}. A method's name is followed by the settings, but for the seed, that differ from those of
-    its first report. Raises ValueError where two reports are of one method and seed."""
+    """{method: {seed: figures}}. A method's name is followed by the settings, save the seed, that differ from
+    those of its first report. Raises ValueError where two reports are of one method and seed."""
     methods, first = {}, {}
     for report in reports:
         of, settings = report["of"], report.get("settings", {})
