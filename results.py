@@ -106,7 +106,7 @@ def comparison(groups):
         for label, row in group["rows"].items():
             cells = [label, str(max(cell["n"] for cell in row.values()))]
             for column in columns:
-                cell, digits, text = row.get(column, {}), 3 if column == "NLL" else 2, ""
+                cell, digits, text = row.get(column, {}), 3 if column == "NLL" else 2, "not run"
                 if cell:
                     text = f"{cell['mean']:.{digits}f}"
                 if "std" in cell:

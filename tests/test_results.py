@@ -75,8 +75,8 @@ def test_comparison_is_markdown():
     assert lines[0].startswith("shapes, resnet20 → resnet8, 30 epochs.") and lines[1] == ""
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert table[0] == ["", "runs", "test top-1 %", "shift top-1 %", "generated corruptions top-1 %", "NLL", "ECE %"]
-    assert table[1] == ["---"] * 7 and table[2] == ["teacher", "1", "85.60", "", "", "", ""]
+    assert table[1] == ["---"] * 7 and table[2] == ["teacher", "1", "85.60", *["not run"] * 4]
     assert table[3][:4] == ["kd", "2", "72.00 ± 2.83", "20.00"]
-    assert table[4][:4] == ["richkd", "2", "74.00 ± 4.24 (+2.00; -10.71 to +14.71)", ""]
+    assert table[4][:4] == ["richkd", "2", "74.00 ± 4.24 (+2.00; -10.71 to +14.71)", "not run"]
     assert table[4][5] == "0.740 ± 0.042 (+0.020; -0.107 to +0.147)"
     assert len({line.count("|") for line in lines[2:]}) == 1
