@@ -152,37 +152,46 @@ def rkd_loss(student, teacher, distance_weight=25.0, angle_weight=50.0):
     return distance_weight * smooth_l1(*distances) + angle_weight * smooth_l1(*angles)
 
 
-def nce_loss(anchor, bank, index, negatives, Z, temperature=0.07, same=None):
+def nce_loss(anchor, bank, index, negatives, Z, temperature=0.07, same=None, times=None):
     """Noise-contrastive estimation of CRD against one bank: equation (6), mean over the batch.
 
     anchor (B, d) against the rows index (B,) and negatives, (J,) for the whole batch or (B, J), of bank (N, d);
-    Z () the normaliser; same (B, J) bool masks negatives, and the rest of a row stands for all J. -> ()
+    Z () the normaliser; same (B, J) bool masks negatives, and the rest of a row stands for all J. Or negatives is None
+    and times (N,) says how often each row of the bank was drawn, J times in all; then same is (B, N). -> ()
     D = P / (P + c) says "the pair is real". With h = v . r / tau - log(Z c), - log D is softplus(-h) and - log(1 - D)
     softplus(h): nothing overflows. The negatives' gradient, the sum of sigmoid(h) r, is added up as they pass by, so
     that no (B, J) or (B, J, d) block is kept; the loss can be differentiated once, by the anchor.
     Tian et al., "Contrastive Representation Distillation", ICLR 2020, equation 18; RepDistiller `crd/criterion.py`.
     """
-    J, N = negatives.shape[-1], len(bank)
-    c = J / N + 1e-7
-    anchor, offset = anchor / temperature, (Z * c).log()
+    J = negatives.shape[-1] if times is None else times.sum(dtype=torch.float64)
+    (B, d), N, c = anchor.shape, len(bank), J / len(bank) + 1e-7
+    anchor, offset = anchor / temperature, (Z * c).log().to(anchor.dtype)
     positive = torch.nn.functional.softplus(offset - (anchor * bank[index].to(anchor.dtype)).sum(1))  # (B,)
-    score, sum_up, block = "bd,bjd->bj", "bj,bjd->bd", 256
-    if negatives.ndim == 1:
-        score, sum_up, block = "bd,jd->bj", "bj,jd->bd", 2048
+    # One product of (B, d) for shared negatives, B products of (1, d) for each image's own.
+    shape, block = ((B, 1), 256) if times is None and negatives.ndim == 2 else ((1, B), 2048)
     with torch.no_grad():
-        negative, gradient = torch.zeros_like(positive), torch.zeros_like(anchor)
-        for start in range(0, J, block):
+        v, same = anchor.view(*shape, d), None if same is None else same.view(*shape, -1)
+        negative, gradient = torch.zeros_like(v[..., 0]), torch.zeros_like(v)
+        for start in range(0, N if times is not None else J, block):
             part = slice(start, start + block)
-            rows = torch.nn.functional.embedding(negatives[..., part], bank).to(anchor.dtype)  # (j, d) or (B, j, d)
-            h = torch.einsum(score, anchor, rows).sub_(offset)  # (B, j)
+            rows = bank[part] if times is not None else torch.nn.functional.embedding(negatives[..., part], bank)
+            rows = rows.to(anchor.dtype).view(shape[0], -1, d)
+            h = torch.baddbmm(-offset, v, rows.mT)  # (1, B, j) or (B, 1, j)
             if same is not None:
-                h.masked_fill_(same[:, part], -torch.inf)
-            negative += torch.nn.functional.softplus(h).sum(1)
-            gradient += torch.einsum(sum_up, h.sigmoid_(), rows)
-        weight = 1.0 if same is None else J / (J - same.sum(1)).clamp(min=1)  # () or (B,)
+                h.masked_fill_(same[..., part], -torch.inf)
+            loss, slope = torch.nn.functional.softplus(h), h.sigmoid_()
+            if times is not None:
+                loss, slope = loss.mul_(times[part]), slope.mul_(times[part])
+            negative += loss.sum(2)
+            gradient.baddbmm_(slope, rows)
+        weight = 1.0
+        if same is not None:
+            masked = same.sum(2) if times is None else same.to(times.dtype) @ times
+            weight = (J / (J - masked).clamp(min=1)).to(anchor.dtype).view(B)
+    negative, gradient = negative.view(B), gradient.view(B, d)
     negative = weight * (negative + (gradient * (anchor - anchor.detach())).sum(1))  # the value, and its gradient
-    constant = J * torch.tensor(c * N / J, dtype=torch.float64).log().item()  # the numerator is J/N, not c
-    return (positive + negative).mean() + constant
+    constant = J * torch.as_tensor(c * N / J, dtype=torch.float64).log()  # the numerator is J/N, not c
+    return (positive + negative).mean() + constant.to(anchor.dtype)
 
 
 def ensemble_text_features(text_features):
@@ -322,26 +331,38 @@ class ContrastiveMemory(torch.nn.Module):
         if negatives is None:  # a function of seed and step alone, so that every rank draws the same
             generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + self.step)
             shape = (self.num_negatives,) if self.negatives == "shared" else (len(index), self.num_negatives)
-            negatives = torch.randint(N, shape, generator=generator, device=device).sort().values  # in memory's order
-        same = None if self.labels is None else self.labels[negatives] == self.labels[index][:, None]  # (B, J)
+            negatives = torch.randint(N, shape, generator=generator, device=device)
+        times, others = None, self.labels
+        if negatives.ndim == 1 and len(negatives) >= N:  # score each row once, and count it as often as it was drawn
+            times = torch.zeros(N, device=device).index_add_(0, negatives, torch.ones(len(negatives), device=device))
+            negatives = None
+        elif others is not None:
+            others = others[negatives]
+        same = None if others is None else others == self.labels[index][:, None]  # (B, J), or (B, N) with times
         pairs = ((student, self.fused_bank), (fused, self.student_bank))
         with torch.autocast(device.type, enabled=False):
             if self.step == 1 and self.Z[0] < 0:
-                self.Z.copy_(torch.stack([self.partition(*pair, index, negatives, same) for pair in pairs]))
-            loss = sum(nce_loss(*pair, index, negatives, Z, self.temperature, same) for pair, Z in zip(pairs, self.Z))
+                self.Z.copy_(torch.stack([self.partition(*pair, index, negatives, same, times) for pair in pairs]))
+            loss = sum(nce_loss(*pair, index, negatives, Z, self.temperature, same, times)
+                       for pair, Z in zip(pairs, self.Z))
         self.update(student.detach(), fused.detach(), index)
         return loss
 
     @torch.no_grad()
-    def partition(self, anchor, bank, index, negatives, same):
+    def partition(self, anchor, bank, index, negatives, same, times):
         """Z = N * mean of exp(v . r / tau) over the positives and the negatives of all ranks: ()."""
+        negatives = torch.arange(len(bank), device=index.device) if negatives is None else negatives
         rows = torch.cat([index[:, None], negatives.expand(len(index), -1)], dim=1)  # (B, 1 + J)
         mean = []
         for i, v in enumerate(anchor / self.temperature):  # row by row: once in a training, and no (B, J, d) block
             weight = torch.ones(rows.shape[1], dtype=v.dtype, device=v.device)
+            if times is not None:
+                weight[1:] = times
+            total = weight.sum()
             if same is not None:
-                weight[1:] = ~same[i] * (same.shape[1] / (~same[i]).sum().clamp(min=1))
-            mean.append(((bank[rows[i]].to(v.dtype) @ v).exp() * weight).mean())
+                weight[1:] *= ~same[i]
+                weight[1:] *= (total - 1) / weight[1:].sum().clamp(min=1)
+            mean.append((((bank[rows[i]].to(v.dtype) @ v).exp() * weight) / total).sum())
         return gather(torch.stack(mean)).mean() * len(bank)
 
     @torch.no_grad()

@@ -193,11 +193,14 @@ def test_banks_start_in_the_published_range():
     assert not torch.equal(memory.student_bank, memory.fused_bank)
 
 
-def test_shared_negatives_equal_the_same_negatives_given_per_image():
-    negatives, index = torch.tensor([0, 3, 3, 8, 9, 11]), torch.tensor([1, 4, 7])
+@pytest.mark.parametrize("labels", [None, torch.arange(12) % 4])
+@pytest.mark.parametrize("negatives", [[0, 3, 3, 8, 9, 11], [0, 3, 3, 8, 9, 11, 5, 1, 1, 1, 4, 2, 3, 0]])
+def test_shared_negatives_equal_the_same_negatives_given_per_image(negatives, labels):
+    """Fewer draws than the bank has rows (12), and more of them, which are scored once each."""
+    negatives, index = torch.tensor(negatives), torch.tensor([1, 4, 7])
     results = []
-    for given in (negatives, negatives.expand(3, 6)):
-        memory, student, fused = small_memory(), unit(3, 4, 0.7), unit(3, 4, 1.9)
+    for given in (negatives, negatives.expand(3, -1)):
+        memory, student, fused = small_memory(labels=labels), unit(3, 4, 0.7), unit(3, 4, 1.9)
         loss = memory(student, fused, index, given)
         loss.backward()
         results.append((loss.detach(), student.grad, fused.grad, memory.Z))
@@ -224,6 +227,13 @@ def test_nce_loss_in_several_blocks_equals_the_plain_formula(shape, masked):
         value.backward()
     close(loss.detach(), expected.detach())
     close(anchor.grad, plain.grad)
+    if len(shape) == 1:  # the same draw as counts of the bank's rows
+        counted, same = unit(3, 6, 0.7), torch.arange(50) % 5 == index[:, None] % 5 if masked else None
+        times = torch.bincount(negatives, minlength=50).double()
+        loss = richkd.nce_loss(counted, bank, index, None, Z, 0.3, same, times)
+        loss.backward()
+        close(loss.detach(), expected.detach())
+        close(counted.grad, plain.grad)
 
 
 def brute_force(memory, student, fused, index, negatives, labels):
