@@ -144,8 +144,8 @@ class BasicBlock(nn.Module):
         self.downsample = projection(in_channels, out_channels, stride)
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+        out = F.relu_(self.bn1(self.conv1(x)))
+        return F.relu_(self.bn2(self.conv2(out)).add_(self.downsample(x)))
 
 
 class Bottleneck(nn.Module):
@@ -158,9 +158,9 @@ class Bottleneck(nn.Module):
         self.shortcut = projection(in_channels, out_channels, stride)
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        out = F.relu_(self.bn1(self.conv1(x)))
+        out = F.relu_(self.bn2(self.conv2(out)))
+        return F.relu_(self.bn3(self.conv3(out)).add_(self.shortcut(x)))
 
 
 def resnet(depth, widths, num_classes):
@@ -184,9 +184,9 @@ class WideBlock(nn.Module):
         self.convShortcut = conv(in_channels, out_channels, 1, stride) if in_channels != out_channels else None
 
     def forward(self, x):
-        out = F.relu(self.bn1(x))
+        out = F.relu_(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return shortcut + self.conv2(F.relu_(self.bn2(self.conv1(out))))
 
 
 def wrn(depth, widen, num_classes):
@@ -275,10 +275,10 @@ class ShuffleV1Block(nn.Module):
         self.stride, self.first_groups = stride, first_groups
 
     def forward(self, x):
-        out = shuffle(F.relu(self.bn1(self.conv1(x))), self.first_groups)
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = shuffle(F.relu_(self.bn1(self.conv1(x))), self.first_groups)
+        out = F.relu_(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return F.relu(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else out + x)
+        return F.relu_(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else out + x)
 
 
 class ShuffleV2Block(nn.Module):
@@ -299,7 +299,7 @@ class ShuffleV2Block(nn.Module):
     def path(self, x, first, last):
         for i in range(first, last + 1):
             layer, bn = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
-            x = F.relu(bn(layer(x))) if layer.groups == 1 else bn(layer(x))
+            x = F.relu_(bn(layer(x))) if layer.groups == 1 else bn(layer(x))
         return x
 
     def forward(self, x):
