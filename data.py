@@ -10,6 +10,7 @@ download.
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import io
@@ -97,6 +98,15 @@ def naming(path):
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+@contextlib.contextmanager
+def undamaged(path, advice):
+    """What reading a file of another shape than expected raises becomes one ValueError that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
+        raise ValueError(f"{path} is damaged; {advice}") from None
 
 
 def lock(path, busy, wait=True):
@@ -427,6 +437,12 @@ class Stream(torch.utils.data.Dataset):
         self.train = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
         self.test = v2.Compose([v2.Resize(resize_to, interpolation), v2.CenterCrop(size)])
 
+    def mixed(self):
+        """The same images, of which AugMix changes the random crops, too."""
+        other = copy.copy(self)
+        other.train = v2.Compose([self.train, AUGMIX])
+        return other
+
     def __len__(self):
         return len(self.paths)
 
@@ -505,6 +521,9 @@ def fingerprint(images):
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
+AUGMIX = v2.AugMix(all_ops=False)
+
+
 def normalize(images, mean, std):
     """uint8 (B,3,H,W) -> float32, (x / 255 - mean) / std; one multiplication and one addition an element."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
@@ -527,11 +546,21 @@ def augment(images, generator, padding=4):
     return windows[image, flip, :, top, left]
 
 
-def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, device="cpu", tables=()):
+def augmix(images, seed):
+    """AugMix (Hendrycks et al., ICLR 2020; torchvision's, without the operations that the common corruptions have, too)
+    of uint8 (B,3,H,W), a function of the seed. On a CPU drawing operations takes the time, so that four images share
+    theirs; each has its own weights of the mixture."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.cat([AUGMIX(few) for few in images.split(4)])
+
+
+def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, device="cpu", tables=(),
+            mix=False):
     """Yield (images uint8 (B,3,H,W), labels (B,), index (B,)) on `device`, and the rows of further `tables` (N, ...).
 
-    Without a seed: in order, unchanged. With one: shuffled and augmented, all of it a function of the seed and the
-    place in the order, so that an epoch can be repeated exactly, and gone on with: `start` images, whole batches of
+    Without a seed: in order, unchanged. With one: shuffled and augmented, `mix` by AugMix, too, all a function of the
+    seed and the place in the order, so that an epoch can be repeated exactly, and gone on with: `start` images, whole batches of
     them, are left out. Of each batch of `batch_size` images, rank r of `world` gets every world-th one: the ranks
     together see the same batches, crops and flips as one process would (in training all but those that a last batch
     has over a multiple of `world`). Raises ValueError, naming it, for an image file that cannot be read.
@@ -552,7 +581,7 @@ def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, d
              if len(index[share(index)])]
     if stream:
         items = ([(i, draw(i)) for i in index[share(index)].tolist()] for _, index in steps)
-        loader = torch.utils.data.DataLoader(images, batch_sampler=items, num_workers=workers,
+        loader = torch.utils.data.DataLoader(images.mixed() if mix else images, batch_sampler=items, num_workers=workers,
                                              pin_memory=device.type == "cuda", worker_init_fn=_ignore_interrupts)
         try:
             for batch, index in loader:
@@ -568,6 +597,7 @@ def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, d
         batch = images.index_select(0, index)  # ten times as fast as images[index] on a CPU
         if seed is not None:
             batch = augment(batch, generator.manual_seed(draw(place)))
+            batch = augmix(batch, draw(place)) if mix else batch
         found = (batch, labels[index], index, *(table[index] for table in tables))
         yield tuple(x[share(index)].to(device, non_blocking=True) for x in found)
 

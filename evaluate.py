@@ -18,12 +18,14 @@ References
     Guo et al. 2017, arXiv 1706.04599: expected calibration error, temperature scaling
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -437,27 +439,24 @@ def newest_run(root="runs"):
     return finished[-1].parent
 
 
-def read_json(path, *keys):
-    """The dict that a JSON file holds, with these keys at least. ValueError where it does not."""
-    try:
-        content = json.loads(Path(path).read_text())
-        if isinstance(content, dict) and content.keys() >= set(keys):
-            return content
-    except ValueError:
-        pass
-    raise ValueError(f"{path} is damaged: expected a JSON object" + (f" with {', '.join(keys)}" if keys else ""))
+def read_config(folder, config):
+    """A run's settings, a `train.Config`, in the places of this evaluation. Raises ValueError for a damaged file."""
+    path = folder / "config.json"
+    with data.undamaged(path, "or of another version; train.py --overwrite makes the run anew"):
+        about = json.loads(path.read_text())
+        places = {name: getattr(config, name) for name in ("device", "workers", "cache_dir")}
+        places["data_dir"] = os.fspath(config.data_dir or about["places"]["data_dir"])
+        return train.resolve(train.Config(**about["settings"], **places))
 
 
 def read_reports(path):
     """The reports in a file: a report.json, or a list of them as tests/study.sh gathers. ValueError for another one."""
-    try:
+    with data.undamaged(path, "expected a report.json, or a list of such reports"):
         content = json.loads(Path(path).read_text())
-    except ValueError:
-        content = None
-    reports = content if isinstance(content, list) else [content]
-    if not reports or not all(isinstance(report, dict) and report.keys() >= {"of", "test"} for report in reports):
-        raise ValueError(f"{path} is damaged: expected a report.json, or a list of such reports")
-    return reports
+        first, *rest = content if isinstance(content, list) else [content]
+        for report in (first, *rest):
+            comparison(compare([report]))  # raises now, not later
+        return [first, *rest]
 
 
 def digest(path):
@@ -471,33 +470,41 @@ def check_classes(what, there, here):
             raise ValueError(f"{what}: class {k} is {own!r} there and {other!r} here")
 
 
-def load_run(folder, dataset, class_names):
-    """-> Classifier of a finished run. Raises ValueError for a damaged one, and where its classes are others."""
-    about = ("dataset", "method", "teacher", "student", "seed", "epochs")
-    summary = read_json(folder / "summary.json", *about, "accuracies")
+def load_run(folder, own, dataset, class_names):
+    """-> Classifier of a finished run, `own` its settings. Raises ValueError for a damaged one, and where its classes
+    are others."""
+    path = folder / "summary.json"
+    with data.undamaged(path, "train.py --overwrite makes the run anew"):
+        summary = json.loads(path.read_text())
+        train.table(summary)  # raises now, not later
+        report = {"of": {key: summary[key] for key in ("dataset", "method", "teacher", "student", "seed", "epochs")},
+                  "settings": train.settings(own),
+                  "teachers": {who: row for who, row in summary["accuracies"].items() if row and who != "student"}}
     path, known = folder / "student.pt", ("model_name", "class_names", "mean", "std", "image_size")
     try:
         student = train.read_checkpoint(path)
     except (OSError, ValueError):
         raise ValueError(f"{path} is missing or damaged; train.py --overwrite makes the run anew") from None
-    if not isinstance(student, dict) or not student.keys() >= set(known):
-        raise ValueError(f"{path} is not what train.py writes: expected {', '.join(known)} in it")
-    check_classes(f"{folder} was trained on other classes than {dataset} has", student["class_names"], class_names)
-    model = models.load_weights(student["model_name"], path)
-    report = {"of": {key: summary[key] for key in about}, "weights": digest(path),
-              "settings": read_json(folder / "config.json", "settings")["settings"],
-              "teachers": {who: row for who, row in summary["accuracies"].items() if row and who != "student"}}
-    return Classifier(model, student["mean"], student["std"], student["image_size"], folder / "report.json", report)
+    with data.undamaged(path, f"it is not what train.py writes: expected {', '.join(known)} in it"):
+        name, own_names, mean, std, size = (student[key] for key in known)
+        data.normalize(data.resize(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), size), mean, std)  # raises now
+        model, own_names = models.load_weights(name, path), list(own_names)
+    check_classes(f"{folder} was trained on other classes than {dataset} has", own_names, class_names)
+    return Classifier(model, mean, std, size, folder / "report.json",
+                      {**report, "weights": digest(path)})
 
 
 def go_on(classifier, **how):
     """The report that lies there, to be completed, if it is of the same weights and settings; else a new one."""
     new = json.loads(json.dumps({**classifier.report, "how": how}))
-    try:
+    with contextlib.suppress(FileNotFoundError, ValueError), data.undamaged(classifier.path, ""):
         old = json.loads(classifier.path.read_text())
-        return old if {key: old.get(key) for key in new} == new else new
-    except (FileNotFoundError, ValueError, AttributeError):
-        return new
+        tables([old]), comparison(compare([old]))  # what this run will do with it, raises now
+        [row["brier"] for name, row in old.items() if name not in (*new, "corruptions", "fused")]
+        numbers = [len(row) <= 5 and sum(row) for row in old.get("corruptions", {"top1": {}})["top1"].values()]
+        if {key: old.get(key) for key in new} == new and False not in numbers:
+            return old
+    return new
 
 
 def scores(logits, labels):
@@ -567,8 +574,10 @@ def load_shift(directory, config, test):
     ids = folder_names(test) or names
     folder_classes = {str(k): name for k, name in enumerate(ids) if str(k) not in ids}
     if (root / "classes.json").is_file():
-        given = read_json(root / "classes.json")
-        folder_classes |= {folder: ids[names.index(name)] if name in names else name for folder, name in given.items()}
+        with data.undamaged(root / "classes.json", "expected {folder: class}"):
+            given = json.loads((root / "classes.json").read_text())
+            folder_classes |= {folder: ids[names.index(name)] if name in names else "" + name
+                               for folder, name in given.items()}
     paths, labels, columns = list_folder(root, ids, folder_classes)
     resize_to = info.image_size if ids is names else round(info.image_size * 8 / 7)  # as `data.resize` does
     return data.Split(data.Stream(paths, info.image_size, resize_to), labels, names), columns
@@ -619,12 +628,7 @@ def corruption_errors(table, clean, alexnet):
 def analyse(folder, config):
     """`fusion` for a run's own teacher, CLIP and alpha on its test split, made again as train.py made them (its cache
     has all of it); and CLIP's scale. Raises ValueError for a run without a teacher or without CLIP."""
-    settings = read_json(folder / "config.json", "settings")["settings"]
-    places = {name: getattr(config, name) for name in ("data_dir", "device", "workers", "cache_dir")}
-    try:
-        own = train.Config(**{**settings, **places})
-    except TypeError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged or of another version: {error}") from None
+    own = read_config(folder, config)
     splits = train.load_splits(own)
     teachers = train.load_teachers(own, splits)
     clip, tokenizer = train.load_clip(own)
@@ -646,7 +650,7 @@ def prepare(config):
     """-> (config with data set and place filled in, the test split, [(Classifier, its report so far)])."""
     if config.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib")
-    folders = []
+    folders = known = []
     if config.checkpoint:
         if not (config.model and config.dataset):
             raise ValueError("--checkpoint takes --model NAME and --dataset NAME with it")
@@ -657,17 +661,17 @@ def prepare(config):
         if unfinished:
             raise FileNotFoundError(f"no finished run in {', '.join(unfinished)} (no summary.json); python train.py "
                                     "makes one, and finishes one that it began")
-        known = [read_json(folder / "config.json", "settings", "places") for folder in folders]
-        datasets = {run["settings"].get("dataset") for run in known}
+        known = [read_config(folder, config) for folder in folders]
+        datasets = {own.dataset for own in known}
         if not config.dataset and len(datasets) > 1:
             raise ValueError(f"these runs are on different data sets, {', '.join(sorted(datasets))}: evaluate them one "
                              "data set at a time")
         config = dataclasses.replace(config, dataset=config.dataset or datasets.pop(),
-                                     data_dir=config.data_dir or known[0]["places"].get("data_dir"))
+                                     data_dir=config.data_dir or known[0].data_dir)
     test = load_test("test", config)
     if config.shift == [] and not data.DATASETS[config.dataset].shifts:
         raise ValueError(f"{config.dataset} has no shift split of its own: --shift DIR names the folder of one")
-    classifiers = [load_run(folder, config.dataset, test.class_names) for folder in folders]
+    classifiers = [load_run(folder, own, config.dataset, test.class_names) for folder, own in zip(folders, known)]
     if config.checkpoint:
         info, path = data.DATASETS[config.dataset], Path(config.checkpoint)
         model = models.load_weights(config.model, path, len(test.class_names))

@@ -43,18 +43,18 @@ def figures(report):
 
 
 def by_method(reports):
-    """{method: {seed: figures}}. A method's name is followed by the settings, save the seed, that differ from
-    those of its first report. Raises ValueError where two reports are of one method and seed."""
+    """{(method, flag, ...): {seed: figures}}: the method's name and the settings, save the seed, that differ from those
+    of its first report. Raises ValueError where two reports are of one method and seed."""
     methods, first = {}, {}
     for report in reports:
         of, settings = report["of"], report.get("settings", {})
         usual = first.setdefault(of.get("method"), settings)
         own = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()
                if name != "seed" and value not in (None, []) and usual.get(name) != value]
-        label = " ".join([of.get("method") or of["checkpoint"], *own])
-        if of.get("seed") in methods.setdefault(label, {}):
-            raise ValueError(f"two reports are of {label} with seed {of.get('seed')}; expected each run once")
-        methods[label][of.get("seed")] = figures(report)
+        method = (of.get("method") or of["checkpoint"], *own)
+        if of.get("seed") in methods.setdefault(method, {}):
+            raise ValueError(f"two reports are of {' '.join(method)} with seed {of.get('seed')}; expected each run once")
+        methods[method][of.get("seed")] = figures(report)
     return methods
 
 
@@ -63,8 +63,8 @@ def compare(reports):
 
     -> a list of groups {"dataset", "teacher", "student", "epochs", "rows": {method: {column: cell}}}; runs without a
     teacher join every group of their student. A cell is `statistics` of the method's runs, with "difference" the same
-    of what they have more than the `kd` run of their seed. The first rows are the group's own CLIP, teacher and fused
-    teacher, where its runs know them.
+    of what they have more than the `kd` run of their seed, among several of `kd` that with most of the row's own flags
+    and no other ones. The first rows are the group's own CLIP, teacher and fused teacher, where its runs know them.
     """
     def key(report):
         return {name: report["of"].get(name) for name in ("dataset", "student", "epochs")}
@@ -81,8 +81,10 @@ def compare(reports):
                 for who, name in (("clip", "CLIP zero-shot"), ("teacher", "teacher"), ("fused", "fused teacher"))
                 for other in members if who in other.get("teachers", {})}
         methods = by_method(members)
-        for label, runs in methods.items():
-            rows[label], baseline = {}, methods.get("kd", {}) if label != "kd" else {}
+        for method, runs in methods.items():
+            baselines = [other for other in methods if other[0] == "kd" and other != method and {*other[1:]} < {*method}]
+            baseline, label = methods[max(baselines, key=len)] if baselines else {}, " ".join(method)
+            rows[label] = {}
             for column in dict.fromkeys(column for run in runs.values() for column in run):
                 values = {seed: run[column] for seed, run in runs.items() if column in run}
                 more = [value - baseline[seed][column] for seed, value in values.items()
@@ -101,8 +103,8 @@ def comparison(groups):
                          key=("NLL", "ECE %").__contains__)  # these last
         architectures = " → ".join(filter(None, (group["teacher"], group["student"])))
         lines += [f"{group['dataset']}, {architectures}, {group['epochs']} epochs. Mean ± "
-                  "standard deviation over seeds; in brackets the paired difference to kd and its 95 % interval "
-                  "(Student's t).", "", "| | runs | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+                  "standard deviation over seeds; in brackets the paired difference to kd (the one with most of a "
+                  "row's flags) and its 95 % interval (Student's t).", "", "| | runs | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
         for label, row in group["rows"].items():
             cells = [label, str(max(cell["n"] for cell in row.values()))]
             for column in columns:

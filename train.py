@@ -85,6 +85,7 @@ class Config:
     teacher_weights: tuple = setting(None, "a checkpoint a teacher; without, it is trained first, and kept", nargs="+")
     teacher_shares: tuple = setting(None, "each teacher's share of their mean logits; equal", nargs="+", type=float)
     student: str = setting(None, "the student's architecture", type=str)
+    augmix: bool = setting(False, "AugMix of the student's training images, beside crop and flip")
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint's path", type=str)
     bpe: str = setting(None, "CLIP's BPE merges, bpe_simple_vocab_16e6.txt.gz; without, downloaded", type=str)
     prompts: str = setting(None, "templates, one a line, {} for the class name; the authors' twelve", type=str)
@@ -239,12 +240,10 @@ def claim(config, folder, stack, wait):
         for file in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json"):  # nothing that is not a run's
             (folder / file).unlink(missing_ok=True)
     elif begun:
-        try:
+        with data.undamaged(known, "--overwrite starts the run anew"):
             old, new = json.loads(known.read_text())["settings"], settings(config)
             differ = [f"{flag(k)} {old.get(k)} there, {new.get(k)} here" for k in {**old, **new}
                       if old.get(k) != new.get(k)]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{known} is damaged; --overwrite starts the run anew") from None
         if differ:
             raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}; --out names another "
                              "folder, --overwrite starts anew")
@@ -492,7 +491,7 @@ def train_epoch(config, epoch, train, step, optimizer, teachers, targets, scale,
     began, finite = time.time() - seconds, math.nan
     total = torch.tensor(list(sums.values()) or 0, dtype=torch.float64, device=config.device)
     for pixels, labels, index, *clip in data.batches(train, config.batch_size, seed, images, rank(), world(),
-                                                     config.workers, config.device, targets or ()):
+                                                     config.workers, config.device, targets or (), config.augmix):
         torch.manual_seed((seed * 2**32 + steps) % 2**63)  # dropout
         inputs, steps, images = to_input(pixels, info.mean, info.std), steps + 1, min(images + config.batch_size, N)
         teacher_outputs = teachers(inputs) if teachers else (None, None)
@@ -691,11 +690,9 @@ def run(config):
     with held(config) as folder:
         if not (folder / "summary.json").is_file():
             return fit(config, folder, first(lambda: load_splits(config)))
-        try:
+        with data.undamaged(folder / "summary.json", "--overwrite trains anew"):
             summary = json.loads((folder / "summary.json").read_text())
             table(summary)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{folder / 'summary.json'} is damaged; --overwrite trains anew") from None
         show(f"{folder} holds this run, finished; --overwrite trains anew")
         return summary
 

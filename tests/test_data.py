@@ -50,6 +50,31 @@ def test_augment_is_padded_crop_and_flip_with_every_offset_equally_likely():
     assert 105 < chi_square < 230  # 161 degrees of freedom: mean 161, standard deviation 18
 
 
+def test_augmix_is_torchvisions_on_four_images_and_a_function_of_the_seed():
+    images = torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, state = images.clone(), torch.get_rng_state()
+    out = data.augmix(images, 5)
+    assert out.shape == images.shape and out.dtype == torch.uint8 and torch.equal(images, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    transform = v2.AugMix(all_ops=False)
+    assert torch.equal(out, torch.cat([transform(images[:4]), transform(images[4:8]), transform(images[8:])]))
+    assert not torch.equal(out, data.augmix(images, 6)) and not torch.equal(out, images)
+
+
+def test_batches_are_mixed_alike_for_every_rank_and_when_gone_on_with():
+    split = data.Split(torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24), [])
+    plain, mixed = (list(data.batches(split, 8, seed=3, mix=mix)) for mix in (False, True))
+    for (images, _, index), (changed, _, other) in zip(plain, mixed):
+        assert torch.equal(index, other) and not torch.equal(images, changed)
+    for rank in range(2):
+        share = list(data.batches(split, 8, seed=3, start=8, rank=rank, world=2, mix=True))
+        for (images, *_), (part, *_) in zip(mixed[1:], share):
+            assert torch.equal(images[rank::2], part)
+    for (images, *_), (same, *_) in zip(data.batches(split, 8), data.batches(split, 8, mix=True)):
+        assert torch.equal(images, same)  # without a seed nothing is changed
+
+
 def test_batches_keep_image_label_and_index_together():
     split = coded_split(50)
     seen = []
@@ -204,6 +229,9 @@ def test_imagenet_streams_the_same_with_any_number_of_workers(tmp_path):
     assert runs[0][0][0].shape == (4, 3, 16, 16) and runs[0][0][0].dtype == torch.uint8
     other = next(iter(data.batches(split, 4, seed=2)))
     assert not torch.equal(other[0], runs[0][0][0])
+    mixed = [list(data.batches(split, 4, seed=1, workers=workers, mix=True)) for workers in (0, 2)]
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(*mixed))
+    assert mixed[0][0][0].shape == (4, 3, 16, 16) and not torch.equal(mixed[0][0][0], runs[0][0][0])
     rest = list(data.batches(split, 4, seed=1, start=4, workers=2))
     assert len(rest) == 1 and all(torch.equal(a, b) for a, b in zip(rest[0], runs[0][1]))
     plain = torch.cat([images for images, _, _ in data.batches(split, 4)])

@@ -387,7 +387,7 @@ def test_runs_share_what_they_see(run, tmp_path, counted, monkeypatch):
 
 @pytest.mark.parametrize("file, content, message", (
     ("config.json", "{", "config.json is damaged"), ("config.json", "3", "config.json is damaged"),
-    ("config.json", "{}", "config.json is damaged: expected a JSON object with settings, places"),
+    ("config.json", "{}", "config.json is damaged; or of another version"),
     ("summary.json", "", "summary.json is damaged"), ("student.pt", "", "student.pt is missing or damaged"),
     ("summary.json", '{"dataset": "shapes"}', "summary.json is damaged"),
     ("student.pt", "no zip", "student.pt is missing or damaged"), ("student.pt", None, "is not what train.py writes")))
@@ -732,11 +732,12 @@ def test_zero_shot_table(tmp_path, monkeypatch):
 
 
 def test_reports_are_read_alone_or_as_a_list(tmp_path):
-    path, one = tmp_path / "reports.json", {"of": {}, "test": {}}
+    path = tmp_path / "reports.json"
+    one = {"of": {"dataset": "shapes", "method": "kd", "student": "resnet8", "epochs": 1}, "test": {"nll": 1., "ece": 2.}}
     for content, expected in ((one, [one]), ([one, one], [one, one])):
         path.write_text(json.dumps(content))
         assert evaluate.read_reports(path) == expected
-    for content in ("{", "[]", "3", '[{"of": 1}]'):
+    for content in ("{", "[]", "3", '[{"of": 1}]', '{"of": {}, "test": {}}'):
         path.write_text(content)
         with pytest.raises(ValueError, match="reports.json is damaged"):
             evaluate.read_reports(path)

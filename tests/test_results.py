@@ -47,6 +47,17 @@ def test_differences_are_paired_by_seed():
     assert group["rows"]["teacher"] == {"test top-1 %": {"n": 1, "mean": 85.6}}
 
 
+def test_a_row_is_held_against_the_kd_of_its_own_flags():
+    reports = [report("kd", 0, 70, augmix=False), report("kd", 0, 60, augmix=True),
+               report("richkd", 0, 75, augmix=False), report("richkd", 0, 66, augmix=True),
+               report("richkd", 0, 68, augmix=True, alpha=0.5), report("richkd", 0, 73, augmix=False, alpha=0.5)]
+    group, = results.compare(reports)
+    found = {label: row["test top-1 %"]["difference"]["mean"] for label, row in group["rows"].items()
+             if "difference" in row["test top-1 %"]}
+    assert found == {"kd --augmix True": -10, "richkd": 5, "richkd --augmix True": 6,
+                     "richkd --alpha 0.5 --augmix True": 8, "richkd --alpha 0.5": 3}
+
+
 def test_groups():
     reports = [report("scratch", 0, 45, teacher=None), report("kd", 0, 70), report("kd", 0, 80, teacher="resnet110"),
                {**report("kd", 0, 60), "of": {**report("kd", 0, 60)["of"], "epochs": 15}}]

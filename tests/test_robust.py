@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import clip_model  # noqa: E402
 import data  # noqa: E402
+import evaluate  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 
@@ -456,6 +457,25 @@ def test_fuzz(tmp_path, few_shapes, monkeypatch, capsys):
         tokenizer = clip_model.Tokenizer(clip_model.load_merges(path))
         tokenizer.decode(tokenizer.encode("abcdef decafé"))
 
+    def evaluate_run(_):
+        evaluate.evaluate(evaluate.Config(run=("run",), shift=("shift",), device="cpu", workers=0,
+                                          cache_dir=config_.cache_dir))
+
+    def compare_reports(path):
+        reports = evaluate.read_reports(path)
+        evaluate.comparison(evaluate.compare(reports))
+
+    folders = ["red circle", "blue star", "white ring"]
+    for folder in folders:
+        Path("shift", folder).mkdir(parents=True)
+        Path("shift", folder, "a.png").write_bytes(image((32, 32)))
+    Path("shift/classes.json").write_text(json.dumps({folder: "green heart" for folder in folders}))
+    evaluate_run(None)
+    report = json.loads(Path("run/report.json").read_text())
+    report["corruptions"] = {"source": "generated", "folder": None, "top1": {"fog": [9.0, 8.0], "snow": [5.0] * 5}}
+    Path("run/report.json").write_text(json.dumps(report))
+    Path("reports.json").write_text(json.dumps([report, {**report, "of": {**report["of"], "seed": 1}}]))
+
     cases = {  # file: how it is read, how often
         "run/student.pt": (lambda path: models.load_weights("resnet8", path, 25), 500),
         "legacy.pt": (lambda path: models.load_weights("resnet8", path), 300),
@@ -463,13 +483,17 @@ def test_fuzz(tmp_path, few_shapes, monkeypatch, capsys):
         "targets.bin": (targets, 400), "targets.part": (continue_targets, 200),
         "t.zip": (lambda path: [data.load_dataset("tiny-imagenet", path, split) for split in ("train", "test")], 500),
         "prompts.txt": (templates, 200), "bpe.txt": (tokenize, 200), "bpe.gz": (tokenize, 200),
-        "run/config.json": (lambda _: train.run(config_), 150), "run/summary.json": (lambda _: train.run(config_), 150)}
+        "run/config.json": (lambda _: train.run(config_), 150), "run/summary.json": (lambda _: train.run(config_), 150),
+        "run/report.json": (evaluate_run, 150), "reports.json": (compare_reports, 300),
+        "shift/classes.json": (evaluate_run, 60)}
+    cases |= {f"{path} ": (evaluate_run, 60) for path in ("run/config.json", "run/summary.json", "run/student.pt")}
     counts = {"read": 0, "refused": 0}
     for path, (read, times) in cases.items():
+        path, in_place = path.strip(), path.endswith(" ") or path.endswith("json")
         whole = Path(path).read_bytes()
         tree = json.loads(whole) if path.endswith("json") else None
         tree = torch.load(path, weights_only=True) if path.endswith(".pt") else tree
-        target = path if path.endswith("json") else "mutated"
+        target = path if in_place else "mutated"
         for number in range(times):
             if tree is None or number % 3:
                 Path(target).write_bytes(mutated(whole, draw))
