@@ -129,6 +129,9 @@ def main():
     teachers = both[train.fast_dtype("cpu")]
     if "b" in args.parts:
         plain = inputs.contiguous()
+        both["float32, --compile"] = train.Teachers([models.freeze(teacher)], None, "float32")
+        both["float32, --compile"].teachers[0].compile()
+        both["float32, --compile"](inputs)
         with torch.no_grad():
             seconds = take_turns({"plain, eval mode": lambda: teacher(plain),
                                   **{f"frozen, {dtype}": lambda frozen=frozen: frozen(inputs) for dtype, frozen in

@@ -6,7 +6,7 @@
 #   bash tests/study.sh methods cifar100 3 240 --teacher resnet32x4 --student resnet8x4 --clip ViT-L/14 --amp
 #
 # The parts: methods (the main table), sweeps (alpha, lam, templates, scale of RichKD), fractions (fewer training
-# images). JOBS runs at a time, 1 by default. Runs lie below runs/study/<data set>, and the same command skips those that
+# images), augmix (the student's images mixed). JOBS runs at a time, 1 by default. Runs lie below runs/study/<data set>, and the same command skips those that
 # are finished. The reports end in results/<data set>-<part>.json, of which
 #   python evaluate.py --compare results/<data set>-<part>.json
 # makes the tables again.
@@ -41,6 +41,9 @@ runs() {  # a line a run: the name of its folder, then its own flags
                 echo "$method-30-s$seed --seed $seed --epochs $((2 * epochs)) --method $method --fraction 0.3"
                 echo "$method-10-s$seed --seed $seed --epochs $((4 * epochs)) --method $method --fraction 0.1"
             done ;;
+        augmix)
+            echo "kd-augmix-s$seed $same --method kd --augmix"
+            echo "richkd-augmix-s$seed $same --method richkd --augmix" ;;
         esac
     done
 }
