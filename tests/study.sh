@@ -20,15 +20,16 @@ echo "a photo of a {}" > "$root/one-template.txt"
 runs() {  # a line a run: the name of its folder, then its own flags
     for seed in $(seq 0 $((seeds - 1))); do
         same="--seed $seed --epochs $epochs"
-        echo "kd-s$seed $same --method kd"
-        echo "richkd-s$seed $same --method richkd"
         case $part in
         methods)
-            for method in scratch crd dkd kd-ls richkd-l richkd-f; do
+            for method in kd richkd scratch crd dkd kd-ls richkd-l richkd-f; do
                 echo "$method-s$seed $same --method $method"
             done
             echo "clip-alone-s$seed $same --alpha 0 --lam 0" ;;
         sweeps)
+            for method in kd richkd; do
+                echo "$method-s$seed $same --method $method"
+            done
             for value in 0 0.3 0.5 0.9 1; do
                 echo "alpha-$value-s$seed $same --alpha $value"
                 echo "lam-$value-s$seed $same --lam $value"
@@ -42,8 +43,9 @@ runs() {  # a line a run: the name of its folder, then its own flags
                 echo "$method-10-s$seed --seed $seed --epochs $((4 * epochs)) --method $method --fraction 0.1"
             done ;;
         augmix)
-            echo "kd-augmix-s$seed $same --method kd --augmix"
-            echo "richkd-augmix-s$seed $same --method richkd --augmix" ;;
+            for method in kd richkd; do
+                echo "$method-augmix-s$seed $same --method $method --augmix"
+            done ;;
         esac
     done
 }
@@ -52,8 +54,8 @@ runs | FLAGS="--dataset $dataset $*" ROOT=$root xargs -P "${JOBS:-1}" -L 1 \
     bash -c 'python train.py $FLAGS --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && tail -n 1 "$ROOT/$0.txt"'
 folders=$(runs | cut -d " " -f 1 | sed "s|^|$root/|")
 if [ "$dataset" = shapes ]; then shift=--shift; fi
-python evaluate.py --run "$root/richkd-s0" ${shift:-} --corruptions --fused --plot
 python evaluate.py --run $folders ${shift:-} --corruptions
+python evaluate.py --run "$(grep -m 1 richkd <<< "$folders")" ${shift:-} --corruptions --fused --plot
 python - $folders > "results/$dataset-$part.json" << 'END'
 import json, pathlib, sys
 reports = [json.loads(pathlib.Path(folder, "report.json").read_text()) for folder in sys.argv[1:]]
