@@ -62,6 +62,7 @@ TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MAX_ENTRY = 2**25   # bytes of a file in that zip, unpacked; the largest one, words.txt, has 2.5 MB
 MAX_HEADER = 2**24  # bytes of the header of a file of CLIP's targets: names of classes and templates
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+AUGMIX = v2.AugMix(all_ops=False)  # without the operations that are common corruptions, too: brightness, contrast, ...
 
 # Files and progress ---------------------------------------------------------------------------------------------------
 
@@ -521,9 +522,6 @@ def fingerprint(images):
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
-AUGMIX = v2.AugMix(all_ops=False)
-
-
 def normalize(images, mean, std):
     """uint8 (B,3,H,W) -> float32, (x / 255 - mean) / std; one multiplication and one addition an element."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
@@ -547,23 +545,21 @@ def augment(images, generator, padding=4):
 
 
 def augmix(images, seed):
-    """AugMix (Hendrycks et al., ICLR 2020; torchvision's, without the operations that the common corruptions have, too)
-    of uint8 (B,3,H,W), a function of the seed. On a CPU drawing operations takes the time, so that four images share
-    theirs; each has its own weights of the mixture."""
+    """AugMix (Hendrycks et al., ICLR 2020; torchvision's) of uint8 (B,3,H,W), a function of the seed. Four images share
+    their operations, which is four times as fast on a CPU; each has its own weights of the mixture."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return torch.cat([AUGMIX(few) for few in images.split(4)])
 
 
-def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, device="cpu", tables=(),
-            mix=False):
+def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, device="cpu", tables=(), mix=False):
     """Yield (images uint8 (B,3,H,W), labels (B,), index (B,)) on `device`, and the rows of further `tables` (N, ...).
 
-    Without a seed: in order, unchanged. With one: shuffled and augmented, `mix` by AugMix, too, all a function of the
-    seed and the place in the order, so that an epoch can be repeated exactly, and gone on with: `start` images, whole batches of
-    them, are left out. Of each batch of `batch_size` images, rank r of `world` gets every world-th one: the ranks
-    together see the same batches, crops and flips as one process would (in training all but those that a last batch
-    has over a multiple of `world`). Raises ValueError, naming it, for an image file that cannot be read.
+    Without a seed: in order, unchanged. With one: shuffled and augmented, `mix` by AugMix, too, all of it a function of
+    the seed and the place in the order, so that an epoch can be repeated exactly, and gone on with: `start` images,
+    whole batches of them, are left out. Of each batch of `batch_size` images, rank r of `world` gets every world-th
+    one: the ranks together see the same batches, crops and flips as one process would (in training all but those that
+    a last batch has over a multiple of `world`). Raises ValueError, naming it, for an image file that cannot be read.
     """
     (images, labels, _), N, device = split, len(split.labels), torch.device(device)
     generator, stream = torch.Generator().manual_seed(seed or 0), isinstance(split.images, Stream)
@@ -581,7 +577,8 @@ def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, d
              if len(index[share(index)])]
     if stream:
         items = ([(i, draw(i)) for i in index[share(index)].tolist()] for _, index in steps)
-        loader = torch.utils.data.DataLoader(images.mixed() if mix else images, batch_sampler=items, num_workers=workers,
+        images = images.mixed() if mix else images
+        loader = torch.utils.data.DataLoader(images, batch_sampler=items, num_workers=workers,
                                              pin_memory=device.type == "cuda", worker_init_fn=_ignore_interrupts)
         try:
             for batch, index in loader:
@@ -597,7 +594,8 @@ def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, d
         batch = images.index_select(0, index)  # ten times as fast as images[index] on a CPU
         if seed is not None:
             batch = augment(batch, generator.manual_seed(draw(place)))
-            batch = augmix(batch, draw(place)) if mix else batch
+            if mix:
+                batch = augmix(batch, draw(place))
         found = (batch, labels[index], index, *(table[index] for table in tables))
         yield tuple(x[share(index)].to(device, non_blocking=True) for x in found)
 

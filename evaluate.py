@@ -490,8 +490,7 @@ def load_run(folder, own, dataset, class_names):
         data.normalize(data.resize(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), size), mean, std)  # raises now
         model, own_names = models.load_weights(name, path), list(own_names)
     check_classes(f"{folder} was trained on other classes than {dataset} has", own_names, class_names)
-    return Classifier(model, mean, std, size, folder / "report.json",
-                      {**report, "weights": digest(path)})
+    return Classifier(model, mean, std, size, folder / "report.json", {**report, "weights": digest(path)})
 
 
 def go_on(classifier, **how):

@@ -6,6 +6,7 @@
 Nothing is evaluated here. Imports torch; matplotlib in `plot` alone.
 """
 
+import functools
 import io
 import math
 
@@ -14,6 +15,7 @@ import torch
 # Several runs ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache  # thousands of cells, few degrees of freedom
 def student_t(df, level=0.95):
     """The t for which P(|T| <= t) = level under Student's distribution of `df` degrees of freedom (12.706 for 1). In
     u = atan(T / sqrt(df)) its density is cos(u) ** (df - 1), which is added up here."""
@@ -53,7 +55,8 @@ def by_method(reports):
                if name != "seed" and value not in (None, []) and usual.get(name) != value]
         method = (of.get("method") or of["checkpoint"], *own)
         if of.get("seed") in methods.setdefault(method, {}):
-            raise ValueError(f"two reports are of {' '.join(method)} with seed {of.get('seed')}; expected each run once")
+            raise ValueError(f"two reports are of {' '.join(method)} with seed {of.get('seed')}; expected each run "
+                             "once")
         methods[method][of.get("seed")] = figures(report)
     return methods
 
@@ -82,7 +85,8 @@ def compare(reports):
                 for other in members if who in other.get("teachers", {})}
         methods = by_method(members)
         for method, runs in methods.items():
-            baselines = [other for other in methods if other[0] == "kd" and other != method and {*other[1:]} < {*method}]
+            baselines = [other for other in methods
+                         if other[0] == "kd" and other != method and {*other[1:]} < {*method}]
             baseline, label = methods[max(baselines, key=len)] if baselines else {}, " ".join(method)
             rows[label] = {}
             for column in dict.fromkeys(column for run in runs.values() for column in run):
@@ -104,7 +108,8 @@ def comparison(groups):
         architectures = " → ".join(filter(None, (group["teacher"], group["student"])))
         lines += [f"{group['dataset']}, {architectures}, {group['epochs']} epochs. Mean ± "
                   "standard deviation over seeds; in brackets the paired difference to kd (the one with most of a "
-                  "row's flags) and its 95 % interval (Student's t).", "", "| | runs | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+                  "row's flags) and its 95 % interval (Student's t).", "", "| | runs | " + " | ".join(columns) + " |",
+                  "| --- " * (len(columns) + 2) + "|"]
         for label, row in group["rows"].items():
             cells = [label, str(max(cell["n"] for cell in row.values()))]
             for column in columns:

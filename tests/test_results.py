@@ -1,6 +1,8 @@
 """results.py: comparisons of reports by hand-computed values, and its tables."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +93,12 @@ def test_comparison_is_markdown():
     assert table[4][:4] == ["richkd", "2", "74.00 ± 4.24 (+2.00; -10.71 to +14.71)", "not run"]
     assert table[4][5] == "0.740 ± 0.042 (+0.020; -0.107 to +0.147)"
     assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_the_readmes_tables_are_those_of_the_reports():
+    root = Path(__file__).resolve().parents[1]
+    readme, paths = (root / "README.md").read_text(), sorted(root.glob("results/*.json"))
+    assert len(paths) > 4
+    for path in paths:
+        for table in results.comparison(results.compare(json.loads(path.read_text()))).split("\n\n"):
+            assert table in readme, (path.name, table)
