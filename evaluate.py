@@ -2,7 +2,8 @@
 
     python evaluate.py                                       # the newest finished run on its test split
     python evaluate.py --shift --corruptions                 # its shift splits and the 15 common corruptions, too
-    python evaluate.py --run runs/A --fused --plot           # teacher, CLIP and both fused; report.png, samples.png
+    python evaluate.py --run runs/A --fused --plot           # teacher, CLIP and both fused; report.png, samples.png;
+                                                             # with --corruptions those three under corruptions, too
     python evaluate.py --run runs/A runs/B --corruptions CIFAR-100-C        # several runs; the published files
     python evaluate.py --shift imagenet-a imagenet-r         # folders by WordNet id; also CIFAR-10.1, STL-10, any other
     python evaluate.py --checkpoint FILE --model resnet20 --dataset cifar100
@@ -624,16 +625,21 @@ def corruption_errors(table, clean, alexnet):
     return {name: 100 * value for name, value in means.items()}
 
 
-def analyse(folder, config):
-    """`fusion` for a run's own teacher, CLIP and alpha on its test split, made again as train.py made them (its cache
-    has all of it); and CLIP's scale. Raises ValueError for a run without a teacher or without CLIP."""
+def load_teaching(folder, config):
+    """What taught a run's student, made again as train.py made it (its cache has all of it): -> (the run's
+    `train.Config`, splits, teachers, CLIP, its tokenizer, its scale)."""
     own = read_config(folder, config)
     splits = train.load_splits(own)
     teachers = train.load_teachers(own, splits)
     clip, tokenizer = train.load_clip(own)
+    return own, splits, teachers, clip, tokenizer, own.clip_scale or clip.logit_scale.exp().item()
+
+
+def analyse(folder, config):
+    """`fusion` for a run's own teacher, CLIP and alpha on its test split; and CLIP's scale."""
+    own, splits, teachers, clip, tokenizer, scale = load_teaching(folder, config)
     cosines, _ = train.load_targets(own, clip, tokenizer, {"test": splits["test"]})["test"]
-    scale, names = own.clip_scale or clip.logit_scale.exp().item(), splits["test"].class_names
-    templates = clip_model.load_templates(own.prompts or train.PROMPTS)
+    names, templates = splits["test"].class_names, clip_model.load_templates(own.prompts or train.PROMPTS)
     with torch.inference_mode():
         classes = clip_model.class_features(clip, tokenizer, names, templates).to(config.device)
     test = train.resized(splits["test"], own)
@@ -643,6 +649,28 @@ def analyse(folder, config):
     print(f"{folder}: what fusion does, with bootstrap intervals", file=sys.stderr)  # a minute for CIFAR-100 on a CPU
     return {"clip_scale": scale, **fusion(teacher, clip_logits, test.labels.to(config.device), own.alpha,
                                           classes @ classes.T, groups, torch.Generator().manual_seed(config.seed))}
+
+
+def analyse_corrupted(folder, test, config):
+    """{"teacher", "clip", "fused"}: top-1 in percent on the corrupted test images that the student is evaluated on, the
+    mean over the fifteen corruptions and their severities. CLIP sees them at the data set's own size."""
+    own, _, teachers, clip, tokenizer, scale = load_teaching(folder, config)
+    classes, info = train.class_embeddings(own, clip, tokenizer, test.class_names), data.DATASETS[own.dataset]
+    found, tasks = {"teacher": 0.0, "clip": 0.0, "fused": 0.0}, list(itertools.product(COMMON, range(1, 6)))
+    progress = data.Progress("teacher, CLIP and fused under corruptions", len(tasks) * len(test.labels))
+    for name, severity in tasks:
+        images, labels = corrupted(test, name, severity, config)
+        logits = {who: [] for who in found}
+        for block in images:
+            inputs = train.to_input(data.resize(block, own.image_size), info.mean, info.std)
+            logits["teacher"].append(teachers(inputs)[0])
+            logits["clip"].append(scale * train.clip_view(own, clip, classes, block)[0])
+            logits["fused"].append(richkd.fuse_logits(logits["teacher"][-1], logits["clip"][-1], own.alpha))
+            progress.update(progress.done + len(block), f"{name} {severity}")
+        for who, z in logits.items():
+            found[who] += 100 * top_k_accuracy(torch.cat(z).cpu(), labels) / len(tasks)
+    progress.update(progress.total, keep=True)
+    return found
 
 
 def prepare(config):
@@ -737,6 +765,9 @@ def evaluate(config):
     for classifier, report in taught if config.fused else ():
         if "fused" not in report:
             report["fused"] = analyse(classifier.path.parent, config)
+            save([(classifier, report)])
+        if config.corruptions and {key: report["fused"].get("corruptions", {}).get(key) for key in start} != start:
+            report["fused"]["corruptions"] = {**start, **analyse_corrupted(classifier.path.parent, test, config)}
             save([(classifier, report)])
     for classifier, report in pairs if config.plot else ():
         data.write_atomically(classifier.path.with_suffix(".png"), plot(report))

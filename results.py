@@ -80,9 +80,15 @@ def compare(reports):
             continue
         told.append(group)
         members = [other for other in alike if other["of"].get("teacher") in (group["teacher"], None)]
-        rows = {name: {f"{split} top-1 %": statistics([top1]) for split, top1 in other["teachers"][who].items()}
-                for who, name in (("clip", "CLIP zero-shot"), ("teacher", "teacher"), ("fused", "fused teacher"))
-                for other in members if who in other.get("teachers", {})}
+        rows = {}
+        for who, name in (("clip", "CLIP zero-shot"), ("teacher", "teacher"), ("fused", "fused teacher")):
+            for other in members:
+                splits = other.get("teachers", {}).get(who, {})
+                if corrupted := other.get("fused", {}).get("corruptions"):
+                    splits = {**splits, f"{corrupted['source']} corruptions": corrupted[who]}
+                rows.setdefault(name, {}).update(
+                    {f"{split} top-1 %": statistics([top1]) for split, top1 in splits.items()})
+        rows = {name: row for name, row in rows.items() if row}
         methods = by_method(members)
         for method, runs in methods.items():
             baselines = [other for other in methods
@@ -186,6 +192,9 @@ def fused_table(fused):
     for name in fused["non_target"]["teacher"]:
         unit = " %" if name.startswith("same") else ", nats" if name == "entropy" else ""
         lines.append(line(f"non-target {name.replace('_', ' ')}{unit}", fused["non_target"], name))
+    if "corruptions" in fused:
+        found = fused["corruptions"]
+        lines.append(f"{'top-1 %, corruptions':28}" + "".join(f"{found[who]:<32.2f}" for who in ("teacher", "clip", "fused")).rstrip())
     names = [name for name in fused["sweep"][0] if name != "alpha"]
     lines.append(f"{'alpha, quadrants at 0.7':28}"
                  + "".join(f"{UNITS.get(name, name.replace('_', ', ')):>18}" for name in names))

@@ -366,36 +366,43 @@ def load_clip(config):
     return clip.to(config.device), tokenizer
 
 
+def class_embeddings(config, clip, tokenizer, class_names):
+    """What CLIP's cosines are taken with, a list of (K,D): one, the mean over the templates, or with --average logits
+    one for each template, whose logits are averaged."""
+    templates = clip_model.load_templates(config.prompts or PROMPTS)
+    sets = [[template] for template in templates] if config.average == "logits" else [templates]
+    progress = data.Progress("prompts", len(class_names) * len(templates), "prompts")
+    return [clip_model.class_features(clip, tokenizer, class_names, some, progress=lambda done, total: progress.update(
+        i * total + done, keep=i * total + done == progress.total)) for i, some in enumerate(sets)]
+
+
+def clip_view(config, clip, classes, images):
+    """What CLIP says of uint8 images (B,3,H,W): cosines (B,K) with `class_embeddings`, unit-length features (B,D)."""
+    with torch.inference_mode(), autocast(config):
+        images = clip_model.preprocess(images.to(config.device), clip.visual.input_resolution)
+        features = F.normalize(clip.encode_image(images).float(), dim=1)
+    return sum(richkd.zero_shot_logits(features, w, 1.0) for w in classes) / len(classes), features
+
+
 def load_targets(config, clip, tokenizer, splits):
     """CLIP's view of every image of each split, unaugmented, computed once and kept in the cache:
     {split name: (cosines (N,K), unit-length features (N,D)), both float16}."""
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    templates, resolution = clip_model.load_templates(config.prompts or PROMPTS), clip.visual.input_resolution
-
-    @functools.cache  # once for all splits, and only where one is not in the cache
-    def classes():  # a list of (K,D), one for each set of templates whose logits are averaged
-        names, sets = next(iter(splits.values())).class_names, [templates]
-        if config.average == "logits":
-            sets = [[template] for template in templates]
-        progress = data.Progress("prompts", len(names) * len(templates), "prompts")
-        return [clip_model.class_features(
-            clip, tokenizer, names, some, progress=lambda done, total: progress.update(
-                i * total + done, keep=i * total + done == len(names) * len(templates)))
-            for i, some in enumerate(sets)]
+    class_names = next(iter(splits.values())).class_names
+    # Once for all splits, and only where one is not in the cache.
+    classes = functools.cache(lambda: class_embeddings(config, clip, tokenizer, class_names))
 
     def blocks(split, start):
-        for images in data.blocks(split.images, resolution, start, config.workers):
-            with torch.inference_mode(), autocast(config):
-                images = clip_model.preprocess(images.to(config.device), resolution)
-                features = F.normalize(clip.encode_image(images).float(), dim=1)  # (B,D)
-            yield sum(richkd.zero_shot_logits(features, w, 1.0) for w in classes()) / len(classes()), features
+        for images in data.blocks(split.images, clip.visual.input_resolution, start, config.workers):
+            yield clip_view(config, clip, classes(), images)
 
     targets = {}
     for name, split in splits.items():
-        key = {"checkpoint": digest.hexdigest(), "templates": templates, "class_names": split.class_names,
-               "dataset": config.dataset, "split": name, "images": data.fingerprint(split.images), "amp": config.amp,
+        key = {"checkpoint": digest.hexdigest(), "templates": clip_model.load_templates(config.prompts or PROMPTS),
+               "class_names": split.class_names, "dataset": config.dataset, "split": name,
+               "images": data.fingerprint(split.images), "amp": config.amp,
                **({"average": config.average} if config.average != "embeddings" else {})}
         short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
         path = Path(config.cache_dir) / f"targets-{config.dataset}-{name}-{short}.bin"

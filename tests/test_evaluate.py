@@ -622,6 +622,28 @@ def test_fused_agrees_with_the_run(rich, counted):
     assert evaluate.evaluate(config(rich / "run", **places)) == [report] and not counted
 
 
+def test_fused_under_corruptions(rich, monkeypatch):
+    monkeypatch.setattr(evaluate, "COMMON", dict.fromkeys(("contrast", "pixelate")))
+    own = evaluate.dataclasses.replace(config(rich / "run", corruptions="generated", cache_dir=str(rich / "cache")),
+                                       dataset="shapes")
+    test, info = data.load_dataset("shapes", "", "test"), data.DATASETS["shapes"]
+    teacher = models.load_weights("resnet8", rich / "teacher.pt").eval()
+    clip, tokenizer = train.load_clip(train.Config(clip=str(rich / "clip.pt"), device="cpu"))
+    classes = clip_model.class_features(clip, tokenizer, test.class_names, clip_model.load_templates(train.PROMPTS))
+    right = {"teacher": 0, "clip": 0, "fused": 0}
+    for name in evaluate.COMMON:
+        for severity in range(1, 6):
+            images = evaluate.corrupt(test.images, name, severity, seeded())  # these two draw nothing
+            with torch.no_grad():
+                z_t = teacher(data.normalize(images, info.mean, info.std))[0]
+                x = F.normalize(clip.encode_image(clip_model.preprocess(images, 32)), dim=1)
+            z_c = clip.logit_scale.exp().item() * x @ classes.T
+            for who, z in (("teacher", z_t), ("clip", z_c), ("fused", 0.4 * z_t + 0.6 * z_c)):
+                right[who] += z.argmax(1).eq(test.labels).sum().item()
+    found = evaluate.analyse_corrupted(rich / "run", test, own)
+    assert found == pytest.approx({who: 100 * n / (10 * 60) for who, n in right.items()})
+
+
 def test_fused_needs_teacher_and_clip(run):
     with pytest.raises(ValueError, match="no run here has a teacher and CLIP"):
         evaluate.evaluate(config(run, fused=True))

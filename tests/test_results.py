@@ -60,6 +60,14 @@ def test_a_row_is_held_against_the_kd_of_its_own_flags():
                      "richkd --alpha 0.5 --augmix True": 8, "richkd --alpha 0.5": 3}
 
 
+def test_what_teaches_has_a_column_of_corruptions_where_it_was_analysed():
+    reports = [report("kd", 0, 70), {**report("richkd", 0, 75), "fused": {
+        "corruptions": {"source": "generated", "teacher": 55.0, "clip": 44.0, "fused": 66.0}}}]
+    group, = results.compare(reports)
+    assert group["rows"]["teacher"] == {"test top-1 %": {"n": 1, "mean": 85.6},
+                                        "generated corruptions top-1 %": {"n": 1, "mean": 55}}
+
+
 def test_groups():
     reports = [report("scratch", 0, 45, teacher=None), report("kd", 0, 70), report("kd", 0, 80, teacher="resnet110"),
                {**report("kd", 0, 60), "of": {**report("kd", 0, 60)["of"], "epochs": 15}}]
