@@ -194,7 +194,8 @@ def fused_table(fused):
         lines.append(line(f"non-target {name.replace('_', ' ')}{unit}", fused["non_target"], name))
     if "corruptions" in fused:
         found = fused["corruptions"]
-        lines.append(f"{'top-1 %, corruptions':28}" + "".join(f"{found[who]:<32.2f}" for who in ("teacher", "clip", "fused")).rstrip())
+        row = "".join(f"{found[who]:<32.2f}" for who in ("teacher", "clip", "fused"))
+        lines.append(f"{'top-1 %, corruptions':28}{row}".rstrip())
     names = [name for name in fused["sweep"][0] if name != "alpha"]
     lines.append(f"{'alpha, quadrants at 0.7':28}"
                  + "".join(f"{UNITS.get(name, name.replace('_', ', ')):>18}" for name in names))
