@@ -5,9 +5,10 @@
 #   bash tests/study.sh methods shapes 5 30                # part, data set, seeds, epochs, then flags for every train.py
 #   bash tests/study.sh methods cifar100 3 240 --teacher resnet32x4 --student resnet8x4 --clip ViT-L/14 --amp
 #
-# The parts: methods (the main table), sweeps (alpha, lam, templates, scale of RichKD), fractions (fewer training
-# images), augmix (the student's images mixed). JOBS runs at a time, 1 by default. Runs lie below runs/study/<data set>, and the same command skips those that
-# are finished. The reports end in results/<data set>-<part>.json, of which
+# The parts: methods (the main table), sweeps (alpha, lam, templates, scale of RichKD), fraction-30 (30 % of the training
+# images, or any other percentage; give more epochs), augmix (the student's images mixed). JOBS runs at a time, 1 by
+# default. Runs lie below runs/study/<data set>, and the same command skips those that are finished. The reports end in
+# results/<data set>-<part>.json, of which
 #   python evaluate.py --compare results/<data set>-<part>.json
 # makes the tables again.
 set -euo pipefail
@@ -37,10 +38,10 @@ runs() {  # a line a run: the name of its folder, then its own flags
             echo "one-template-s$seed $same --prompts $root/one-template.txt"
             echo "clip-scale-1-s$seed $same --clip-scale 1"
             echo "average-logits-s$seed $same --average logits" ;;
-        fractions)  # more passes over fewer images; the teacher too has only these
-            for method in kd scratch richkd; do
-                echo "$method-30-s$seed --seed $seed --epochs $((2 * epochs)) --method $method --fraction 0.3"
-                echo "$method-10-s$seed --seed $seed --epochs $((4 * epochs)) --method $method --fraction 0.1"
+        fraction-*)  # more passes over fewer images; the teacher too has only these
+            percent=${part#fraction-}
+            for method in kd richkd scratch; do
+                echo "$method-$percent-s$seed $same --method $method --fraction $(printf 0.%02d "$percent")"
             done ;;
         augmix)
             for method in kd richkd; do
