@@ -21,6 +21,7 @@ References
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -635,9 +636,9 @@ def load_teaching(folder, config):
     return own, splits, teachers, clip, tokenizer, own.clip_scale or clip.logit_scale.exp().item()
 
 
-def analyse(folder, config):
-    """`fusion` for a run's own teacher, CLIP and alpha on its test split; and CLIP's scale."""
-    own, splits, teachers, clip, tokenizer, scale = load_teaching(folder, config)
+def analyse(teaching, config):
+    """`fusion` for a run's own teacher, CLIP and alpha on its test split, from `load_teaching`; and CLIP's scale."""
+    own, splits, teachers, clip, tokenizer, scale = teaching
     cosines, _ = train.load_targets(own, clip, tokenizer, {"test": splits["test"]})["test"]
     names, templates = splits["test"].class_names, clip_model.load_templates(own.prompts or train.PROMPTS)
     with torch.inference_mode():
@@ -646,15 +647,15 @@ def analyse(folder, config):
     teacher, clip_logits = (z.to(config.device) for z in (train.predict(teachers, test, own), scale * cosines.float()))
     groups = superclasses(own.dataset, names, folder_names(splits["test"]), Path(own.data_dir) / "wordnet.is_a.txt")
     groups = {what: group.to(config.device) for what, group in groups.items()}
-    print(f"{folder}: what fusion does, with bootstrap intervals", file=sys.stderr)  # a minute for CIFAR-100 on a CPU
+    print("what fusion does, with bootstrap intervals", file=sys.stderr)  # a minute for CIFAR-100 on a CPU
     return {"clip_scale": scale, **fusion(teacher, clip_logits, test.labels.to(config.device), own.alpha,
                                           classes @ classes.T, groups, torch.Generator().manual_seed(config.seed))}
 
 
-def analyse_corrupted(folder, test, config):
+def analyse_corrupted(teaching, test, config):
     """{"teacher", "clip", "fused"}: top-1 in percent on the corrupted test images that the student is evaluated on, the
     mean over the fifteen corruptions and their severities. CLIP sees them at the data set's own size."""
-    own, _, teachers, clip, tokenizer, scale = load_teaching(folder, config)
+    own, _, teachers, clip, tokenizer, scale = teaching
     classes, info = train.class_embeddings(own, clip, tokenizer, test.class_names), data.DATASETS[own.dataset]
     found, tasks = {"teacher": 0.0, "clip": 0.0, "fused": 0.0}, list(itertools.product(COMMON, range(1, 6)))
     progress = data.Progress("teacher, CLIP and fused under corruptions", len(tasks) * len(test.labels))
@@ -763,11 +764,12 @@ def evaluate(config):
         save(pairs)
 
     for classifier, report in taught if config.fused else ():
+        teaching = functools.cache(functools.partial(load_teaching, classifier.path.parent, config))  # if at all, once
         if "fused" not in report:
-            report["fused"] = analyse(classifier.path.parent, config)
+            report["fused"] = analyse(teaching(), config)
             save([(classifier, report)])
         if config.corruptions and {key: report["fused"].get("corruptions", {}).get(key) for key in start} != start:
-            report["fused"]["corruptions"] = {**start, **analyse_corrupted(classifier.path.parent, test, config)}
+            report["fused"]["corruptions"] = {**start, **analyse_corrupted(teaching(), test, config)}
             save([(classifier, report)])
     for classifier, report in pairs if config.plot else ():
         data.write_atomically(classifier.path.with_suffix(".png"), plot(report))

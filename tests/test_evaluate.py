@@ -640,7 +640,7 @@ def test_fused_under_corruptions(rich, monkeypatch):
             z_c = clip.logit_scale.exp().item() * x @ classes.T
             for who, z in (("teacher", z_t), ("clip", z_c), ("fused", 0.4 * z_t + 0.6 * z_c)):
                 right[who] += z.argmax(1).eq(test.labels).sum().item()
-    found = evaluate.analyse_corrupted(rich / "run", test, own)
+    found = evaluate.analyse_corrupted(evaluate.load_teaching(rich / "run", own), test, own)
     assert found == pytest.approx({who: 100 * n / (10 * 60) for who, n in right.items()})
 
 
