@@ -5,47 +5,50 @@
 #   bash tests/study.sh methods shapes 5 30                # part, data set, seeds, epochs, then flags for every train.py
 #   bash tests/study.sh methods cifar100 3 240 --teacher resnet32x4 --student resnet8x4 --clip ViT-L/14 --amp
 #
-# The parts: methods (the main table), sweeps (alpha, lam, templates, scale of RichKD), fraction-30 (30 % of the training
-# images, or any other percentage; give more epochs), augmix (the student's images mixed). JOBS runs at a time, 1 by
-# default. Runs lie below runs/study/<data set>, and the same command skips those that are finished. The reports end in
-# results/<data set>-<part>.json, of which
-#   python evaluate.py --compare results/<data set>-<part>.json
+# The parts: methods (the main table), sweeps (alpha, lam, templates, scale of RichKD), fraction (kd, richkd, scratch) and
+# pair (kd, richkd). With a number, as in fraction-30, a part sees that percentage of the training images, and so does the
+# teacher; give it more epochs. TAG=-augmix names runs and results of other flags apart. JOBS runs at a time, 1 by default.
+# Runs lie below runs/study/<data set>-<epochs>; the same command skips those that are finished, and parts share the runs
+# that they have in common. The reports end in results/<data set>-<part><TAG>.json, of which
+#   python evaluate.py --compare results/<data set>-<part><TAG>.json
 # makes the tables again.
 set -euo pipefail
 part=$1 dataset=$2 seeds=$3 epochs=$4
 shift 4
-root=runs/study/$dataset
+kind=${part%-[0-9]*}
+share=${part#"$kind"}  # -30, or nothing
+root=runs/study/$dataset-$epochs
 mkdir -p "$root" results
 echo "a photo of a {}" > "$root/one-template.txt"
 
 runs() {  # a line a run: the name of its folder, then its own flags
     for seed in $(seq 0 $((seeds - 1))); do
-        same="--seed $seed --epochs $epochs"
-        case $part in
+        end="$share${TAG:-}-s$seed --seed $seed --epochs $epochs ${share:+--fraction $(printf 0.%02d "${share#-}")}"
+        case $kind in
         methods)
             for method in kd richkd scratch crd dkd kd-ls richkd-l richkd-f; do
-                echo "$method-s$seed $same --method $method"
+                echo "$method$end --method $method"
             done
-            echo "clip-alone-s$seed $same --alpha 0 --lam 0" ;;
+            echo "dkd-published$end --method dkd --temperature 4 --logit-weight 1"
+            echo "clip-alone$end --alpha 0 --lam 0" ;;
         sweeps)
             for method in kd richkd; do
-                echo "$method-s$seed $same --method $method"
+                echo "$method$end --method $method"
             done
             for value in 0 0.3 0.5 0.9 1; do
-                echo "alpha-$value-s$seed $same --alpha $value"
-                echo "lam-$value-s$seed $same --lam $value"
+                echo "alpha-$value$end --alpha $value"
+                echo "lam-$value$end --lam $value"
             done
-            echo "one-template-s$seed $same --prompts $root/one-template.txt"
-            echo "clip-scale-1-s$seed $same --clip-scale 1"
-            echo "average-logits-s$seed $same --average logits" ;;
-        fraction-*)  # more passes over fewer images; the teacher too has only these
-            percent=${part#fraction-}
+            echo "one-template$end --prompts $root/one-template.txt"
+            echo "clip-scale-1$end --clip-scale 1"
+            echo "average-logits$end --average logits" ;;
+        fraction)
             for method in kd richkd scratch; do
-                echo "$method-$percent-s$seed $same --method $method --fraction $(printf 0.%02d "$percent")"
+                echo "$method$end --method $method"
             done ;;
-        augmix)
+        pair)
             for method in kd richkd; do
-                echo "$method-augmix-s$seed $same --method $method --augmix"
+                echo "$method$end --method $method"
             done ;;
         esac
     done
@@ -57,7 +60,7 @@ folders=$(runs | cut -d " " -f 1 | sed "s|^|$root/|")
 if [ "$dataset" = shapes ]; then shift=--shift; fi
 python evaluate.py --run $folders ${shift:-} --corruptions
 python evaluate.py --run "$(grep -m 1 richkd <<< "$folders")" ${shift:-} --corruptions --fused --plot
-python - $folders > "results/$dataset-$part.json" << 'END'
+python - $folders > "results/$dataset-$part${TAG:-}.json" << 'END'
 import json, pathlib, sys
 reports = [json.loads(pathlib.Path(folder, "report.json").read_text()) for folder in sys.argv[1:]]
 for report in reports:  # small: without the points of the reliability diagrams
@@ -66,4 +69,4 @@ for report in reports:  # small: without the points of the reliability diagrams
             row.pop("calibration", None)
 print("[" + ",\n".join(map(json.dumps, reports)) + "]")
 END
-python evaluate.py --compare "results/$dataset-$part.json"
+python evaluate.py --compare "results/$dataset-$part${TAG:-}.json"
