@@ -13,50 +13,45 @@
 #   python evaluate.py --compare results/<data set>-<part><TAG>.json
 # makes the tables again.
 set -euo pipefail
+[ $# -ge 4 ] || { echo "usage: bash tests/study.sh PART DATASET SEEDS EPOCHS [flags of train.py]" >&2; exit 2; }
 part=$1 dataset=$2 seeds=$3 epochs=$4
 shift 4
 kind=${part%-[0-9]*}
 share=${part#"$kind"}  # -30, or nothing
 root=runs/study/$dataset-$epochs
+case $kind in
+methods) methods="kd richkd scratch crd dkd kd-ls richkd-l richkd-f" ;;
+sweeps | pair) methods="kd richkd" ;;
+fraction) methods="kd richkd scratch" ;;
+*)
+    echo "unknown part $part; known: methods, sweeps, fraction, pair; and these with a percentage, as pair-30" >&2
+    exit 2 ;;
+esac
 mkdir -p "$root" results
 echo "a photo of a {}" > "$root/one-template.txt"
 
-runs() {  # a line a run: the name of its folder, then its own flags
-    for seed in $(seq 0 $((seeds - 1))); do
-        end="$share${TAG:-}-s$seed --seed $seed --epochs $epochs ${share:+--fraction $(printf 0.%02d "${share#-}")}"
-        case $kind in
-        methods)
-            for method in kd richkd scratch crd dkd kd-ls richkd-l richkd-f; do
-                echo "$method$end --method $method"
-            done
-            echo "dkd-published$end --method dkd --temperature 4 --logit-weight 1"
-            echo "clip-alone$end --alpha 0 --lam 0" ;;
-        sweeps)
-            for method in kd richkd; do
-                echo "$method$end --method $method"
-            done
-            for value in 0 0.3 0.5 0.9 1; do
-                echo "alpha-$value$end --alpha $value"
-                echo "lam-$value$end --lam $value"
-            done
-            echo "one-template$end --prompts $root/one-template.txt"
-            echo "clip-scale-1$end --clip-scale 1"
-            echo "average-logits$end --average logits" ;;
-        fraction)
-            for method in kd richkd scratch; do
-                echo "$method$end --method $method"
-            done ;;
-        pair)
-            for method in kd richkd; do
-                echo "$method$end --method $method"
-            done ;;
-        esac
+list=$(for seed in $(seq 0 $((seeds - 1))); do  # a line a run: the name of its folder, then its own flags
+    end="$share${TAG:-}-s$seed --seed $seed --epochs $epochs ${share:+--fraction ${share#-}e-2}"
+    for method in $methods; do
+        echo "$method$end --method $method"
     done
-}
-
-runs | FLAGS="--dataset $dataset $*" ROOT=$root xargs -P "${JOBS:-1}" -L 1 \
-    bash -c 'python train.py $FLAGS --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && tail -n 1 "$ROOT/$0.txt"'
-folders=$(runs | cut -d " " -f 1 | sed "s|^|$root/|")
+    case $kind in
+    methods)
+        echo "dkd-published$end --method dkd --temperature 4 --logit-weight 1"
+        echo "clip-alone$end --alpha 0 --lam 0" ;;
+    sweeps)
+        for value in 0 0.3 0.5 0.9 1; do
+            echo "alpha-$value$end --alpha $value"
+            echo "lam-$value$end --lam $value"
+        done
+        echo "one-template$end --prompts $root/one-template.txt"
+        echo "clip-scale-1$end --clip-scale 1"
+        echo "average-logits$end --average logits" ;;
+    esac
+done)
+FLAGS="--dataset $dataset $*" ROOT=$root xargs -P "${JOBS:-1}" -L 1 \
+    bash -c 'python train.py $FLAGS --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && tail -n 1 "$ROOT/$0.txt"' <<< "$list"
+folders=$(cut -d " " -f 1 <<< "$list" | sed "s|^|$root/|")
 if [ "$dataset" = shapes ]; then shift=--shift; fi
 python evaluate.py --run $folders ${shift:-} --corruptions
 python evaluate.py --run "$(grep -m 1 richkd <<< "$folders")" ${shift:-} --corruptions --fused --plot
