@@ -3,12 +3,35 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+import clip_model
+import files
+import shapes
 
 
 @pytest.fixture(scope="session")
 def shared():
-    """Optional real data (`../shared` beside the repository); the tests that use it skip where it is absent."""
+    """Optional real data (`../shared` beside the repository); its tests skip where it is absent."""
     path = Path(__file__).resolve().parents[2] / "shared"
     if not path.is_dir():
         pytest.skip("no ../shared beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory):
+    """The path of a byte-level CLIP of random weights: 16x16 patches of 32x32 images, width 64."""
+    torch.manual_seed(0)
+    clip = clip_model.CLIP(32, 32, 1, 64, 16, 64, 514, 64, 1, 1)
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    files.save(path, {"model": clip.state_dict()})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def few_shapes():
+    """The embedded data set with few images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SIZES", {"train": 150, "test": 50, "shift": 50})
+        yield
