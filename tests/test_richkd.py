@@ -1,9 +1,11 @@
 """richkd.py against hand-computed values, the public implementations' numbers, brute force and gradcheck.
 
-golden_richkd.json: made once in float64 (torch 2.14.1) by the public code, with the inputs of `wave` below:
-KD and standardisation from sunshangquan/logit-standardization-KD, DKD and RKD from megvii-research/mdistiller, MLKD's
-`kd_loss + bc_loss + cc_loss` at the five temperatures from Jin-Ying/Multi-Level-Logit-Distillation, two steps of CRD
-(`ContrastMemory` and `ContrastLoss`, N 12, d 4, 6 negatives) from HobbitLong/RepDistiller.
+golden_richkd.json: made once in float64 (torch 2.14.1) with the inputs of `wave` below. By public
+code: KD and standardisation from sunshangquan/logit-standardization-KD, DKD from
+megvii-research/mdistiller, MLKD's `kd_loss + bc_loss + cc_loss` at the five temperatures from
+Jin-Ying/Multi-Level-Logit-Distillation, two steps of CRD (`ContrastMemory` and `ContrastLoss`, N 12,
+d 4, 6 negatives) from HobbitLong/RepDistiller. By this project's first edition (commit 674ebb2),
+which had the contrastive loss in another form: "first_edition".
 """
 
 import copy
@@ -44,27 +46,20 @@ def close(actual, expected, tolerance=1e-9):
     ("kd_standardized", lambda s: richkd.kd_loss(*map(richkd.standardize_logits, (s, TEACHER)), 2.0)),
     ("dkd", lambda s: richkd.dkd_loss(s, TEACHER, TARGET, 1.0, 8.0, 4.0)),
     ("mlkd", lambda s: richkd.mlkd_loss(s, TEACHER)),
-    ("rkd", lambda s: richkd.rkd_loss(s, wave(5, 4, scale=1.5, phase=0.9))),
 ])
-def test_loss_and_gradient_equal_the_public_code(name, function):
-    student = wave(5, 3, scale=2, phase=0.2) if name == "rkd" else STUDENT.clone()
-    loss = function(student.requires_grad_())
+def test_losses_and_gradients_equal_the_public_code(name, function):
+    student = STUDENT.clone().requires_grad_()
+    loss = function(student)
     loss.backward()
     close(loss.detach(), GOLDEN[name]["loss"])
     close(student.grad, GOLDEN[name]["grad"][0])
 
 
-def test_rkd_gives_the_teacher_no_gradient():
-    student, teacher = wave(5, 3).requires_grad_(), wave(5, 4, phase=0.9).requires_grad_()
-    richkd.rkd_loss(student, teacher).backward()
-    assert teacher.grad is None
-
-
-def test_standardize_equals_the_public_code():
+def test_standardize_logits_equals_the_public_code():
     close(richkd.standardize_logits(TEACHER), GOLDEN["standardize"])
 
 
-def test_kd_by_hand():
+def test_kd_loss_by_hand():
     # teacher (3/4, 1/4), student (1/2, 1/2); and the T^2 on logits that scale with T
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     teacher = torch.tensor([[math.log(3.0), 0.0]])
@@ -72,13 +67,13 @@ def test_kd_by_hand():
     close(richkd.kd_loss(torch.zeros(1, 2), 4 * teacher, 4.0), 16 * expected, 1e-6)
 
 
-def test_kd_of_a_class_the_teacher_rules_out():
+def test_kd_loss_of_a_class_the_teacher_rules_out():
     teacher = torch.tensor([[math.log(3.0), 0.0, -math.inf]])
     expected = 0.75 * math.log(0.75 * 3) + 0.25 * math.log(0.25 * 3)
     close(richkd.kd_loss(torch.zeros(1, 3), teacher, 1.0), expected, 1e-6)
 
 
-def test_dkd_with_both_weights_one_target_split():
+def test_dkd_loss_with_both_weights_one_target_split():
     # Zhao et al., equation 6: KD = TCKD + (1 - p_y of the teacher) NCKD, row by row
     for row in range(len(TARGET)):
         s, t, y = STUDENT[row:row + 1], TEACHER[row:row + 1], TARGET[row:row + 1]
@@ -86,15 +81,11 @@ def test_dkd_with_both_weights_one_target_split():
         close(richkd.kd_loss(s, t, 4.0), richkd.dkd_loss(s, t, y, 1.0, (1 - p).item(), 4.0))
 
 
-def test_dkd_stays_finite_where_the_public_logarithm_overflows():
+def test_dkd_loss_stays_finite_where_the_public_logarithm_overflows():
     student = torch.tensor([[600.0, 0.0, -1.0]], requires_grad=True)
     loss = richkd.dkd_loss(student, torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0]))
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()
-
-
-def test_mse_by_hand():
-    close(richkd.mse_loss(torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.0, 1.0]])), 0.5, 1e-6)
 
 
 @pytest.mark.parametrize("function", [
@@ -102,18 +93,17 @@ def test_mse_by_hand():
     lambda s: richkd.dkd_loss(s, TEACHER, TARGET),
     lambda s: richkd.mlkd_loss(s, TEACHER),
     lambda s: richkd.kd_loss(richkd.standardize_logits(s), TEACHER),
-    lambda s: richkd.mse_loss(s, TEACHER),
-    lambda s: richkd.rkd_loss(s, TEACHER[:, :3]),
     lambda s: richkd.fuse_features(s, TEACHER, 0.3),
-    lambda s: richkd.nce_loss(s, BANK, torch.tensor([1, 0, 3, 3]), torch.arange(7), torch.tensor(7.0).double(), 0.9),
-], ids="kd dkd mlkd standardize mse rkd fuse nce".split())
-def test_gradcheck(function):
+    lambda s: richkd.nce_loss(s, BANK, torch.tensor([1, 0, 3, 3]), torch.arange(7),
+                              torch.tensor(7.0).double(), 0.9),
+], ids="kd dkd mlkd standardize fuse nce".split())
+def test_losses_gradcheck(function):
     assert torch.autograd.gradcheck(function, STUDENT.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("loss", [richkd.kd_loss, richkd.mlkd_loss, richkd.rkd_loss, richkd.mse_loss,
+@pytest.mark.parametrize("loss", [richkd.kd_loss, richkd.mlkd_loss,
                                   lambda s, t: richkd.dkd_loss(s, t, TARGET)])
-def test_half_precision_and_autocast_compute_in_float32(loss):
+def test_losses_of_half_precision_and_under_autocast_compute_in_float32(loss):
     student, teacher = STUDENT.bfloat16().requires_grad_(), TEACHER.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = loss(student, teacher)
@@ -127,7 +117,7 @@ def test_half_precision_and_autocast_compute_in_float32(loss):
 
 # ---- fusion
 
-def test_ensemble_and_zero_shot_by_hand():
+def test_ensemble_text_features_and_zero_shot_logits_by_hand():
     text = torch.tensor([[[3.0, 0.0], [0.0, 0.5]], [[0.0, -2.0], [0.0, -7.0]]])  # lengths must not matter
     features = richkd.ensemble_text_features(text)
     half = math.sqrt(0.5)
@@ -138,7 +128,7 @@ def test_ensemble_and_zero_shot_by_hand():
         assert torch.equal(logits, richkd.zero_shot_logits(torch.tensor([[0.0, 9.0], [2.0, 0.0]]), 5 * features, 100.0))
 
 
-def test_fusion_by_hand():
+def test_fuse_logits_and_fuse_features_by_hand():
     close(richkd.fuse_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[11.0, -8.0]]), 0.7), [[4.0, -1.0]], 1e-6)
     fused = richkd.fuse_features(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 0.75)
     close(fused, [[3 / math.sqrt(10), 1 / math.sqrt(10)]], 1e-6)
@@ -169,7 +159,7 @@ def unit(B, d, phase):
     return normalize(wave(B, d, phase=phase), dim=1).requires_grad_()
 
 
-def test_crd_equals_the_public_code_over_two_steps():
+def test_memory_equals_the_public_code_over_two_steps():
     memory = small_memory()
     negatives = ((torch.arange(36) * 5 + 3) % 12).view(2, 3, 6)
     index = torch.tensor([[1, 4, 7], [4, 0, 11]])
@@ -185,7 +175,7 @@ def test_crd_equals_the_public_code_over_two_steps():
         close(memory.fused_bank, golden["banks"][1])
 
 
-def test_banks_start_in_the_published_range():
+def test_memory_banks_start_in_the_published_range():
     memory = ContrastiveMemory(1000, 48, 4, seed=3)
     for bank in (memory.student_bank, memory.fused_bank):
         assert bank.abs().max() <= 0.25 and bank.abs().max() > 0.2499  # 1 / sqrt(d / 3)
@@ -193,47 +183,74 @@ def test_banks_start_in_the_published_range():
     assert not torch.equal(memory.student_bank, memory.fused_bank)
 
 
-@pytest.mark.parametrize("labels", [None, torch.arange(12) % 4])
-@pytest.mark.parametrize("negatives", [[0, 3, 3, 8, 9, 11], [0, 3, 3, 8, 9, 11, 5, 1, 1, 1, 4, 2, 3, 0]])
-def test_shared_negatives_equal_the_same_negatives_given_per_image(negatives, labels):
-    """Fewer draws than the bank has rows (12), and more of them, which are scored once each."""
-    negatives, index = torch.tensor(negatives), torch.tensor([1, 4, 7])
+@pytest.mark.parametrize("name", ["shared", "shared masked", "per-image", "per-image masked"])
+def test_nce_loss_equals_the_first_edition(name):
+    golden = GOLDEN["first_edition"][name]
+    shape = (3, 25) if "per-image" in name else (25,)
+    bank, index = normalize(wave(40, 6, phase=0.4), dim=1), torch.tensor([3, 0, 39])
+    negatives = (torch.arange(math.prod(shape)) * 7 + 5).reshape(shape) % 40
+    same = negatives.expand(3, -1) % 5 == index[:, None] % 5 if "masked" in name else None
+    anchor = unit(3, 6, 0.7)
+    loss = richkd.nce_loss(anchor, bank, index, negatives, torch.tensor(4e4).double(), 0.3, same)
+    loss.backward()
+    close(loss.detach(), golden["loss"], 1e-12)
+    close(anchor.grad, golden["grad"], 1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_nce_loss_equals_the_published_ratios(masked):
+    """-log P/(P + c) and -log (J/N)/(P + c), as published, where they do not overflow."""
+    bank, index = normalize(wave(50, 6, phase=0.4), dim=1), torch.tensor([3, 0, 49])
+    negatives, Z = (torch.arange(300) * 7 + 5) % 50, torch.tensor(4e4).double()
+    same = negatives.expand(3, -1) % 5 == index[:, None] % 5
+    anchor = unit(3, 6, 0.7)
+    loss = richkd.nce_loss(anchor, bank, index, negatives, Z, 0.3, same if masked else None)
+    n, c = 300 / 50, 300 / 50 + 1e-7
+    P = (anchor @ bank[negatives].T / 0.3).exp() / Z
+    positive = ((anchor * bank[index]).sum(1) / 0.3).exp() / Z
+    terms = -(n / (P + c)).log()
+    if masked:
+        terms = terms * ~same * 300 / (~same).sum(1, keepdim=True)
+    expected = (terms.sum(1) - (positive / (positive + c)).log()).mean()
+    close(loss.detach(), expected.detach())
+    close(*torch.autograd.grad(loss, anchor), torch.autograd.grad(expected, anchor)[0])
+
+
+def test_nce_loss_is_finite_where_the_published_ratios_overflow():
+    anchor, bank = torch.tensor([[300.0, 0.0]], requires_grad=True), torch.eye(2)
+    loss = richkd.nce_loss(anchor, bank, torch.tensor([1]), torch.tensor([0]), torch.tensor(1.0))
+    loss.backward()
+    assert loss.isfinite() and anchor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["shared", "per-image"])
+def test_memory_equals_the_first_edition_over_three_steps(mode):
+    golden = GOLDEN["first_edition"]["memory " + mode]
+    labels = torch.arange(40) % 5
+    memory = ContrastiveMemory(40, 6, 25, labels=labels, negatives=mode, seed=3).double()
+    for k, step in enumerate(golden["steps"]):
+        student, fused = unit(3, 6, 0.7 + k), unit(3, 6, 1.9 + k)
+        loss = memory(student, fused, torch.tensor([3 + k, 0, 39 - k]))
+        loss.backward()
+        close(loss.detach(), step["loss"], 1e-12)
+        close(student.grad, step["grad"][0], 1e-12)
+        close(fused.grad, step["grad"][1], 1e-12)
+    close(memory.Z, golden["Z"], 1e-12)
+    close(memory.student_bank.sum(1), golden["banks"][0], 1e-12)
+    close(memory.fused_bank.sum(1), golden["banks"][1], 1e-12)
+
+
+def test_memory_shared_negatives_equal_the_same_ones_given_per_image():
+    negatives, index = torch.tensor([0, 3, 3, 8, 9, 11]), torch.tensor([1, 4, 7])
     results = []
     for given in (negatives, negatives.expand(3, -1)):
-        memory, student, fused = small_memory(labels=labels), unit(3, 4, 0.7), unit(3, 4, 1.9)
+        memory = small_memory(labels=torch.arange(12) % 4)
+        student, fused = unit(3, 4, 0.7), unit(3, 4, 1.9)
         loss = memory(student, fused, index, given)
         loss.backward()
         results.append((loss.detach(), student.grad, fused.grad, memory.Z))
     for shared, per_image in zip(*results):
         close(shared, per_image, 1e-12)
-
-
-@pytest.mark.parametrize("shape", [(5000,), (3, 600)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_nce_loss_in_several_blocks_equals_the_plain_formula(shape, masked):
-    generator = torch.Generator().manual_seed(0)
-    bank = normalize(torch.randn(50, 6, generator=generator, dtype=torch.float64), dim=1)
-    negatives, index = torch.randint(50, shape, generator=generator), torch.tensor([3, 0, 49])
-    same = negatives.expand(3, -1) % 5 == index[:, None] % 5 if masked else None
-    anchor, plain = unit(3, 6, 0.7), unit(3, 6, 0.7)
-    J, Z = shape[-1], torch.tensor(4e4, dtype=torch.float64)
-    loss = richkd.nce_loss(anchor, bank, index, negatives, Z, 0.3, same)
-    P = ((plain[:, None] * bank[negatives.expand(3, -1)]).sum(2) / 0.3).exp() / Z  # (B, J)
-    c, positive = J / 50, ((plain * bank[index]).sum(1) / 0.3).exp() / Z
-    kept = torch.ones(3, J) if same is None else (~same).double()
-    terms = -(c / (P + c + 1e-7)).log() * kept * (J / kept.sum(1, keepdim=True))
-    expected = (terms.sum(1) - (positive / (positive + c + 1e-7)).log()).mean()
-    for value in (loss, expected):
-        value.backward()
-    close(loss.detach(), expected.detach())
-    close(anchor.grad, plain.grad)
-    if len(shape) == 1:  # the same draw as counts of the bank's rows
-        counted, same = unit(3, 6, 0.7), torch.arange(50) % 5 == index[:, None] % 5 if masked else None
-        times = torch.bincount(negatives, minlength=50).double()
-        loss = richkd.nce_loss(counted, bank, index, None, Z, 0.3, same, times)
-        loss.backward()
-        close(loss.detach(), expected.detach())
-        close(counted.grad, plain.grad)
 
 
 def brute_force(memory, student, fused, index, negatives, labels):
@@ -252,7 +269,7 @@ def brute_force(memory, student, fused, index, negatives, labels):
 
 
 @pytest.mark.parametrize("per_image", [False, True])
-def test_same_class_negatives_are_masked(per_image):
+def test_memory_same_class_negatives_are_masked(per_image):
     labels, index = torch.arange(12) % 3, torch.tensor([1, 4, 8])
     negatives = torch.tensor([[0, 1, 2, 3, 4, 8], [5, 7, 9, 10, 1, 3], [2, 0, 5, 4, 4, 6]])
     if not per_image:
@@ -269,7 +286,7 @@ def test_same_class_negatives_are_masked(per_image):
     close(fused.grad, gradient[1])
 
 
-def test_shared_and_per_image_estimate_one_expectation():
+def test_memory_shared_and_per_image_negatives_estimate_one_expectation():
     """Both means over many draws lie within 4 standard errors of the exact one: J times the mean over other classes."""
     N, J, index = 40, 16, torch.tensor([0, 7, 22])
     labels = torch.arange(N) % 4
@@ -298,7 +315,7 @@ def test_shared_and_per_image_estimate_one_expectation():
     assert means["shared"] != means["per-image"]
 
 
-def test_gradcheck_of_the_memory():
+def test_memory_gradcheck():
     memory, index = small_memory(labels=torch.arange(12) % 3), torch.tensor([1, 4, 7])
 
     def loss(student, fused):
@@ -307,33 +324,20 @@ def test_gradcheck_of_the_memory():
     assert torch.autograd.gradcheck(loss, (unit(3, 4, 0.7), unit(3, 4, 1.9)), atol=1e-4)
 
 
-def test_an_image_twice_in_a_batch_leaves_its_last_row():
+def test_memory_of_an_image_twice_in_a_batch_leaves_its_last_row():
     memory, student, fused = small_memory(momentum=0.75), unit(3, 4, 0.7), unit(3, 4, 1.9)
     old = memory.student_bank[5].clone()
     memory(student, fused, torch.tensor([5, 2, 5]))
     close(memory.student_bank[5], normalize(0.75 * old + 0.25 * student[2].detach(), dim=0))
 
 
-def test_only_the_banks_grow_with_the_data_set():
+def test_memory_of_which_only_the_banks_grow_with_the_data_set():
     def numbers(N):
-        memory = ContrastiveMemory(N, 8, 4, labels=torch.arange(N) % 3, bank_dtype=torch.float16)
+        memory = ContrastiveMemory(N, 8, 4, labels=torch.arange(N) % 3)
         return {name: tensor.nbytes for name, tensor in memory.state_dict().items()}
     small, large = numbers(10), numbers(1000)
     assert {name for name in small if small[name] != large[name]} == {"student_bank", "fused_bank"}
-    assert large["student_bank"] == 1000 * 8 * 2
-
-
-def test_half_precision_banks_give_nearly_the_same_loss():
-    losses = []
-    for dtype in (torch.float32, torch.float16):
-        memory = ContrastiveMemory(50, 8, 20, bank_dtype=dtype)
-        memory.student_bank.copy_(normalize(wave(50, 8), dim=1))
-        memory.fused_bank.copy_(normalize(wave(50, 8, phase=1.3), dim=1))
-        for k in range(3):
-            loss = memory(unit(5, 8, k).float(), unit(5, 8, k + 0.4).float(), torch.arange(5) * 7 + k)
-        losses.append(loss.item())
-        assert memory.student_bank.dtype == dtype and loss.dtype == torch.float32
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert large["student_bank"] == 1000 * 8 * 4
 
 
 # ---- the method
@@ -355,7 +359,7 @@ def make(**settings):
     return RichKD(7, 9, 11, N, **{"d": 8, "num_negatives": 12, **settings})
 
 
-def test_the_loss_is_its_weighted_parts():
+def test_richkd_is_its_weighted_parts():
     method = make(ce_weight=0.5)
     z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
     memory = copy.deepcopy(method.memory)
@@ -371,7 +375,7 @@ def test_the_loss_is_its_weighted_parts():
     assert z_s.grad.abs().sum() > 0 and f_s.grad.abs().sum() > 0
 
 
-def test_alpha_and_lam_of_one_are_kd_and_crd_to_the_bit():
+def test_richkd_with_alpha_and_lam_of_one_are_kd_and_crd_to_the_bit():
     method = make(alpha=1, lam=1)
     z_s, f_s, z_t, f_t, _, _, target, index = batch()
     student = z_s.detach().clone().requires_grad_()
@@ -384,20 +388,20 @@ def test_alpha_and_lam_of_one_are_kd_and_crd_to_the_bit():
     loss.backward()
     expected.backward()
     assert torch.equal(z_s.grad, student.grad)
-    assert not hasattr(method, "clip_embed")
+    assert method.clip_embed is None
 
 
-def test_clip_alone():
+def test_richkd_from_clip_alone():
     method = make(alpha=0, lam=0, ce_weight=0)
     z_s, f_s, _, _, z_c, f_c, target, index = batch()
     memory = copy.deepcopy(method.memory)
     _, parts = method(z_s, f_s, None, None, z_c, f_c, target, index)
     assert torch.equal(parts["logit"], 3.0 * richkd.kd_loss(z_s, z_c, 3.0))
     assert torch.equal(parts["feature"], 0.8 * memory(method.student_embed(f_s), method.clip_embed(f_c), index))
-    assert set(parts) == {"logit", "feature"} and not hasattr(method, "teacher_embed")
+    assert set(parts) == {"logit", "feature"} and method.teacher_embed is None
 
 
-def test_a_part_of_weight_zero_is_neither_computed_nor_allocated():
+def test_richkd_part_of_weight_zero_is_neither_computed_nor_allocated():
     logits_only = make(feature_weight=0)
     z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
     _, parts = logits_only(z_s, None, z_t, None, z_c, None, target, None)
@@ -413,28 +417,14 @@ def test_a_part_of_weight_zero_is_neither_computed_nor_allocated():
     ({"standardize": True, "temperature": 2.0},
      lambda s, t, y: richkd.kd_loss(richkd.standardize_logits(s), richkd.standardize_logits(t), 2.0)),
 ])
-def test_other_logit_losses_take_the_fused_logits(settings, expected):
+def test_richkd_other_logit_losses_take_the_fused_logits(settings, expected):
     z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
     _, parts = make(feature_weight=0, logit_weight=1, **settings)(z_s, f_s, z_t, f_t, z_c, f_c, target, index)
     close(parts["logit"], expected(z_s, 0.7 * z_t + 0.3 * z_c, target).detach(), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["mse", "rkd"])
-def test_other_feature_losses_take_the_fused_features(name):
-    method = make(feature_loss=name, feature_weight=1, logit_weight=0)
-    z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
-    loss, parts = method(z_s, f_s, z_t, f_t, z_c, f_c, target, index)
-    fused = normalize(0.7 * method.teacher_embed(f_t) + 0.3 * method.clip_embed(f_c), dim=1)
-    expected = richkd.rkd_loss(f_s, fused) if name == "rkd" else richkd.mse_loss(method.student_embed(f_s), fused)
-    close(parts["feature"], expected.detach(), 1e-6)
-    loss.backward()
-    assert f_s.grad.abs().sum() > 0
-    assert method.teacher_embed.linear.weight.grad is None and not hasattr(method, "memory")
-    assert hasattr(method, "student_embed") == (name == "mse")
-
-
 @pytest.mark.parametrize("enabled", [True, False])
-def test_half_precision_arguments_give_the_float32_loss(enabled):
+def test_richkd_half_precision_arguments_give_the_float32_loss(enabled):
     arguments = [x.detach().bfloat16() if x.is_floating_point() else x for x in batch()]
     full = [x.float() if x.is_floating_point() else x for x in arguments]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -443,7 +433,7 @@ def test_half_precision_arguments_give_the_float32_loss(enabled):
     close(loss, make()(*full)[0], 1e-6)
 
 
-def test_forward_modifies_none_of_its_arguments():
+def test_richkd_forward_modifies_none_of_its_arguments():
     arguments = batch()
     before = [x.detach().clone() for x in arguments]
     make(labels=torch.arange(N) % K)(*arguments)
@@ -451,7 +441,7 @@ def test_forward_modifies_none_of_its_arguments():
 
 
 @pytest.mark.parametrize("mode", ["shared", "per-image"])
-def test_everything_survives_a_checkpoint(mode):
+def test_richkd_survives_a_checkpoint(mode):
     settings = dict(negatives=mode, labels=torch.arange(N) % K, seed=4)
     method = make(**settings)
     for step in range(2):
@@ -468,7 +458,7 @@ def test_everything_survives_a_checkpoint(mode):
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_every_step_draws_anew_and_seeds_differ():
+def test_richkd_draws_at_every_step_anew_and_seeds_differ():
     loss = [make(seed=seed, momentum=1.0)(*batch())[1]["feature"] for seed in (0, 0, 1)]
     assert loss[0] == loss[1] != loss[2]
     method = make(momentum=1.0)
@@ -491,7 +481,7 @@ def two_steps(rank, world, folder):
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes_keep_the_banks_of_one(tmp_path):
+def test_memory_two_processes_keep_the_banks_of_one(tmp_path):
     torch.multiprocessing.spawn(two_steps, (2, str(tmp_path)), nprocs=2)
     two_steps(0, 1, str(tmp_path))
     first, second, alone = (torch.load(tmp_path / name, weights_only=True) for name in ("2-0.pt", "2-1.pt", "1-0.pt"))
@@ -506,7 +496,7 @@ def test_two_processes_keep_the_banks_of_one(tmp_path):
 
 CALLS = {
     "kd_loss": (STUDENT, TEACHER, 3.0), "standardize_logits": (STUDENT,), "dkd_loss": (STUDENT, TEACHER, TARGET),
-    "mlkd_loss": (STUDENT, TEACHER), "mse_loss": (STUDENT, TEACHER), "rkd_loss": (STUDENT, TEACHER),
+    "mlkd_loss": (STUDENT, TEACHER),
     "nce_loss": (STUDENT, BANK, torch.tensor([1, 0, 3, 3]), torch.arange(7), torch.tensor(9.0)),
     "ensemble_text_features": (wave(2, 3, 4),),
     "zero_shot_logits": (STUDENT, TEACHER, 100.0), "fuse_teachers": ([STUDENT, TEACHER], [1, 2]),
@@ -538,62 +528,29 @@ def test_every_class_works_from_its_source_and_the_names_it_uses():
     method(*batch())
 
 
-@pytest.mark.parametrize("position, name", [(1, "student_features"), (2, "teacher_logits"), (3, "teacher_features"),
-                                            (4, "clip_logits"), (5, "clip_features"), (7, "index")])
-def test_what_has_a_weight_may_not_be_none(position, name):
-    with pytest.raises(ValueError, match=f"^{name} is None"):
-        bad(position, None)()
-
-
-def bad(position, value):
+def bad(position, value, method=None):
     arguments = batch()
     arguments[position] = value
-    return lambda: make()(*arguments)
-
-
-NAN = torch.full((4, 6), math.nan)
+    return lambda: (method or make())(*arguments)
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda: richkd.kd_loss(STUDENT, TEACHER[:, :5]), r"\(4, 6\).*\(4, 5\)"),
     (lambda: richkd.dkd_loss(STUDENT, TEACHER[:3], TARGET), r"\(4, 6\).*\(3, 6\)"),
-    (lambda: richkd.dkd_loss(STUDENT, TEACHER, TARGET[:2]), r"\(2,\).*\(4, 6\)"),
+    (lambda: richkd.dkd_loss(STUDENT, TEACHER, TARGET[:2]), r"\(4, 6\).*\(2,\)"),
     (lambda: richkd.mlkd_loss(STUDENT, TEACHER[:, :5]), r"\(4, 6\).*\(4, 5\)"),
-    (lambda: richkd.mse_loss(STUDENT, TEACHER[:, :5]), r"\(4, 6\).*\(4, 5\)"),
-    (lambda: richkd.rkd_loss(STUDENT, TEACHER[:3]), r"\(4, 6\).*\(3, 6\)"),
-    (lambda: richkd.rkd_loss(STUDENT[:1], TEACHER[:1]), "at least 2|B >= 2"),
-    (lambda: richkd.zero_shot_logits(STUDENT, TEACHER[:, :5], 1.0), r"\(4, 6\).*\(4, 5\)"),
     (lambda: richkd.fuse_logits(STUDENT, TEACHER[:, :5], 0.5), r"\(4, 6\).*\(4, 5\)"),
     (lambda: richkd.fuse_features(STUDENT, TEACHER[:, :5], 0.5), r"\(4, 6\).*\(4, 5\)"),
     (lambda: richkd.fuse_teachers([STUDENT, TEACHER[:, :5]]), r"\(4, 6\).*\(4, 5\)"),
-    (lambda: richkd.fuse_teachers([STUDENT, TEACHER], [1.0]), "expected 2"),
-    (lambda: richkd.fuse_teachers([STUDENT, TEACHER], [1.0, -1.0]), "-1"),
-    (lambda: richkd.Embed(7)(STUDENT), r"\(4, 6\).*7"),
-    (lambda: richkd.fuse_logits(STUDENT, TEACHER, 1.1), "alpha is 1.1"),
-    (lambda: richkd.fuse_features(STUDENT, TEACHER, math.nan), "lam is nan"),
-    (lambda: make(alpha=-0.1), "alpha is -0.1"),
-    (lambda: make(lam=2), "lam is 2"),
-    (lambda: make(temperature=0), "temperature is 0"),
-    (lambda: make(nce_temperature=-1), "temperature is -1"),
-    (lambda: richkd.kd_loss(STUDENT, TEACHER, 0), "temperature is 0"),
-    (lambda: richkd.dkd_loss(STUDENT, TEACHER, TARGET, temperature=-1), "temperature is -1"),
-    (lambda: richkd.mlkd_loss(STUDENT, TEACHER, (1.0, 0.0)), "expected > 0"),
+    (lambda: richkd.fuse_teachers([STUDENT, TEACHER], [1.0]), "a weight each"),
+    (lambda: make(alpha=-0.1), "alpha -0.1"),
+    (lambda: make(lam=2), "lam 2"),
+    (lambda: make(temperature=0), "temperatures 0, "),
+    (lambda: make(nce_temperature=-1), "temperatures 3.0, -1"),
     (lambda: make(logit_loss="kl"), "kd, dkd, mlkd"),
-    (lambda: make(feature_loss="l2"), "crd, mse, rkd"),
     (lambda: make(negatives="all"), "shared, per-image"),
-    (lambda: make(labels=torch.zeros(5)), r"\(5,\).*\(30,\)"),
-    (lambda: richkd.kd_loss(NAN, TEACHER), "NaN"),
-    (lambda: richkd.dkd_loss(STUDENT, NAN, TARGET), "NaN"),
-    (lambda: richkd.mlkd_loss(NAN, TEACHER), "NaN"),
-    (bad(0, torch.full((B, K), math.nan)), "NaN"),
-    (bad(2, torch.full((B, K), math.nan)), "NaN"),
-    (bad(1, torch.full((B, 7), math.nan)), "NaN"),
-    (bad(1, torch.zeros(B, 8)), r"\(6, 8\).*7"),
     (bad(4, torch.zeros(B, 4)), r"\(6, 5\).*\(6, 4\)"),
-    (bad(7, torch.tensor([0, 1, 2, 3, 4, N])), r"\[30\] outside 0..29"),
-    (bad(7, torch.tensor([0, 1, 2, 3, 4, -1])), r"\[-1\] outside 0..29"),
     (bad(7, torch.arange(5)), r"\(5,\)"),
-    (lambda: make(logit_weight=0, feature_weight=0)(NAN, *[None] * 5, TARGET, None), "NaN"),
 ])
 def test_bad_input_is_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -601,14 +558,17 @@ def test_bad_input_is_one_clear_line(call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_bad_input_leaves_the_memory_alone():
-    method = make()
+@pytest.mark.parametrize("index", [[0, 1, 2, 3, 4, N], [0, 1, 2, 3, 4, -1]])
+def test_memory_is_left_alone_by_an_index_outside_of_it(index):
+    method = make(labels=torch.arange(N) % K)
     method(*batch())
     before = copy.deepcopy(method.state_dict())
-    nan = math.nan
-    for position, value in ((1, torch.full((B, 7), nan)), (7, torch.full((B,), N)), (0, torch.full((B, K), nan))):
-        arguments = batch(1)
-        arguments[position] = value
-        with pytest.raises(ValueError):
-            method(*arguments)
+    with pytest.raises(IndexError):
+        bad(7, torch.tensor(index), method)()
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
+
+
+def test_richkd_shows_nan_in_the_loss():
+    arguments = batch()
+    arguments[2] = torch.full((B, K), math.nan)
+    assert make()(*arguments)[0].isnan()
