@@ -1,0 +1,170 @@
+"""A script as a command: its settings, its command line, its errors, its signals, its processes.
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        epochs: int = setting(30, "passes over the training images", within=(1, 10**6))
+
+    main(lambda: show(run(parse(Config, __doc__))))
+
+What a user can mend is one line on stderr and exit status 2; Ctrl-C and SIGTERM end a script by a
+KeyboardInterrupt, under `signals` after the step. torchrun starts one process a GPU, its ranks.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Settings and the command line --------------------------------------------------------------------
+
+
+def setting(default, text, **metadata):
+    """A dataclass field with its line of help. metadata: argparse's type, nargs, metavar, const,
+    choices; `within`, the bounds of a number; `above`, what it must exceed."""
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check(config):
+    """Raises ValueError for a value that its field's metadata rule out, naming the valid ones."""
+    for field in dataclasses.fields(config):
+        name, value, known = flag(field.name), getattr(config, field.name), field.metadata
+        if value is None:
+            continue
+        if value not in known.get("choices", (value,)):
+            raise ValueError(f"{name} {value!r}: expected one of {', '.join(known['choices'])}")
+        low, high = known.get("within", (value, value))
+        if not low <= value <= high:
+            raise ValueError(f"{name} {value}: expected {low} to {high}")
+        if "above" in known and not value > known["above"]:
+            raise ValueError(f"{name} {value}: expected more than {known['above']}")
+
+
+def parse(config_class, text, arguments=None):
+    """Command line -> a config: a flag a field. A wrong command line is one line and exit 2."""
+    parser = argparse.ArgumentParser(description=text, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def refuse(message):
+        print(f"error: {message}; --help lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+    parser.error = refuse
+    for field in dataclasses.fields(config_class):
+        extra = {key: value for key, value in field.metadata.items()
+                 if key not in ("within", "above")}
+        if field.default is False:
+            extra["action"] = "store_true"
+        elif "nargs" not in extra:
+            extra.setdefault("type", type(field.default))
+        default = "" if field.default in (None, False) else f" ({field.default})"
+        extra["help"] = extra["help"].replace("%", "%%") + default
+        parser.add_argument(flag(field.name), default=field.default, **extra)
+    return config_class(**vars(parser.parse_args(arguments)))
+
+
+def show(text):
+    """Print what the command found, once for all ranks."""
+    if rank() == 0:
+        print(text)
+
+
+def main(job):
+    """Run a script's job. What the user can mend is one line on stderr and exit status 2; a signal
+    ends it with one line and, as shells have it, status 128 + its number."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number, "")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
+    try:
+        job()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{clear}error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        number, state = error.args or (signal.SIGINT, "")
+        if rank() == 0:
+            print(f"{clear}interrupted{state}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def signals():
+    """-> a list that SIGINT and SIGTERM add themselves to, instead of ending the process at once."""
+    caught = []
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# Device and processes -----------------------------------------------------------------------------
+
+
+def check_device(device):
+    """Raises ValueError where torch cannot use the device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
+
+
+def autocast(config):
+    """bfloat16 autocast on config.device where config.amp asks for it."""
+    device = torch.device(config.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=config.amp)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(config):
+    """Where torchrun started this process, join the others; -> the config with its own device."""
+    if "WORLD_SIZE" not in os.environ:
+        return config
+    cuda = config.device.startswith("cuda")
+    if cuda:
+        config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(config.device)
+    if not dist.is_initialized():  # ranks wait while one of them makes CLIP's targets: for hours
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=2))
+    return config
+
+
+def rank_zero_first(work):
+    """work() on every rank, on rank 0 before the others, which find what it made or downloaded."""
+    if rank() > 0:
+        dist.barrier()
+    result = work()
+    if rank() == 0 and world() > 1:
+        dist.barrier()
+    return result
+
+
+def any_rank(caught, device):
+    """The signal that any of the ranks caught, 0 for none: all ranks stop at the same step."""
+    number = max(caught, default=0)
+    if world() > 1:
+        number = torch.tensor(number, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
