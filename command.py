@@ -101,7 +101,7 @@ def main(job):
 
 @contextlib.contextmanager
 def signals():
-    """-> a list that SIGINT and SIGTERM add themselves to, instead of ending the process at once."""
+    """-> a list that SIGINT and SIGTERM add themselves to, instead of ending the process."""
     caught = []
     before = {number: signal.signal(number, lambda number, frame: caught.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}

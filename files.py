@@ -1,9 +1,9 @@
 """Files: written whole, read without executing anything, downloaded and checked; the progress line.
 
-    write_atomically(path, bytes)               # whole, or what was there before
-    content = read_checkpoint("teacher.pth")    # tensors and plain values; nothing in it is executed
-    tensors = read_state_dict("teacher.pth")    # {name: tensor}, whatever wraps it
-    fetch(urls, path, "sha256:...", advice)     # the first address that answers, its digest checked
+    write_atomically(path, bytes)              # whole, or what was there before
+    content = read_checkpoint("teacher.pth")   # tensors and plain values; executes nothing in it
+    tensors = read_state_dict("teacher.pth")   # {name: tensor}, whatever wraps it
+    fetch(urls, path, "sha256:...", advice)    # from the first address that answers, checked
 
 Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file.
 """
@@ -40,7 +40,8 @@ def one_line(error):
 
 def cache_folder(cache_dir=None):
     """Where downloads and targets are kept: cache_dir, else $RICHKD_CACHE, else ~/.cache/richkd."""
-    return Path(os.path.expanduser(cache_dir or os.environ.get("RICHKD_CACHE") or "~/.cache/richkd"))
+    folder = cache_dir or os.environ.get("RICHKD_CACHE") or "~/.cache/richkd"
+    return Path(os.path.expanduser(folder))
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def write_json(path, content):
 
 @contextlib.contextmanager
 def undamaged(path, advice):
-    """What reading a file of another shape than expected raises becomes one ValueError naming it."""
+    """What reading a file of another shape raises becomes one ValueError that names it."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
@@ -216,7 +217,7 @@ def read_checkpoint(path):
     """What a file by torch.save, of any version, or a TorchScript archive holds: tensors (on the
     CPU) and plain values in dicts and lists, a TorchScript module as a `Shell`.
 
-    Nothing in the file is executed. Raises ValueError, naming what is asked for where it is refused.
+    Nothing in the file is executed. Raises ValueError, naming what it asks for where refused.
     """
     with open(path, "rb") as file:
         try:
