@@ -1,28 +1,37 @@
 """models.py against the public code of the same networks.
 
-`golden_models.json` holds what that code computes; its "source" names repositories, commits and the torch version. Each
-network got the weights of `filled` and the images of `batch`; "init" is the sum of |w| over a new network, seed 0.
+`golden_models.json` holds what that code computes; its "source" names repositories, commits and the
+torch version. Each network got the weights of `filled` and the images of `batch`; "init" is the sum
+of |w| over a new network, seed 0.
 """
 
-import argparse
 import json
-import os
 import re
-import shutil
 import urllib.error
+import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+import files
 import models
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_models.json").read_text())
-TORCHVISION = {"resnet18": "fc", "resnet34": "fc", "resnet50_imagenet": "fc", "mobilenet_v2": "classifier.1"}
+TORCHVISION = {"resnet18": "fc", "resnet34": "fc", "resnet50_imagenet": "fc",
+               "mobilenet_v2": "classifier.1"}  # name: its last layer
+PARAMETERS = {  # as published, with 100 classes (CIFAR) or 1000 (ImageNet)
+    "resnet8": 83_892, "resnet14": 181_108, "resnet20": 278_324, "resnet32": 472_756,
+    "resnet44": 667_188, "resnet56": 861_620, "resnet110": 1_736_564, "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860, "wrn_16_1": 180_916, "wrn_16_2": 703_284, "wrn_40_1": 569_780,
+    "wrn_40_2": 2_255_156, "vgg8": 3_965_028, "vgg11": 9_277_284, "vgg13": 9_462_180,
+    "vgg16": 14_774_436, "vgg19": 20_086_692, "mobilenetv2": 812_836, "shufflenetv1": 949_258,
+    "shufflenetv2": 1_355_528, "resnet50": 23_705_252, "resnet18": 11_689_512,
+    "resnet34": 21_797_672, "resnet50_imagenet": 25_557_032, "mobilenet_v1": 4_231_976,
+    "mobilenet_v2": 3_504_872}
 
 
 @pytest.fixture(autouse=True)
@@ -64,38 +73,36 @@ def meta_model(name, num_classes=100):
         return models.build_model(name, num_classes)
 
 
-@torch.no_grad()
 def save_filled(path, name, num_classes=100):
     state = filled(meta_model(name, num_classes).state_dict())
     torch.save(state, path)
     return state
 
 
-# --- the networks
+# The networks -------------------------------------------------------------------------------------
 
 
-def test_zoo_is_complete_and_documented():
-    table = {name: int(count.replace(",", "")) for name, count in
-             re.findall(r"(\w+) +(\d+(?:,\d{3})+)", models.__doc__)}
-    assert set(models.ZOO) == set(table) == {*GOLDEN["networks"], *TORCHVISION}
-    for name, count in table.items():
+def test_build_model_has_the_public_number_of_parameters():
+    assert set(models.ZOO) == set(PARAMETERS) == {*GOLDEN["networks"], *TORCHVISION}
+    for name, count in PARAMETERS.items():
         network = meta_model(name, 100 if name in models.CIFAR_MODELS else 1000)
         assert sum(parameter.numel() for parameter in network.parameters()) == count, name
 
 
 @pytest.mark.parametrize("name", list(models.CIFAR_MODELS))
-def test_layout(name, shared):
+def test_build_model_has_the_public_layout(name, shared):
     expected = json.loads((shared / "reference" / "zoo-layout.json").read_text())[name]
-    assert {key: list(tensor.shape) for key, tensor in meta_model(name).state_dict().items()} == expected
+    state = meta_model(name).state_dict()
+    assert {key: list(tensor.shape) for key, tensor in state.items()} == expected
 
 
 @pytest.mark.parametrize("name", GOLDEN["networks"])
-def test_same_numbers_as_the_public_code(name):
+def test_build_model_and_freeze_against_the_public_code(name):
     golden = GOLDEN["networks"][name]
     torch.manual_seed(0)
     model = models.build_model(name, 100)
-    initial = sum(parameter.detach().abs().double().sum().item() for parameter in model.parameters())
-    assert initial == pytest.approx(golden["init"], rel=1e-5)
+    initial = sum(parameter.detach().abs().double().sum() for parameter in model.parameters())
+    assert initial.item() == pytest.approx(golden["init"], rel=1e-5)
     model.load_state_dict(filled(model.state_dict()), strict=True)
     images = batch(golden["size"])
     with torch.no_grad():
@@ -108,22 +115,24 @@ def test_same_numbers_as_the_public_code(name):
     assert_close(frozen[0], logits)
     assert_close(frozen[1], features)
     assert_close(trained[0][:, :4], golden["train_logits"])
-    statistics = [b.double().abs().sum().item() for n, b in model.named_buffers() if "running" in n]
-    assert sum(statistics) == pytest.approx(golden["statistics"], rel=1e-5)
-    assert all(b == 8 for n, b in model.named_buffers() if n.endswith("num_batches_tracked"))
+    buffers = dict(model.named_buffers())
+    statistics = sum(buffers[key].double().abs().sum() for key in buffers if "running" in key)
+    assert statistics.item() == pytest.approx(golden["statistics"], rel=1e-5)
+    assert all(buffers[key] == 8 for key in buffers if key.endswith("num_batches_tracked"))
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_same_numbers_as_torchvision(name):
+def test_build_model_and_freeze_against_torchvision(name):
     torch.manual_seed(0)
     model = models.build_model(name, 5).eval()
     torch.manual_seed(0)
     public = torchvision.models.get_model(name.removesuffix("_imagenet"), num_classes=5).eval()
-    assert list(model.state_dict()) == list(public.state_dict())
+    state = model.state_dict()
+    assert list(state) == list(public.state_dict())
+    assert all(torch.equal(value, state[key]) for key, value in public.state_dict().items())
     last = public.get_submodule(TORCHVISION[name])
     read = []
     last.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in public.state_dict().items())
     public.load_state_dict(filled(public.state_dict()))
     model.load_state_dict(public.state_dict())
     images = batch(64)
@@ -137,7 +146,7 @@ def test_same_numbers_as_torchvision(name):
 
 
 @pytest.mark.parametrize("name", ["resnet20", "wrn_16_2", "mobilenetv2", "shufflenetv1"])
-def test_any_image_size(name):
+def test_build_model_takes_any_image_size(name):
     """Tiny-ImageNet's 64x64, which the public pooling of 8x8 cannot take."""
     logits, features = meta_model(name)(torch.empty(2, 3, 64, 64, device="meta"))
     assert logits.shape == (2, 100) and features.dim() == 2
@@ -145,113 +154,103 @@ def test_any_image_size(name):
 
 def test_vgg_pools_once_more_at_64():
     """The public vgg8 at 64x64 reads block4 from 4x4 maps."""
-    golden = GOLDEN["vgg8_at_64"]
     model = models.build_model("vgg8", 100)
     model.load_state_dict(filled(model.state_dict()))
     with torch.no_grad():
-        assert_close(model.eval()(batch(64))[0][:, :4], golden)
+        assert_close(model.eval()(batch(64))[0][:, :4], GOLDEN["vgg8_at_64"])
 
 
-def test_multiply_adds():
-    stem, stage1 = 3 * 16 * 9 * 32 * 32, 2 * 16 * 16 * 9 * 32 * 32
-    stage2 = (16 * 32 * 9 + 32 * 32 * 9 + 16 * 32) * 16 * 16
-    stage3 = (32 * 64 * 9 + 64 * 64 * 9 + 32 * 64) * 8 * 8
-    assert models.multiply_adds("resnet8", 100, 32) == stem + stage1 + stage2 + stage3 + 64 * 100
-
-
-def test_table(monkeypatch, capsys):
-    monkeypatch.setattr(models, "ZOO", {name: models.ZOO[name] for name in ("resnet8", "mobilenet_v1")})
-    monkeypatch.setattr(models, "images_per_second", lambda step, batch_size: 1 if step() is None else 12.3)
-    models.print_zoo()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
-    assert rows[0] == ["resnet8", "32x32", "100", "64", "83,892", "12,507,392", "12", "12", "1"]
-    assert rows[1][:5] == ["mobilenet_v1", "224x224", "1000", "1024", "4,231,976"]
-
-
-@pytest.mark.parametrize("name, near", [("resnet9", "resnet8"), ("ResNet50", "resnet50"), ("VGG13", "vgg13"),
-                                        ("wrn-40-2", "wrn_40_2"), ("ShuffleV1", "shufflenetv1"), ("qqq", "vgg13")])
-def test_unknown_name(name, near, tmp_path):
-    for call in (lambda: models.build_model(name, 10), lambda: models.load_weights(name, tmp_path / "none.pt")):
+@pytest.mark.parametrize("name, near", [
+    ("resnet9", "resnet8"), ("ResNet50", "resnet50"), ("VGG13", "vgg13"), ("wrn-40-2", "wrn_40_2"),
+    ("ShuffleV1", "shufflenetv1"), ("qqq", None)])
+def test_check_name_of_both_callers(name, near, tmp_path):
+    calls = (lambda: models.build_model(name, 10),
+             lambda: models.load_weights(name, tmp_path / "none.pt"))
+    for call in calls:
         with pytest.raises(ValueError) as caught:
             call()
         message = str(caught.value)
-        assert name in message and near in message and "\n" not in message
-        assert ("did you mean" in message and near in message.split("the zoo has")[0]) or name == "qqq"
+        hint, everything = message.split("the zoo has")
+        assert name in hint and "vgg13" in everything and "\n" not in message
+        assert ("did you mean" in hint and near in hint) if near else "did you mean" not in hint
 
 
 @pytest.mark.parametrize("num_classes", [0, -1, 2.5, None])
-def test_bad_class_count(num_classes):
+def test_build_model_refuses_a_bad_class_count(num_classes):
     with pytest.raises(ValueError, match="num_classes"):
         models.build_model("resnet8", num_classes)
 
 
-# --- freezing
+def test_print_zoo(monkeypatch, capsys):
+    chosen = {name: models.ZOO[name] for name in ("resnet8", "mobilenet_v1")}
+    monkeypatch.setattr(models, "ZOO", chosen)
+    models.print_zoo()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    stem, stage1 = 3 * 16 * 9 * 32 * 32, 2 * 16 * 16 * 9 * 32 * 32
+    stage2 = (16 * 32 * 9 + 32 * 32 * 9 + 16 * 32) * 16 * 16
+    stage3 = (32 * 64 * 9 + 64 * 64 * 9 + 32 * 64) * 8 * 8
+    multiply_adds = stem + stage1 + stage2 + stage3 + 64 * 100
+    assert rows[0] == ["resnet8", "32x32", "100", "64", "83,892", f"{multiply_adds:,}"]
+    assert rows[1][:5] == ["mobilenet_v1", "224x224", "1000", "1024", "4,231,976"]
 
 
-@pytest.mark.parametrize("name, left", [("resnet20", 0), ("resnet50", 0), ("vgg8", 0), ("shufflenetv2", 0),
-                                        ("mobilenet_v1", 0), ("wrn_16_2", 7)])
+@pytest.mark.parametrize("name, left", [
+    ("resnet20", 0), ("resnet50", 0), ("vgg8", 0), ("shufflenetv2", 0), ("mobilenet_v1", 0),
+    ("wrn_16_2", 7)])
 def test_freeze_folds_what_it_can(name, left):
-    """A WRN's BatchNorm behind an addition or in front of a fork cannot be folded: bn1 of 6 blocks and the last one."""
+    """A WRN's BatchNorm behind an addition or in front of a fork cannot be folded: bn1 of six
+    blocks and the last one."""
     model = models.build_model(name, 3).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     frozen = models.freeze(model)
     assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules()) == left
-    assert not frozen.training and not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert frozen.num_features == model.num_features
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert {p.data_ptr() for p in model.parameters()}.isdisjoint(p.data_ptr() for p in frozen.parameters())
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert own.isdisjoint(parameter.data_ptr() for parameter in frozen.parameters())
 
 
-# --- weights
+# Weights ------------------------------------------------------------------------------------------
 
 
 WRAPPERS = {
     "bare": lambda state: state,
-    "model": lambda state: {"model": state, "epoch": 240, "accuracy": torch.tensor(79.4)},
-    "state_dict": lambda state: {"state_dict": state, "best_prec1": 91.78},
-    "net": lambda state: {"net": state, "acc": 95.1, "epoch": 3},
-    "module.": lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
-    "student.pt": lambda state: {"model_name": "vgg8", "model": state, "class_names": list("abcdefg"), "mean": [.5] * 3,
-                                 "std": [.2] * 3, "image_size": 32, "dataset": "shapes"},
-    "NumPy numbers": lambda state: {"model": state, "best": np.float64(73.2), "top5": np.float32(90), "n": np.int64(3)},
-    "half": lambda state: {key: value.half() if value.is_floating_point() else value for key, value in state.items()},
+    "module.": lambda state: {"state_dict": {f"module.{key}": state[key] for key in state}},
+    "student.pt": lambda state: {
+        "format": files.FORMAT, "model_name": "vgg8", "model": state, "class_names": ["a"] * 7,
+        "mean": [.5] * 3, "std": [.2] * 3, "image_size": 32, "dataset": "shapes"},
+    "half": lambda state: {
+        key: state[key].half() if state[key].is_floating_point() else state[key] for key in state},
 }
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
-@pytest.mark.parametrize("zipped", [True, False])
-def test_ways_to_write_a_checkpoint(kind, zipped, tmp_path):
+def test_load_weights_whatever_wraps_them(kind, tmp_path):
     state = save_filled(tmp_path / "plain.pt", "wrn_16_1", 7)
     path = tmp_path / "weights.pt"
-    torch.save(WRAPPERS[kind](state), path, _use_new_zipfile_serialization=zipped)
+    torch.save(WRAPPERS[kind](state), path)
     random_state = torch.get_rng_state()
     for num_classes in (None, 7):
         model = models.load_weights("wrn_16_1", path, num_classes)
         assert not model.training and model.num_features == 64
         for key, value in model.state_dict().items():
             assert value.dtype == (torch.int64 if key.endswith("tracked") else torch.float32)
-            torch.testing.assert_close(value, state[key], atol=2e-3 if kind == "half" else 0, rtol=0)
+            torch.testing.assert_close(value, state[key], atol=2e-3 * (kind == "half"), rtol=0)
     assert torch.equal(torch.get_rng_state(), random_state)
     with pytest.raises(ValueError, match="has 7 classes, expected 10"):
         models.load_weights("wrn_16_1", path, 10)
 
 
-def test_numbers_that_numpy_1_wrote(tmp_path):
-    state = save_filled(tmp_path / "weights.pt", "resnet8", 7)
-    torch.save({"model": state, "best": np.float64(70)}, tmp_path / "weights.pt", _use_new_zipfile_serialization=False)
-    content = (tmp_path / "weights.pt").read_bytes()
-    (tmp_path / "weights.pt").write_bytes(content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
-    assert b"cnumpy.core.multiarray\nscalar" in (tmp_path / "weights.pt").read_bytes()
-    models.load_weights("resnet8", tmp_path / "weights.pt", 7)
-
-
 @pytest.mark.parametrize("depth", GOLDEN["option_a"])
-def test_option_a_under_akamasters_names(depth, tmp_path):
+def test_load_weights_option_a_under_akamasters_names(depth, tmp_path):
     golden = GOLDEN["option_a"][depth]
     ours = meta_model(f"resnet{depth}", 10).state_dict()
-    state = filled({key.replace("fc.", "linear."): ours[key] for key in ours if "downsample" not in key})
-    state = {f"module.{key}": value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    theirs = {key.replace("fc.", "linear."): ours[key] for key in ours if "downsample" not in key}
+    state = {f"module.{key}": value for key, value in filled(theirs).items()
+             if not key.endswith("num_batches_tracked")}
     torch.save({"state_dict": state, "best_prec1": 92.6}, tmp_path / "weights.th")
     model = models.load_weights(f"resnet{depth}", tmp_path / "weights.th")
     with torch.no_grad():
@@ -262,151 +261,114 @@ def test_option_a_under_akamasters_names(depth, tmp_path):
     assert_close(frozen[0], logits)
 
 
-def test_option_b_under_akamasters_names(tmp_path):
+def test_load_weights_option_b_under_akamasters_names(tmp_path):
     state = save_filled(tmp_path / "ours.pt", "resnet20", 10)
-    torch.save({key.replace("fc.", "linear.").replace("downsample", "shortcut"): value for key, value in state.items()},
-               tmp_path / "theirs.pt")
+    theirs = {key.replace("fc.", "linear.").replace("downsample", "shortcut"): state[key]
+              for key in state}
+    torch.save(theirs, tmp_path / "theirs.pt")
     model = models.load_weights("resnet20", tmp_path / "theirs.pt")
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_public_resnet20_on_cifar10(shared):
+def test_load_weights_of_a_public_resnet20(shared):
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
-    files = sorted((shared / "data" / "cifar10-test-100").glob("*.png"))
-    labels = torch.tensor([names.index(re.match("[a-z]+", file.name)[0]) for file in files])
-    images = torch.stack([pil_to_tensor(Image.open(file)) for file in files]).float() / 255
+    paths = sorted((shared / "data" / "cifar10-test-100").glob("*.png"))
+    labels = torch.tensor([names.index(re.match("[a-z]+", path.name)[0]) for path in paths])
+    images = torch.stack([pil_to_tensor(Image.open(path)) for path in paths]).float() / 255
     mean, std = torch.tensor([[.485, .456, .406], [.229, .224, .225]]).view(2, 3, 1, 1)
-    model = models.freeze(models.load_weights("resnet20", shared / "weights" / "cifar10-resnet20-12fca82f.th", 10))
+    weights = shared / "weights" / "cifar10-resnet20-12fca82f.th"
+    model = models.freeze(models.load_weights("resnet20", weights, 10))
     with torch.no_grad():
         predicted = model((images - mean) / std)[0].argmax(1)
-    assert len(files) == 100 and (predicted == labels).sum() >= 95
+    assert len(paths) == 100 and (predicted == labels).sum() >= 95
 
 
-def test_both_resnet50(tmp_path):
+def test_load_weights_of_both_resnet50(tmp_path):
     """A file tells which of the two is meant; `resnet50_imagenet` cannot mean the other one."""
     torchvision_file, cifar_file = tmp_path / "tv.pt", tmp_path / "cifar.pt"
     save_filled(torchvision_file, "resnet50_imagenet", 3)
     save_filled(cifar_file, "resnet50", 3)
-    assert models.load_weights("resnet50", torchvision_file).conv1.kernel_size == (7, 7)
-    assert models.load_weights("resnet50_imagenet", torchvision_file).conv1.kernel_size == (7, 7)
+    for name in ("resnet50", "resnet50_imagenet"):
+        assert models.load_weights(name, torchvision_file).conv1.kernel_size == (7, 7)
     assert models.load_weights("resnet50", cifar_file).conv1.kernel_size == (3, 3)
-    with pytest.raises(ValueError, match=r"conv1.weight.*\[64, 3, 7, 7\].*\[64, 3, 3, 3\].*fits resnet50$"):
+    message = r"conv1.weight.*\[64, 3, 7, 7\].*\[64, 3, 3, 3\].*fits resnet50$"
+    with pytest.raises(ValueError, match=message):
         models.load_weights("resnet50_imagenet", cifar_file)
 
 
-def broken(state, change):
-    state = dict(state)
-    change(state)
-    return state
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.update({"layer1.0.conv1.weight": torch.zeros(16, 16, 5, 5)}),
-     r"resnet8: tensor 'layer1.0.conv1.weight': expected \[16, 16, 3, 3\], found \[16, 16, 5, 5\]$"),
-    (lambda s: s.pop("layer2.0.bn1.weight"), r"'layer2.0.bn1.weight': expected \[32\], found none$"),
-    (lambda s: s.update({"extra": torch.zeros(3)}), r"'extra': expected none, found \[3\]$"),
-    (lambda s: s.update({"fc.bias": torch.zeros(8)}), r"'fc.bias': expected \[7\], found \[8\]$"),
-    (lambda s: s.pop("layer3.0.downsample.0.weight"), r"'layer3.0.downsample.0.weight': expected"),
-    (lambda s: s.pop("fc.weight"), "last linear layer"),
+@pytest.mark.parametrize("name, tensor, problem", [
+    ("layer1.0.conv1.weight", torch.zeros(16, 16, 5, 5),
+     "tensor 'layer1.0.conv1.weight': expected [16, 16, 3, 3], found [16, 16, 5, 5]"),
+    ("layer2.0.bn1.weight", None, "tensor 'layer2.0.bn1.weight': expected [32], found none"),
+    ("layer3.0.downsample.0.weight", None,
+     "tensor 'layer3.0.downsample.0.weight': expected [64, 32, 1, 1], found none"),
+    ("extra", torch.zeros(3), "tensor 'extra': expected none, found [3]"),
+    ("count", torch.tensor(3), "tensor 'count': expected none, found []"),
+    ("fc.bias", torch.zeros(8), "tensor 'fc.bias': expected [7], found [8]"),
 ])
-def test_a_tensor_that_does_not_fit(change, message, tmp_path):
-    state = save_filled(tmp_path / "good.pt", "resnet8", 7)
-    torch.save(broken(state, change), tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=message) as caught:
-        models.load_weights("resnet8", tmp_path / "bad.pt")
-    assert "bad.pt" in str(caught.value) and "\n" not in str(caught.value)
+def test_match_names_the_tensor(name, tensor, problem):
+    state = filled(meta_model("resnet8", 7).state_dict())
+    assert models.match(models.empty_like("resnet8", state), state)[1] is None
+    changed = {key: value for key, value in state.items() if key != name}
+    if tensor is not None:
+        changed[name] = tensor
+    assert models.match(models.empty_like("resnet8", changed), changed)[1] == problem
 
 
-@pytest.mark.parametrize("saved, asked", [("resnet8", "resnet20"), ("wrn_16_2", "resnet32x4"), ("vgg8", "vgg13"),
-                                          ("mobilenetv2", "mobilenet_v2"), ("resnet110", "resnet56")])
-def test_the_model_that_fits_is_named(saved, asked, tmp_path):
+def test_load_weights_of_no_classifier(tmp_path):
+    state = save_filled(tmp_path / "weights.pt", "resnet8", 7)
+    del state["fc.weight"]
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="weights.pt: no classifier in it.* last linear layer$"):
+        models.load_weights("resnet8", tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("saved, asked", [
+    ("resnet8", "resnet20"), ("resnet110", "resnet56"), ("wrn_16_2", "resnet32x4"),
+    ("mobilenetv2", "mobilenet_v2")])
+def test_load_weights_names_the_model_that_fits(saved, asked, tmp_path):
     save_filled(tmp_path / "weights.pt", saved, 4)
-    with pytest.raises(ValueError, match=f"does not fit {asked}: tensor .*; the file fits {saved}$"):
+    with pytest.raises(ValueError) as caught:
         models.load_weights(asked, tmp_path / "weights.pt")
+    assert re.fullmatch(f".*weights.pt does not fit {asked}: tensor .*; the file fits {saved}",
+                        str(caught.value))
 
 
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def not_checkpoints(folder):
-    state = meta_model("resnet8", 2).to_empty(device="cpu").state_dict()
-    half = folder / "whole.pt"
-    torch.save(state, half)
-    yield "command", {"model": state, "x": Touch(folder / "executed")}, "carries (posix|nt).mkdir"
-    yield "namespace", {"model": state, "opt": argparse.Namespace(lr=.1)}, "carries argparse.Namespace"
-    yield "network", models.build_model("resnet8", 2), "carries torch.nn"
-    yield "array", {"model": state, "a": np.zeros(3)}, "carries numpy"
-    yield "list", [1, 2], "no classifier"
-    yield "number", 3, "no classifier"
-    yield "empty", {}, "no classifier"
-    yield "nothing", b"", "cannot be read"
-    yield "text", b"hello world\n", "cannot be read"
-    yield "noise", bytes(range(256)) * 20, "cannot be read"
-    yield "half", half.read_bytes()[:20000], "cannot be read"
-
-
-def test_refused_without_executing(tmp_path):
-    for name, content, message in not_checkpoints(tmp_path):
-        for zipped in (True, False):
-            path = tmp_path / f"{name}.pt"
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            else:
-                torch.save(content, path, _use_new_zipfile_serialization=zipped)
-            with pytest.raises(ValueError, match=message) as caught:
-                models.load_weights("resnet8", path)
-            assert f"{name}.pt" in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_missing_file(tmp_path):
+def test_load_weights_without_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pt"):
         models.load_weights("resnet8", tmp_path / "none.pt")
 
 
-# --- ImageNet weights
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path / "hub" / "checkpoints"
-
-
-def test_imagenet_without_a_network(hub, monkeypatch):
+def test_imagenet_file_without_a_network(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    for name, file in (("resnet34", "resnet34-b627a593.pth"), ("resnet50", "resnet50-0676ba61.pth")):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    public = {"resnet34": "resnet34-b627a593.pth", "resnet50": "resnet50-0676ba61.pth"}
+    for name, file in public.items():
         with pytest.raises(FileNotFoundError) as caught:
             models.load_weights(name, "imagenet")
         message = str(caught.value)
-        assert f"https://download.pytorch.org/models/{file}" in message and str(hub / file) in message
-        assert "--teacher-weights PATH" in message and "\n" not in message
+        assert f"https://download.pytorch.org/models/{file}" in message and "\n" not in message
+        assert str(tmp_path / "checkpoints" / file) in message
+        assert "--teacher-weights PATH" in message
     for name in ("mobilenet_v1", "resnet20"):
         with pytest.raises(ValueError, match=f"no public ImageNet weights for {name}"):
             models.load_weights(name, "imagenet")
 
 
-def test_imagenet_download(hub, monkeypatch, tmp_path):
-    """The file is asked for once, with the digest of its name, and read from the folder from then on."""
-    state = save_filled(tmp_path / "served.pt", "resnet18", 1000)
-    asked = []
+def test_imagenet_file_asks_for_the_digest_in_its_name(tmp_path, monkeypatch):
+    served, asked = tmp_path / "served.pt", []
+    state = save_filled(served, "resnet18", 1000)
 
-    def download(url, path, hash_prefix, progress):
-        asked.append((url, hash_prefix))
-        shutil.copy(tmp_path / "served.pt", path)
+    def fetch(urls, path, digest, advice):
+        asked.append((urls, str(path), digest))
+        return served
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    for _ in range(2):
-        model = models.load_weights("resnet18", "imagenet", 1000)
-        assert torch.equal(model.fc.bias, state["fc.bias"])
-    assert asked == [("https://download.pytorch.org/models/resnet18-f37072fd.pth", "f37072fd")]
-    with pytest.raises(ValueError, match="has 1000 classes, expected 100"):
-        models.load_weights("resnet18", "imagenet", 100)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
+    monkeypatch.setattr(files, "fetch", fetch)
+    model = models.load_weights("resnet18", "imagenet", 1000)
+    assert torch.equal(model.fc.bias, state["fc.bias"])
+    assert asked == [(["https://download.pytorch.org/models/resnet18-f37072fd.pth"],
+                      str(Path("hub/checkpoints/resnet18-f37072fd.pth")), "sha256:f37072fd")]
