@@ -1,10 +1,5 @@
 """Files: written whole, read without executing anything, downloaded and checked; the progress line.
 
-    write_atomically(path, bytes)              # whole, or what was there before
-    content = read_checkpoint("teacher.pth")   # tensors and plain values; executes nothing in it
-    tensors = read_state_dict("teacher.pth")   # {name: tensor}, whatever wraps it
-    fetch(urls, path, "sha256:...", advice)    # from the first address that answers, checked
-
 Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file.
 """
 
@@ -59,21 +54,19 @@ def write_atomically(path, data):
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        replace(temporary, path)
+        os.replace(temporary, path)
+        if os.name == "posix":  # flush the folder, so that the rename outlasts a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         error.filename = error.filename or str(path)  # that of a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def replace(temporary, path):
-    """Rename, and flush the folder to the disk, so that the rename outlasts a power cut."""
-    os.replace(temporary, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed here
+        if time.time() - stale.stat().st_mtime > 86400:
+            stale.unlink(missing_ok=True)
 
 
 def save(path, content):
@@ -85,7 +78,13 @@ def save(path, content):
 
 
 def write_json(path, content):
-    write_atomically(path, json.dumps({"format": FORMAT, **content}, indent=1).encode())
+    """A dict of JSON values, atomically, with a digest by which `read_own` notices a change."""
+    text = json.dumps({"format": FORMAT, **content, "digest": json_digest(content)}, indent=1)
+    write_atomically(path, text.encode())
+
+
+def json_digest(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -104,15 +103,14 @@ def read_own(path, advice):
     """The dict in a file that `save` or (.json) `write_json` wrote, without its format.
 
     Raises FileNotFoundError; ValueError, ending in `advice`, for damage and for another format."""
+    is_json = Path(path).suffix == ".json"
     with undamaged(path, advice):
-        if Path(path).suffix == ".json":
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        else:
-            content = read_checkpoint(path)
-        content = dict(content)
+        content = json.loads(Path(path).read_text("utf-8")) if is_json else read_checkpoint(path)
         found = content.pop("format", 1)
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}, this version reads {FORMAT}; {advice}")
+    if is_json and content.pop("digest", "") != json_digest(content):
+        raise ValueError(f"{path} is damaged; {advice}")
     return content
 
 
@@ -122,9 +120,6 @@ class Shell(dict):
 
     def __init__(self, *arguments, **named):
         super().__init__()
-
-    def append(self, item):
-        pass
 
 
 def rebuild_tensor(data, offset, size, stride, *_):
@@ -256,11 +251,8 @@ def read_state_dict(path):
 
 def file_digest(path, algorithm="sha256"):
     """The hexadecimal digest of a file's bytes."""
-    digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def fetch(urls, path, digest, advice):

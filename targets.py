@@ -111,6 +111,8 @@ def cached_targets(path, key, shape, views):
     header = header.encode().ljust(math.ceil((len(header) + 1) / 4096) * 4096 - 1) + b"\n"
     if not path.is_file():
         make_targets(path, header, N, views)
+    for part in path.parent.glob(f"{path.name}.*"):
+        part.unlink(missing_ok=True)
     with open(path, "rb") as file:
         found = file.readline(MAX_HEADER)
     if found != header or path.stat().st_size != len(header) + N * 2 * (K + D):
@@ -138,5 +140,3 @@ def make_targets(path, header, N, views):
             files.write_atomically(part, rows(start))
     with contextlib.suppress(FileNotFoundError):  # the other process has joined and removed them
         files.write_atomically(path, itertools.chain([header], (p.read_bytes() for p in parts)))
-    for part in parts:
-        part.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""targets.py: CLIP's view of every image, its cache, and what both depend on."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import clip_model
+import data
+import files
+import targets
+import train
+
+pytestmark = pytest.mark.usefixtures("few_shapes")
+
+
+@pytest.fixture
+def config(clip_file, tmp_path):
+    return train.resolve(train.Config(clip=clip_file, cache_dir=str(tmp_path), device="cpu"))
+
+
+def test_load_targets_are_the_scores_of_each_image(config):
+    clip, tokenizer, scale = targets.load_clip(config)
+    assert scale == clip.logit_scale.exp().item()
+    splits = {name: data.load_dataset("shapes", "", name) for name in ("train", "test")}
+    found = targets.load_targets(config, clip, tokenizer, splits)
+    names = splits["train"].class_names
+    templates = clip_model.load_templates(targets.PROMPTS)
+    text = clip_model.class_features(clip, tokenizer, names, templates)  # (K,M,D), unit length
+    classes = normalize(text.mean(1), dim=1)
+    for name, few in (("train", [7, 149]), ("test", [0, 49])):
+        cosines, features = found[name]
+        with torch.no_grad():
+            image = clip.encode_image(clip_model.preprocess(splits[name].images[few], 32))
+        image = normalize(image, dim=1)
+        torch.testing.assert_close(features[few].float(), image, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(cosines[few].float(), image @ classes.T, atol=1e-3, rtol=1e-3)
+
+
+def test_class_embeddings_average_embeddings_or_logits(config, tmp_path):
+    prompts = tmp_path / "two.txt"
+    prompts.write_text("a photo of a {}\na {} far away\n")
+    config = dataclasses.replace(config, prompts=str(prompts))
+    logits = dataclasses.replace(config, average="logits")
+    test = data.load_dataset("shapes", "", "test")
+    clip, tokenizer, _ = targets.load_clip(config)
+    each = clip_model.class_features(clip, tokenizer, test.class_names,
+                                     clip_model.load_templates(prompts))
+    cosines = {}
+    for how, rows in ((config, normalize(each.mean(1), dim=1)), (logits, each.mean(1))):
+        cosines[how.average], features = targets.load_targets(how, clip, tokenizer,
+                                                              {"test": test})["test"]
+        expected = features.float() @ rows.T
+        torch.testing.assert_close(cosines[how.average].float(), expected, rtol=0, atol=1e-3)
+    assert (cosines["embeddings"] - cosines["logits"]).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize("change", ["clip", "prompts", "average", "amp", "images"])
+def test_load_targets_are_made_anew_where_they_depend_on_it(config, change, tmp_path, monkeypatch):
+    clip, tokenizer, _ = targets.load_clip(config)
+    test, calls, view = data.load_dataset("shapes", "", "test"), [], targets.clip_view
+    monkeypatch.setattr(targets, "clip_view", lambda *args: calls.append(1) or view(*args))
+    targets.load_targets(config, clip, tokenizer, {"test": test})
+    targets.load_targets(config, clip, tokenizer, {"test": test})
+    assert len(calls) == 1
+    if change == "clip":
+        clip.visual.proj.data[0, 0] += 1
+    elif change == "prompts":
+        (tmp_path / "one.txt").write_text("a {}\n")
+        config = dataclasses.replace(config, prompts=str(tmp_path / "one.txt"))
+    elif change == "images":
+        images = test.images.clone()
+        images[3, 0, 5, 5] ^= 1
+        test = test._replace(images=images)
+    else:
+        value = "logits" if change == "average" else True
+        config = dataclasses.replace(config, **{change: value})
+    targets.load_targets(config, clip, tokenizer, {"test": test})
+    assert len(calls) == 2
+
+
+# ---- the cache
+
+
+N, K, D = 25, 3, 4
+
+
+def rows(start, stop):
+    """Numbers that tell their place, ten images a block."""
+    for first in range(start, stop, 10):
+        place = torch.arange(first, min(stop, first + 10)).float()
+        yield place[:, None].expand(-1, K), place[:, None].expand(-1, D) + 100
+
+
+def check(found):
+    cosines, features = found
+    assert torch.equal(cosines, torch.arange(N).half()[:, None].expand(N, K))
+    assert torch.equal(features, torch.arange(N).half()[:, None].expand(N, D) + 100)
+
+
+def never(start, stop):
+    raise AssertionError("computed again")
+
+
+def test_cached_targets_are_computed_once_and_mapped(tmp_path):
+    path = tmp_path / "deep/targets-shapes-test-1.bin"
+    check(targets.cached_targets(path, {"a": 1}, (N, K, D), rows))
+    check(targets.cached_targets(path, {"a": 1}, (N, K, D), never))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_cached_targets_go_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "PART", 10)
+    path, computed = tmp_path / "targets-shapes-test-1.bin", []
+
+    def cut(start, stop):
+        for block in rows(start, stop):
+            if start == 20:
+                raise KeyboardInterrupt
+            yield block
+
+    with pytest.raises(KeyboardInterrupt):
+        targets.cached_targets(path, {}, (N, K, D), cut)
+    assert not path.exists()
+    names = {file.name.removeprefix(path.name) for file in tmp_path.iterdir()}
+    assert names == {".0", ".10"}  # and nothing half-written
+    check(targets.cached_targets(path, {}, (N, K, D), lambda start, stop: computed.append(
+        (start, stop)) or rows(start, stop)))
+    assert computed == [(20, 25)]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_cached_targets_of_two_processes_at_once(tmp_path, monkeypatch):
+    """The other process joins its parts and removes them just before this one does so."""
+    monkeypatch.setattr(targets, "PART", 10)
+    path, write = tmp_path / "targets-shapes-test-1.bin", files.write_atomically
+
+    def other_first(file, content):
+        if file == path:
+            monkeypatch.setattr(files, "write_atomically", write)
+            check(targets.cached_targets(path, {}, (N, K, D), rows))
+        write(file, content)
+
+    monkeypatch.setattr(files, "write_atomically", other_first)
+    check(targets.cached_targets(path, {}, (N, K, D), rows))
+
+
+def test_cached_targets_of_another_key_or_damaged_are_refused(tmp_path):
+    path = tmp_path / "targets-shapes-test-1.bin"
+    targets.cached_targets(path, {"a": 1}, (N, K, D), rows)
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="holds other targets"):
+        targets.cached_targets(path, {"a": 2}, (N, K, D), never)
+    with pytest.raises(ValueError, match="holds other targets"):
+        targets.cached_targets(path, {"a": 1}, (N, K, D - 1), never)
+    for damaged in (whole[:-1], whole[:100], b"", b"x" + whole[1:], whole + b"\0"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="or is damaged; delete it"):
+            targets.cached_targets(path, {"a": 1}, (N, K, D), never)
