@@ -309,8 +309,8 @@ def top1(logits, labels):
 
 
 def learning_rate(config, epoch):
-    """The rate of an epoch, counted from 0: divided by 10 after epochs 150, 180 and 210 of 240
-    (Tian 2020), on ImageNet after 30, 60 and 90 of 100; after the same shares of other numbers."""
+    """The rate of an epoch, counted from 0: a tenth after epochs 150, 180, 210 of 240 (Tian 2020),
+    on ImageNet after 30, 60, 90 of 100, and after the same shares of other numbers of epochs."""
     decays = (30, 60, 90) if config.dataset == "imagenet" else (62.5, 75, 87.5)
     return config.lr * 0.1 ** sum(100 * epoch >= percent * config.epochs for percent in decays)
 
@@ -378,7 +378,7 @@ def train_epoch(training, epoch, progress, caught):
         means = {"loss": loss.detach(), **parts, "train_accuracy": right}
         total = total + torch.stack(list(means.values())).double()
         steps += 1
-        if steps % every == 0:
+        if steps % every == 0 or N - steps * config.batch_size < 2:  # or the last one
             if not total[0].isfinite():
                 raise FloatingPointError(
                     f"epoch {epoch + 1}, step {steps}: the loss is not finite; the run folder "
