@@ -96,16 +96,14 @@ def render(phrases, style, generator):
     middle = torch.arange(SIDE) + 0.5 - SIDE / 2
     py, px = middle.view(1, SIDE, 1), middle.view(1, 1, SIDE)  # pixel centres
 
-    colour = torch.tensor([COLOURS[name] for name in colours])
-    colour = colour + draw((-0.12, 0.12), (-0.12, 0.12), 3)
+    colour = torch.tensor([COLOURS[c] for c in colours]) + draw((-0.12, 0.12), (-0.12, 0.12), 3)
     back = (draw((0.05, 0.3), (0, 1), 1) + draw((-0.02, 0.02), (-0.25, 0.25), 3)).clamp(0, 1)
     hidden = ((back - colour).norm(dim=1, keepdim=True) < 0.45) & (style.view(N, 1) > 0)
-    back = torch.where(hidden, (back + 0.5) % 1, back)  # half a turn: at least 0.41 apart
-    canvas = back.view(N, 3, 1, 1)
+    back = torch.where(hidden, (back + 0.5) % 1, back).view(N, 3, 1, 1)  # at least 0.41 apart
 
     u, v = turn(one((0, 0), (0, math.pi)), px, py)  # background texture: stripes to checks
     waves = (u * one((0.3, 0.3), (0.2, 1.2))).sin() * (v * one((0.3, 0.3), (0, 1))).cos()
-    canvas = canvas + (waves * one((0, 0), (-0.2, 0.2))).unsqueeze(1)  # (N,3,H,W)
+    canvas = back + (waves * one((0, 0), (-0.2, 0.2))).unsqueeze(1)  # (N,3,H,W)
 
     for _ in range(4):  # clutter: short strokes of any colour; none in the plain style
         angle = one((0, 0), (0, math.pi))
