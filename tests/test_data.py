@@ -2,6 +2,7 @@
 lie on a disk, damaged and hostile ones among them."""
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -90,7 +91,7 @@ def test_draw_epoch_makes_every_offset_equally_likely():
     assert sorted(order.tolist()) == list(range(N)) and order.tolist() != list(range(N))
     assert all(x.dtype == torch.int64 and x.shape == (N,) for x in (order, *draws))
     counts = Counter(zip(*(x.tolist() for x in draws)))
-    assert counts.keys() == {(t, l, f) for t in range(9) for l in range(9) for f in (0, 1)}  # noqa: E741
+    assert counts.keys() == set(itertools.product(range(9), range(9), range(2)))
     chi_square = sum((count - 100) ** 2 / 100 for count in counts.values())
     assert 105 < chi_square < 230  # 161 degrees of freedom: mean 161, standard deviation 18
 
