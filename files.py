@@ -115,8 +115,7 @@ def read_own(path, advice):
 
 
 class Shell(dict):
-    """Stands for an object of a class that is not imported. It keeps attributes and items, and
-    does nothing."""
+    """Stands for an object of a class that is not imported: attributes and items, no action."""
 
     def __init__(self, *arguments, **named):
         super().__init__()
@@ -134,6 +133,7 @@ class TensorUnpickler(pickle.Unpickler):
 
     KNOWN = {
         "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor": rebuild_tensor,
         "torch._utils._rebuild_tensor_v2": rebuild_tensor,
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         "torch.jit._pickle.build_intlist": list,
@@ -181,8 +181,8 @@ def read_zip(file):
 
 
 def read_legacy(file):
-    """What `torch.save` wrote before 1.6: magic number, version, machine, the object, the names of
-    its storages; then each storage's length and its bytes."""
+    """What `torch.save` wrote before 1.6: a magic number, version, machine, the object, the names
+    of its storages; then each storage's length and bytes."""
     storages, size = {}, os.fstat(file.fileno()).st_size
 
     def storage(key):

@@ -110,7 +110,7 @@ def cached_targets(path, key, shape, views):
     header = json.dumps({"format": files.FORMAT, "key": key, "shape": [N, K, D]}, sort_keys=True)
     header = header.encode().ljust(math.ceil((len(header) + 1) / 4096) * 4096 - 1) + b"\n"
     if not path.is_file():
-        make_targets(path, header, N, views)
+        make_targets(path, header, N, views, key.get("split", ""))
     for part in path.parent.glob(f"{path.name}.*"):
         part.unlink(missing_ok=True)
     with open(path, "rb") as file:
@@ -121,11 +121,11 @@ def cached_targets(path, key, shape, views):
     return numbers[len(header) // 2 :].view(N, K + D).split([K, D], 1)
 
 
-def make_targets(path, header, N, views):
+def make_targets(path, header, N, views, label):
     """Write the file of `cached_targets`: part by part, then joined. Two processes may do so."""
     starts = range(0, N, PART)
     parts = [path.with_name(f"{path.name}.{start}") for start in starts]
-    progress = files.Progress(f"CLIP's targets ({path.name.split('-')[-2]})", N)
+    progress = files.Progress(f"CLIP's targets ({label})", N)
 
     def rows(start):
         for cosines, features in views(start, min(N, start + PART)):
