@@ -1,0 +1,215 @@
+"""clip_model.py beside open_clip: speed, parity on the nine public architectures, golden numbers.
+
+    python bench/bench_clip.py                  images/s of encode_image: ViT-B/32 and RN50
+    python bench/bench_clip.py --bfloat16       the same under autocast
+    python bench/bench_clip.py --parity         largest relative difference of features
+    python bench/bench_clip.py --golden FILE    rewrite tests/golden_clip.json;
+                                                FILE: openai-clip's simple_tokenizer.py
+
+Needs open_clip_torch, which the project itself does not use; --parity compares with transformers,
+too, where that is installed. Weights are random; nothing is downloaded.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import test_clip_model as tests  # noqa: E402
+
+from clip_model import CLIP, build_clip  # noqa: E402
+
+try:
+    import open_clip
+except ImportError:
+    sys.exit("error: this benchmark compares with open_clip: pip install open_clip_torch")
+
+TEXT = (77, 49408)  # context length and vocabulary
+PUBLIC = {  # embed_dim, resolution, layers, width, patch, context, vocabulary, then the text tower
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, *TEXT, 512, 8, 12),
+    "RN101": (512, 224, (3, 4, 23, 3), 64, None, *TEXT, 512, 8, 12),
+    "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, *TEXT, 640, 10, 12),
+    "RN50x16 (fewer layers)": (768, 384, (2, 2, 2, 2), 96, None, *TEXT, 768, 12, 4),
+    "RN50x64 (fewer layers)": (1024, 448, (1, 2, 2, 1), 128, None, *TEXT, 1024, 16, 4),
+    "ViT-B/32": (512, 224, 12, 768, 32, *TEXT, 512, 8, 12),
+    "ViT-B/16": (512, 224, 12, 768, 16, *TEXT, 512, 8, 12),
+    "ViT-L/14 (fewer layers)": (768, 224, 6, 1024, 14, *TEXT, 768, 12, 6),
+    "ViT-L/14@336px (fewer layers)": (768, 336, 4, 1024, 14, *TEXT, 768, 12, 4),
+}
+
+
+def open_clip_model(state):
+    """open_clip's model with these weights, which it keeps in float16 on the way."""
+    build = open_clip.model.build_model_from_openai_state_dict
+    return build(dict(state), cast_dtype=torch.float32).float().eval()
+
+
+def random_state(sizes):
+    """A state dict of these sizes, all tensors random, exact in float16."""
+    torch.manual_seed(0)
+    state = CLIP(*sizes).state_dict()
+    for name, tensor in state.items():
+        if tensor.ndim == 1:
+            normed = "bn" in name or "downsample" in name
+            spread = torch.rand_like(tensor) if normed else torch.randn_like(tensor) / 10
+            least = 0.5 if name.endswith(("weight", "running_var")) else 0
+            state[name] = spread / 2 + least
+        elif name.endswith("bn3.weight"):
+            state[name] = torch.rand_like(tensor)
+    return {name: t.half().float() if t.is_floating_point() else t for name, t in state.items()}
+
+
+# Parity -------------------------------------------------------------------------------------------
+
+TRANSFORMERS = {  # OpenAI's names and those of transformers
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight",
+    "text_projection": "text_projection.weight",
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    "ln_final.": "text_model.final_layer_norm.",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "logit_scale": "logit_scale",
+}
+INNER = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
+         "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+
+def transformers_model(state, sizes):
+    """transformers' CLIPModel (ViT only) with the same weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    embed, resolution, layers, width, patch, context, vocabulary = sizes[:7]
+    text_width, text_heads, text_layers = sizes[7:]
+    common = {"hidden_act": "quick_gelu", "projection_dim": embed}
+    model = CLIPModel(CLIPConfig(
+        projection_dim=embed,
+        text_config={
+            "vocab_size": vocabulary, "hidden_size": text_width,
+            "intermediate_size": 4 * text_width, "num_hidden_layers": text_layers,
+            "num_attention_heads": text_heads, "eos_token_id": vocabulary - 1,
+            "max_position_embeddings": context, **common},
+        vision_config={
+            "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+            "num_attention_heads": width // 64, "image_size": resolution, "patch_size": patch,
+            **common}))
+    mapped = {}
+    for name, tensor in state.items():
+        ours, theirs = next(pair for pair in TRANSFORMERS.items() if name.startswith(pair[0]))
+        rest = name.removeprefix(ours)
+        for old, new in INNER.items():
+            rest = rest.replace(old, new)
+        if "in_proj" in rest:
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                mapped[theirs + rest.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = part
+        else:
+            turned = name in ("visual.proj", "text_projection")
+            mapped[theirs + rest] = tensor.T if turned else tensor
+    missing = model.load_state_dict(mapped, strict=False)
+    assert not missing.unexpected_keys, missing
+    assert all("position_ids" in key for key in missing.missing_keys), missing
+    return model.eval()
+
+
+@torch.no_grad()
+def parity():
+    print(f"torch {torch.__version__}, open_clip {open_clip.__version__}: "
+          "largest relative difference of a feature")
+    print(f"{'architecture':31}{'image':>9}{'text':>9}   against")
+    for name, sizes in PUBLIC.items():
+        state = random_state(sizes)
+        clip = build_clip(state)
+        images = torch.randn(2, 3, sizes[1], sizes[1])
+        tokens = torch.randint(1, 49406, (4, 77))
+        for row, end in enumerate((76, 5, 1, 40)):
+            tokens[row, 0], tokens[row, end], tokens[row, end + 1 :] = 49406, 49407, 0
+        found = clip.encode_image(images), clip.encode_text(tokens)
+        model = open_clip_model(state)
+        expected = {"open_clip": (model.encode_image(images), model.encode_text(tokens))}
+        if isinstance(sizes[2], int) and importlib.util.find_spec("transformers"):
+            model = transformers_model(state, sizes)
+            outputs = (model.get_image_features(pixel_values=images),
+                       model.get_text_features(input_ids=tokens))
+            expected["transformers"] = [getattr(o, "pooler_output", o) for o in outputs]
+        for other, features in expected.items():
+            image, text = (tests.relative(*pair) for pair in zip(found, features))
+            print(f"{name:31}{image:9.1e}{text:9.1e}   {other}", flush=True)
+
+
+@torch.no_grad()
+def golden(tokenizer_file):
+    """What open_clip's towers and OpenAI's tokenizer give for the tests' inputs."""
+    spec = importlib.util.spec_from_file_location("openai_tokenizer", tokenizer_file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    numbers = {"tokenizer": tests.digest(module.SimpleTokenizer(), tests.strings(10000))}
+    for kind in tests.SMALL:
+        model = open_clip_model(tests.small_state(kind))
+        features = {"image": model.encode_image(tests.small_images(kind)),
+                    "text": model.encode_text(tests.small_tokens())}
+        numbers[kind] = {key: [[round(value, 7) for value in row] for row in rows.tolist()]
+                         for key, rows in features.items()}
+    (ROOT / "tests/golden_clip.json").write_text(json.dumps(numbers))
+
+
+# Speed --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def speed(name, rounds, batch, bfloat16):
+    """Best images/s of each side; the sides take turns, so that a busy machine hits both."""
+    models = {"clip_model": build_clip(random_state(PUBLIC[name]))}
+    for suffix in ("", "-quickgelu"):  # GELU, another function, and CLIP's own QuickGELU
+        theirs = name.replace("/", "-") + suffix
+        models[f"open_clip {theirs}"] = open_clip.create_model(theirs).eval()
+    images = torch.randn(batch, 3, 224, 224)
+    best = {}
+    for _ in range(rounds + 1):  # the first one warms up
+        for who, model in models.items():
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                start = time.perf_counter()
+                model.encode_image(images)
+                rate = batch / (time.perf_counter() - start)
+            best[who] = max(best.get(who, 0), rate)
+    print(f"{name}: encode_image in {'bfloat16' if bfloat16 else 'float32'}, best of {rounds} "
+          f"rounds at batch {batch}, load {os.getloadavg()[0]:.1f}")
+    for who, rate in best.items():
+        print(f"{who:32}{rate:8.1f} images/s   clip_model / this: {best['clip_model'] / rate:.2f}",
+              flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--parity", action="store_true")
+    parser.add_argument("--golden", metavar="FILE")
+    arguments = parser.parse_args()
+    if arguments.parity:
+        parity()
+    elif arguments.golden:
+        golden(arguments.golden)
+    else:
+        print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, "
+              f"{torch.get_num_threads()} threads")
+        for name in ("ViT-B/32", "RN50"):
+            speed(name, arguments.rounds, arguments.batch, arguments.bfloat16)
+
+
+if __name__ == "__main__":
+    main()
