@@ -5,6 +5,7 @@ Needs torch alone. Errors are `ValueError` and `OSError` of one line that names 
 
 import contextlib
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -119,6 +120,9 @@ class Shell(dict):
 
     def __init__(self, *arguments, **named):
         super().__init__()
+
+    def __setstate__(self, state):
+        vars(self).update(state if isinstance(state, dict) else {})  # a NumPy dtype's is a tuple
 
 
 def rebuild_tensor(data, offset, size, stride, *_):
@@ -270,7 +274,7 @@ def fetch(urls, path, digest, advice):
                 progress = Progress(path.name, int(answer.headers.get("Content-Length") or 0), "B")
                 write_atomically(path, checked(answer, algorithm, expected, progress))
             break
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             failures.append(f"{url} ({one_line(error)})")
             print(f"could not download {failures[-1]}", file=sys.stderr)
     if not path.is_file():
