@@ -1,11 +1,11 @@
-"""richkd.py against hand-computed values, the public implementations' numbers, brute force and gradcheck.
+"""richkd.py against values by hand, the public implementations' numbers, brute force, gradcheck.
 
 golden_richkd.json: made once in float64 (torch 2.14.1) with the inputs of `wave` below. By public
 code: KD and standardisation from sunshangquan/logit-standardization-KD, DKD from
 megvii-research/mdistiller, MLKD's `kd_loss + bc_loss + cc_loss` at the five temperatures from
-Jin-Ying/Multi-Level-Logit-Distillation, two steps of CRD (`ContrastMemory` and `ContrastLoss`, N 12,
-d 4, 6 negatives) from HobbitLong/RepDistiller. By this project's first edition (commit 674ebb2),
-which had the contrastive loss in another form: "first_edition".
+Jin-Ying/Multi-Level-Logit-Distillation, two steps of CRD (`ContrastMemory` and `ContrastLoss`,
+N 12, d 4, 6 negatives) from HobbitLong/RepDistiller. By this project's first edition (commit
+674ebb2), which had the contrastive loss in another form: "first_edition".
 """
 
 import copy
@@ -27,23 +27,26 @@ GOLDEN = json.loads((Path(__file__).parent / "golden_richkd.json").read_text())
 
 def wave(*shape, scale=1.0, phase=0.0):
     """Deterministic float64 numbers that need no random generator."""
-    return (scale * torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 1.7 + phase)).reshape(shape)
+    numbers = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (scale * torch.sin(numbers * 1.7 + phase)).reshape(shape)
 
 
-STUDENT, TEACHER, TARGET = wave(4, 6, scale=4, phase=0.3), wave(4, 6, scale=5, phase=1.1), torch.tensor([2, 0, 5, 3])
+STUDENT, TEACHER = wave(4, 6, scale=4, phase=0.3), wave(4, 6, scale=5, phase=1.1)
+TARGET = torch.tensor([2, 0, 5, 3])
 BANK = wave(9, 6, phase=2.3)
 
 
 def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype).reshape(actual.shape),
-                               rtol=tolerance, atol=tolerance)
+    expected = torch.as_tensor(expected, dtype=actual.dtype).reshape(actual.shape)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 # ---- the losses
 
 @pytest.mark.parametrize("name, function", [
     ("kd", lambda s: richkd.kd_loss(s, TEACHER, 3.0)),
-    ("kd_standardized", lambda s: richkd.kd_loss(*map(richkd.standardize_logits, (s, TEACHER)), 2.0)),
+    ("kd_standardized", lambda s: richkd.kd_loss(richkd.standardize_logits(s),
+                                                 richkd.standardize_logits(TEACHER), 2.0)),
     ("dkd", lambda s: richkd.dkd_loss(s, TEACHER, TARGET, 1.0, 8.0, 4.0)),
     ("mlkd", lambda s: richkd.mlkd_loss(s, TEACHER)),
 ])
@@ -118,18 +121,21 @@ def test_losses_of_half_precision_and_under_autocast_compute_in_float32(loss):
 # ---- fusion
 
 def test_ensemble_text_features_and_zero_shot_logits_by_hand():
-    text = torch.tensor([[[3.0, 0.0], [0.0, 0.5]], [[0.0, -2.0], [0.0, -7.0]]])  # lengths must not matter
+    # The lengths must not matter.
+    text = torch.tensor([[[3.0, 0.0], [0.0, 0.5]], [[0.0, -2.0], [0.0, -7.0]]])
+    images = torch.tensor([[0.0, 9.0], [2.0, 0.0]])
     features = richkd.ensemble_text_features(text)
     half = math.sqrt(0.5)
     close(features, [[half, half], [0.0, -1.0]], 1e-6)
-    logits = richkd.zero_shot_logits(torch.tensor([[0.0, 9.0], [2.0, 0.0]]), 5 * features, 100.0)
+    logits = richkd.zero_shot_logits(images, 5 * features, 100.0)
     close(logits, [[100 * half, -100.0], [100 * half, 0.0]], 1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(logits, richkd.zero_shot_logits(torch.tensor([[0.0, 9.0], [2.0, 0.0]]), 5 * features, 100.0))
+        assert torch.equal(logits, richkd.zero_shot_logits(images, 5 * features, 100.0))
 
 
 def test_fuse_logits_and_fuse_features_by_hand():
-    close(richkd.fuse_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[11.0, -8.0]]), 0.7), [[4.0, -1.0]], 1e-6)
+    teacher, clip = torch.tensor([[1.0, 2.0]]), torch.tensor([[11.0, -8.0]])
+    close(richkd.fuse_logits(teacher, clip, 0.7), [[4.0, -1.0]], 1e-6)
     fused = richkd.fuse_features(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 0.75)
     close(fused, [[3 / math.sqrt(10), 1 / math.sqrt(10)]], 1e-6)
 
@@ -254,10 +260,12 @@ def test_memory_shared_negatives_equal_the_same_ones_given_per_image():
 
 
 def brute_force(memory, student, fused, index, negatives, labels):
-    """Equation (6) by loops, in the published form of two probabilities; negatives (B, J), same-class ones left out."""
+    """Equation (6) by loops, in the published form of two probabilities; negatives (B, J), those of
+    the own class left out."""
     N, J = len(memory.student_bank), negatives.shape[1]
     total = 0.0
-    for anchor, bank, Z in ((student, memory.fused_bank, memory.Z[0]), (fused, memory.student_bank, memory.Z[1])):
+    for anchor, bank, Z in ((student, memory.fused_bank, memory.Z[0]),
+                            (fused, memory.student_bank, memory.Z[1])):
         for i, positive in enumerate(index):
             P = torch.exp(anchor[i] @ bank[positive] / 0.07) / Z
             total -= torch.log(P / (P + J / N + 1e-7))
@@ -287,7 +295,8 @@ def test_memory_same_class_negatives_are_masked(per_image):
 
 
 def test_memory_shared_and_per_image_negatives_estimate_one_expectation():
-    """Both means over many draws lie within 4 standard errors of the exact one: J times the mean over other classes."""
+    """Both means over many draws lie within 4 standard errors of the exact one: J times the mean
+    over the other classes."""
     N, J, index = 40, 16, torch.tensor([0, 7, 22])
     labels = torch.arange(N) % 4
     means = {}
@@ -299,9 +308,11 @@ def test_memory_shared_and_per_image_negatives_estimate_one_expectation():
         memory.momentum = 1.0  # the banks stay as they are
         student, fused = unit(3, 4, 0.7).detach(), unit(3, 4, 1.9).detach()
         losses = torch.stack([memory(student, fused, index) for _ in range(1500)])
-        others = torch.stack([(labels != labels[i]).nonzero()[:, 0] for i in index])  # (3, 30), each equally likely
+        # (3, 30), each equally likely
+        others = torch.stack([(labels != labels[i]).nonzero()[:, 0] for i in index])
         exact = 0.0
-        for anchor, bank, Z in ((student, memory.fused_bank, memory.Z[0]), (fused, memory.student_bank, memory.Z[1])):
+        for anchor, bank, Z in ((student, memory.fused_bank, memory.Z[0]),
+                                (fused, memory.student_bank, memory.Z[1])):
             for i, positive in enumerate(index):
                 P = torch.exp(bank @ anchor[i] / 0.07) / Z
                 noise = J / N
@@ -347,7 +358,8 @@ B, K, N = 6, 5, 30
 
 def batch(step=0):
     """The eight arguments of RichKD.forward in float32, student widths 7, teacher 9, CLIP 11."""
-    tensors = [wave(B, width, scale=3, phase=step + 0.1 * width).float() for width in (K, 7, K, 9, K, 11)]
+    tensors = [wave(B, width, scale=3, phase=step + 0.1 * width).float()
+               for width in (K, 7, K, 9, K, 11)]
     tensors[2] = tensors[2].flip(1)
     for i in (0, 1):
         tensors[i].requires_grad_()
@@ -384,7 +396,8 @@ def test_richkd_with_alpha_and_lam_of_one_are_kd_and_crd_to_the_bit():
     kd = 3.0 * richkd.kd_loss(student, z_t, 3.0)
     crd = 0.8 * memory(method.student_embed(f_s), method.teacher_embed(f_t), index)
     expected = torch.nn.functional.cross_entropy(student, target) + kd + crd
-    assert torch.equal(parts["logit"], kd) and torch.equal(parts["feature"], crd) and torch.equal(loss, expected)
+    assert torch.equal(parts["logit"], kd) and torch.equal(parts["feature"], crd)
+    assert torch.equal(loss, expected)
     loss.backward()
     expected.backward()
     assert torch.equal(z_s.grad, student.grad)
@@ -397,7 +410,8 @@ def test_richkd_from_clip_alone():
     memory = copy.deepcopy(method.memory)
     _, parts = method(z_s, f_s, None, None, z_c, f_c, target, index)
     assert torch.equal(parts["logit"], 3.0 * richkd.kd_loss(z_s, z_c, 3.0))
-    assert torch.equal(parts["feature"], 0.8 * memory(method.student_embed(f_s), method.clip_embed(f_c), index))
+    crd = memory(method.student_embed(f_s), method.clip_embed(f_c), index)
+    assert torch.equal(parts["feature"], 0.8 * crd)
     assert set(parts) == {"logit", "feature"} and method.teacher_embed is None
 
 
@@ -415,11 +429,13 @@ def test_richkd_part_of_weight_zero_is_neither_computed_nor_allocated():
     ({"logit_loss": "dkd"}, lambda s, t, y: richkd.dkd_loss(s, t, y, 1.0, 8.0, 3.0)),
     ({"logit_loss": "mlkd"}, lambda s, t, y: richkd.mlkd_loss(s, t)),
     ({"standardize": True, "temperature": 2.0},
-     lambda s, t, y: richkd.kd_loss(richkd.standardize_logits(s), richkd.standardize_logits(t), 2.0)),
+     lambda s, t, y: richkd.kd_loss(richkd.standardize_logits(s),
+                                    richkd.standardize_logits(t), 2.0)),
 ])
 def test_richkd_other_logit_losses_take_the_fused_logits(settings, expected):
     z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
-    _, parts = make(feature_weight=0, logit_weight=1, **settings)(z_s, f_s, z_t, f_t, z_c, f_c, target, index)
+    method = make(feature_weight=0, logit_weight=1, **settings)
+    _, parts = method(z_s, f_s, z_t, f_t, z_c, f_c, target, index)
     close(parts["logit"], expected(z_s, 0.7 * z_t + 0.3 * z_c, target).detach(), 1e-5)
 
 
@@ -450,7 +466,7 @@ def test_richkd_survives_a_checkpoint(mode):
     torch.save(method.state_dict(), file)
     file.seek(0)
     torch.manual_seed(1)
-    resumed = RichKD(7, 9, 11, N, d=8, num_negatives=12, **{**settings, "labels": torch.arange(N) % K})
+    resumed = RichKD(7, 9, 11, N, d=8, num_negatives=12, **settings)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for step in range(2, 4):
         assert torch.equal(method(*batch(step))[0], resumed(*batch(step))[0])
@@ -469,14 +485,16 @@ def test_richkd_draws_at_every_step_anew_and_seeds_differ():
 
 def two_steps(rank, world, folder):
     if world > 1:
-        torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+        torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank,
+                                             world_size=world)
     torch.set_num_threads(1)
     method = make(seed=5, labels=torch.arange(N) % K)
     losses = []
     for step in range(2):
         rows = slice(rank * B // world, (rank + 1) * B // world)
         losses.append(method(*(x[rows] for x in batch(step)))[0].detach())
-    torch.save({"losses": torch.stack(losses), "state": method.state_dict()}, f"{folder}/{world}-{rank}.pt")
+    torch.save({"losses": torch.stack(losses), "state": method.state_dict()},
+               f"{folder}/{world}-{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -484,7 +502,8 @@ def two_steps(rank, world, folder):
 def test_memory_two_processes_keep_the_banks_of_one(tmp_path):
     torch.multiprocessing.spawn(two_steps, (2, str(tmp_path)), nprocs=2)
     two_steps(0, 1, str(tmp_path))
-    first, second, alone = (torch.load(tmp_path / name, weights_only=True) for name in ("2-0.pt", "2-1.pt", "1-0.pt"))
+    first, second, alone = (torch.load(tmp_path / name, weights_only=True)
+                            for name in ("2-0.pt", "2-1.pt", "1-0.pt"))
     for name, tensor in first["state"].items():
         assert torch.equal(tensor, second["state"][name]), name
         close(tensor.double(), alone["state"][name], 1e-6)
@@ -495,12 +514,14 @@ def test_memory_two_processes_keep_the_banks_of_one(tmp_path):
 # ---- each function alone, and bad input
 
 CALLS = {
-    "kd_loss": (STUDENT, TEACHER, 3.0), "standardize_logits": (STUDENT,), "dkd_loss": (STUDENT, TEACHER, TARGET),
+    "kd_loss": (STUDENT, TEACHER, 3.0), "standardize_logits": (STUDENT,),
+    "dkd_loss": (STUDENT, TEACHER, TARGET),
     "mlkd_loss": (STUDENT, TEACHER),
     "nce_loss": (STUDENT, BANK, torch.tensor([1, 0, 3, 3]), torch.arange(7), torch.tensor(9.0)),
     "ensemble_text_features": (wave(2, 3, 4),),
     "zero_shot_logits": (STUDENT, TEACHER, 100.0), "fuse_teachers": ([STUDENT, TEACHER], [1, 2]),
-    "fuse_logits": (STUDENT, TEACHER, 0.7), "fuse_features": (STUDENT, TEACHER, 0.7), "gather": (STUDENT,),
+    "fuse_logits": (STUDENT, TEACHER, 0.7), "fuse_features": (STUDENT, TEACHER, 0.7),
+    "gather": (STUDENT,),
 }
 
 
@@ -524,8 +545,8 @@ def test_every_class_works_from_its_source_and_the_names_it_uses():
     assert alone("Embed")(7, 4)(torch.randn(2, 7)).shape == (2, 4)
     memory = alone("ContrastiveMemory", "nce_loss", "gather")(12, 4, 6)
     memory(unit(3, 4, 0.7).float(), unit(3, 4, 1.9).float(), torch.tensor([1, 4, 7]))
-    method = alone("RichKD", *CALLS, "Embed", "ContrastiveMemory")(7, 9, 11, N, d=8, num_negatives=12)
-    method(*batch())
+    build = alone("RichKD", *CALLS, "Embed", "ContrastiveMemory")
+    build(7, 9, 11, N, d=8, num_negatives=12)(*batch())
 
 
 def bad(position, value, method=None):
