@@ -1,0 +1,207 @@
+"""Methods over seeds, from reports alone: mean, standard deviation, paired difference to kd.
+
+    runs = read_reports("study/results/shapes-methods.json")
+    print(comparison(compare(runs)))                        # Markdown, as in study/README.md
+
+`python evaluate.py --compare FILES` prints it. Nothing is evaluated here.
+
+Reference: Student 1908, The probable error of a mean.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import files
+
+TEACHING = {"clip": "CLIP zero-shot", "teacher": "teacher", "fused": "fused teacher"}
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+@functools.cache  # thousands of cells, few degrees of freedom
+def student_t(df, level=0.95):
+    """The t with P(|T| <= t) = level under Student's distribution of `df` degrees of freedom.
+
+    For one degree it is 12.706. In u = atan(T / sqrt(df)) the density is cos(u) ** (df - 1), which
+    is added up here."""
+    angle = torch.linspace(0, math.pi / 2, 10**6 + 1, dtype=torch.float64)
+    share = torch.cumulative_trapezoid(angle.cos() ** (df - 1), angle)
+    place = torch.searchsorted(share, level * share[-1])
+    return math.sqrt(df) * angle[1 + place].tan().item()
+
+
+def statistics(values):
+    """{"n", "mean", "std", "low", "high"} of numbers: std is the unbiased one, low and high are the
+    ends of the mean's 95 % interval by Student's t. One number alone has {"n", "mean"}."""
+    n = len(values)
+    values = torch.tensor(values, dtype=torch.float64)
+    mean = values.mean().item()
+    if n == 1:
+        return {"n": 1, "mean": mean}
+    std = values.std().item()
+    half = student_t(n - 1) * std / math.sqrt(n)
+    return {"n": n, "mean": mean, "std": std, "low": mean - half, "high": mean + half}
+
+
+# Reports ------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What is compared of a report."""
+    group: dict      # dataset, student and epochs: what runs in one table have in common
+    teacher: str     # or None
+    method: str
+    seed: int
+    settings: dict
+    figures: dict    # {column: number} of the student
+    teaching: dict   # {row of TEACHING: {column: number}}
+
+
+def run_of(report):
+    """The Run in a report, as evaluate.py makes it. Another dict raises what reading it raises."""
+    of, corruptions = report["of"], report.get("corruptions", {})
+    figures = {f"{name} top-1 %": float(row["top1"]) for name, row in report.items()
+               if isinstance(row, dict) and "brier" in row}
+    if "mean_error" in corruptions:
+        figures[f"{corruptions['source']} corruptions top-1 %"] = 100 - corruptions["mean_error"]
+    figures["NLL"] = float(report["test"]["nll"])
+    figures["ECE %"] = float(report["test"]["ece"])
+
+    teaching = {name: {} for name in TEACHING.values()}
+    for who, name in TEACHING.items():
+        for split, top1 in report.get("teachers", {}).get(who, {}).items():
+            teaching[name][f"{split} top-1 %"] = float(top1)
+        corrupted = report.get("fused", {}).get("corruptions")
+        if corrupted:
+            column = f"{corrupted['source']} corruptions top-1 %"
+            teaching[name][column] = float(corrupted[who])
+    return Run({name: of.get(name) for name in ("dataset", "student", "epochs")}, of.get("teacher"),
+               of.get("method") or of["checkpoint"], of.get("seed"),
+               dict(report.get("settings", {})), figures, teaching)
+
+
+def read_reports(path):
+    """The Runs in a file: a report.json of this version, or a list of reports, as study.sh gathers.
+
+    A list is read whatever version wrote its reports, since what is compared has kept its names:
+    published results stay as they were measured. Raises ValueError for anything else."""
+    advice = "expected a report.json, or a list of such reports"
+    with files.undamaged(path, advice):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        content = [files.read_own(path, "python evaluate.py --run makes it anew")]
+    with files.undamaged(path, advice):
+        first, *rest = [run_of(report) for report in content]
+    return [first, *rest]
+
+
+# Several runs -------------------------------------------------------------------------------------
+
+
+def by_method(runs):
+    """{(method, flag, ...): {seed: figures}}: the method's name and the settings, save the seed,
+    that differ from those of its first run. Raises ValueError where two have method and seed in
+    common."""
+    methods, first = {}, {}
+    for run in runs:
+        usual = first.setdefault(run.method, run.settings)
+        flags = [f"--{name.replace('_', '-')} {value}" for name, value in run.settings.items()
+                 if name != "seed" and value not in (None, []) and usual.get(name) != value]
+        method = (run.method, *flags)
+        seeds = methods.setdefault(method, {})
+        if run.seed in seeds:
+            raise ValueError(f"two reports are of {' '.join(method)} with seed {run.seed}; "
+                             "expected each run once")
+        seeds[run.seed] = run.figures
+    return methods
+
+
+def compare(runs):
+    """Methods over seeds -> [{"dataset", "student", "epochs", "teacher", "rows"}], a group a table.
+
+    runs: as `read_reports` returns them. rows: {method: {column: cell}}, a cell being `statistics`
+    of the method's runs, with "difference" the same of what they have more than the `kd` run of
+    their seed. Runs without a teacher join every group of their student. The first rows are the
+    group's own CLIP, teacher and fused teacher, where its runs know them.
+    """
+    groups, seen = [], []
+    for run in runs:
+        group = {**run.group, "teacher": run.teacher}
+        alike = [other for other in runs if other.group == run.group]
+        joins_others = run.teacher is None and any(other.teacher for other in alike)
+        if joins_others or group in seen:
+            continue
+        seen.append(group)
+        members = [other for other in alike if other.teacher in (run.teacher, None)]
+        groups.append({**group, "rows": {**teaching_rows(members), **method_rows(members)}})
+    return groups
+
+
+def teaching_rows(runs):
+    """The rows of CLIP, teacher and fused teacher: of each column, what the last run knows."""
+    rows = {name: {} for name in TEACHING.values()}
+    for run in runs:
+        for name, figures in run.teaching.items():
+            for column, value in figures.items():
+                rows[name][column] = statistics([value])
+    return {name: row for name, row in rows.items() if row}
+
+
+def method_rows(runs):
+    """The rows of the students, a method with its flags each."""
+    rows, methods = {}, by_method(runs)
+    for method, seeds in methods.items():
+        # Of several kinds of kd, the one with most of this row's flags and with no others.
+        baselines = [other for other in methods
+                     if other[0] == "kd" and other != method and set(other[1:]) <= set(method[1:])]
+        baseline = methods[max(baselines, key=len)] if baselines else {}
+        rows[" ".join(method)] = row = {}
+        for column in dict.fromkeys(column for figures in seeds.values() for column in figures):
+            values = {seed: figures[column] for seed, figures in seeds.items() if column in figures}
+            row[column] = statistics(list(values.values()))
+            more = [value - baseline[seed][column] for seed, value in values.items()
+                    if column in baseline.get(seed, {})]
+            if more:
+                row[column]["difference"] = statistics(more)
+    return rows
+
+
+def comparison(groups):
+    """What `compare` returns, as Markdown: a table a group."""
+    lines = []
+    for group in groups:
+        columns = list(dict.fromkeys(column for row in group["rows"].values() for column in row))
+        columns.sort(key=lambda column: column in ("NLL", "ECE %"))  # these last
+        networks = " → ".join(filter(None, (group["teacher"], group["student"])))
+        lines += [f"{group['dataset']}, {networks}, {group['epochs']} epochs. Mean ± "
+                  "standard deviation over seeds; in brackets the paired difference to kd (the one "
+                  "with most of a row's flags) and its 95 % interval (Student's t).", "",
+                  "| | runs | " + " | ".join(columns) + " |",
+                  "| --- " * (len(columns) + 2) + "|"]
+        for label, row in group["rows"].items():
+            runs = max(cell["n"] for cell in row.values())
+            cells = [cell_text(row.get(column), 3 if column == "NLL" else 2) for column in columns]
+            lines.append("| " + " | ".join([label, str(runs), *cells]) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def cell_text(cell, digits):
+    """ "54.20 ± 0.44 (+2.73; -0.35 to +5.82)", as much of it as the cell has."""
+    if not cell:
+        return "not run"
+    text = f"{cell['mean']:.{digits}f}"
+    if "std" in cell:
+        text += f" ± {cell['std']:.{digits}f}"
+    if "difference" in cell:
+        more = cell["difference"]
+        text += f" ({more['mean']:+.{digits}f}"
+        if "low" in more:
+            text += f"; {more['low']:+.{digits}f} to {more['high']:+.{digits}f}"
+        text += ")"
+    return text

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# The paper's claims in miniature: several methods over several seeds with one teacher and one
+# schedule, all evaluated on the test split, the shift splits and under corruptions. It only calls
+# train.py and evaluate.py, from the repository's root:
+#
+#   bash study/study.sh methods shapes 5 30     # part, data set, seeds, epochs, flags of train.py
+#   bash study/study.sh methods cifar100 3 240 --teacher resnet32x4 --student resnet8x4 --amp
+#
+# The parts: methods (the main table), sweeps (alpha, lam, templates, scale of RichKD), fraction (kd,
+# richkd, scratch) and pair (kd, richkd). With a number, as in fraction-30, a part sees that
+# percentage of the training images, and so does the teacher; give it more epochs. TAG=-name names
+# runs and results of other flags apart. JOBS runs at a time, 1 by default. Runs lie below
+# runs/study/<data set>-<epochs>; the same command skips those that are finished, and parts share
+# the runs that they have in common. The reports end in study/results/<data set>-<part><TAG>.json,
+# of which
+#   python evaluate.py --compare study/results/<data set>-<part><TAG>.json
+# makes the tables again.
+set -euo pipefail
+[ $# -ge 4 ] || { echo "usage: bash study/study.sh PART DATASET SEEDS EPOCHS [flags of train.py]" >&2; exit 2; }
+part=$1 dataset=$2 seeds=$3 epochs=$4
+shift 4
+kind=${part%-[0-9]*}
+share=${part#"$kind"}  # -30, or nothing
+root=runs/study/$dataset-$epochs
+results=study/results/$dataset-$part${TAG:-}.json
+case $kind in
+methods) methods="kd richkd scratch crd dkd kd-ls richkd-l richkd-f" ;;
+sweeps | pair) methods="kd richkd" ;;
+fraction) methods="kd richkd scratch" ;;
+*)
+    echo "unknown part $part; known: methods, sweeps, fraction, pair; or one with a percentage, as pair-30" >&2
+    exit 2 ;;
+esac
+mkdir -p "$root" study/results
+echo "a photo of a {}" > "$root/one-template.txt"
+
+list=$(for seed in $(seq 0 $((seeds - 1))); do  # a line a run: the name of its folder, its own flags
+    end="$share${TAG:-}-s$seed --seed $seed --epochs $epochs ${share:+--fraction ${share#-}e-2}"
+    for method in $methods; do
+        echo "$method$end --method $method"
+    done
+    case $kind in
+    methods)
+        echo "dkd-published$end --method dkd --temperature 4 --logit-weight 1"
+        echo "clip-alone$end --alpha 0 --lam 0" ;;
+    sweeps)
+        for value in 0 0.3 0.5 0.9 1; do
+            echo "alpha-$value$end --alpha $value"
+            echo "lam-$value$end --lam $value"
+        done
+        echo "one-template$end --prompts $root/one-template.txt"
+        echo "clip-scale-1$end --clip-scale 1"
+        echo "average-logits$end --average logits" ;;
+    esac
+done)
+FLAGS="--dataset $dataset $*" ROOT=$root xargs -P "${JOBS:-1}" -L 1 bash -c \
+    'python train.py $FLAGS --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && tail -n 1 "$ROOT/$0.txt"' \
+    <<< "$list"
+folders=$(cut -d " " -f 1 <<< "$list" | sed "s|^|$root/|")
+if [ "$dataset" = shapes ]; then shift=--shift; fi
+python evaluate.py --run $folders ${shift:-} --corruptions
+python evaluate.py --run "$(grep -m 1 richkd <<< "$folders")" ${shift:-} --corruptions --fused --plot
+python - $folders > "$results" << 'END'
+import json, pathlib, sys
+reports = [json.loads(pathlib.Path(folder, "report.json").read_text()) for folder in sys.argv[1:]]
+for report in reports:  # small: without the points of the reliability diagrams
+    del report["digest"]  # of the whole
+    for row in report.values():
+        if isinstance(row, dict):
+            row.pop("calibration", None)
+print("[" + ",\n".join(map(json.dumps, reports)) + "]")
+END
+python evaluate.py --compare "$results"
