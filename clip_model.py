@@ -336,6 +336,7 @@ class Tokenizer:
         letters, merges = list(LETTERS.values()), [tuple(pair) for pair in merges]
         tokens = letters + [letter + "</w>" for letter in letters] + ["".join(p) for p in merges]
         self.ids = {token: i for i, token in enumerate(tokens)}
+        self.tokens = [*tokens, START, END]
         self.priority = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end, self.vocab_size = len(tokens), len(tokens) + 1, len(tokens) + 2
         self.cache = {START: [self.start], END: [self.end]}  # word: ids
@@ -363,15 +364,24 @@ class Tokenizer:
             ids += self.cache[word]
         return ids
 
-    def __call__(self, texts, context_length):
-        """A list of B texts to (B, context_length) int64: start, ids, end, zeros. Raises ValueError
-        for a text that is too long."""
+    def decode(self, ids):
+        """Ids to text; a space ends each word, so that those around punctuation may be new."""
+        byte_of = {letter: byte for byte, letter in LETTERS.items()}
+        text = "".join(self.tokens[int(i)] for i in ids).replace("</w>", " ")
+        data = b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in text)
+        return data.decode("utf-8", errors="replace").strip()
+
+    def __call__(self, texts, context_length, truncate=False):
+        """One text or B of them to (B, context_length) int64: start, ids, end, zeros. A text that
+        is too long raises ValueError or, with `truncate`, is cut before the end."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts):
             ids = [self.start, *self.encode(text), self.end]
-            if len(ids) > context_length:
+            if len(ids) > context_length and not truncate:
                 raise ValueError(f"{len(ids)} tokens, over the context length {context_length}: "
                                  f"{text[:80]!r}")
+            ids = ids[: context_length - 1] + ids[-1:] if len(ids) > context_length else ids
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -451,12 +461,12 @@ def load_templates(path):
     comments are skipped. Raises ValueError for a line without `{}`, and for a file without any."""
     with files.undamaged(path, "expected text in UTF-8"):
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    templates = [line for line in lines if line and not line.startswith("#")]
-    for template in templates or [""]:
+    templates = {n: line for n, line in enumerate(lines, 1) if line and not line.startswith("#")}
+    for number, template in (templates or {1: ""}).items():
         if "{}" not in template:
-            raise ValueError(f"{path}: expected templates, one a line, with {{}} for the class "
-                             f"name, found {template[:80]!r}")
-    return templates
+            raise ValueError(f"{path}:{number}: expected a template with {{}} for the class name, "
+                             f"found {template[:80]!r}")
+    return list(templates.values())
 
 
 def clean_class_name(name):

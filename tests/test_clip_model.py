@@ -313,6 +313,9 @@ def test_Tokenizer_equals_openai_on_10000_strings(shared):
     ids = tokenizer(["a photo of a cat"], 8).tolist()
     assert ids == [[49406, 320, 1125, 539, 320, 2368, 49407, 0]]
     assert digest(tokenizer, strings(10000)) == GOLDEN["tokenizer"]
+    texts = ("A red  circle", "don't", "naïve 北京 😀")
+    decoded = [tokenizer.decode(tokenizer.encode(text)) for text in texts]
+    assert decoded == ["a red circle", "don 't", "naïve 北京 😀"]
 
 
 def test_Tokenizer_of_bytes():
@@ -322,6 +325,9 @@ def test_Tokenizer_of_bytes():
     assert tokenizer.encode("ab !") == [64, 65 + 256, 256]
     assert tokenizer.encode("\u00e9") == [tokenizer.ids["Ã"], tokenizer.ids["©</w>"]]
     assert tokenizer.encode("A &amp;amp; <|endoftext|>") == [64 + 256, 5 + 256, 513]
+    for text in ("naïve café", "北京 東京", "😀 👩 x", "a b c 1 2 3", "ünï ç"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([512, 64, 65 + 256, 513]) == "<|startoftext|>ab <|endoftext|>"
     assert Tokenizer([("a", "b"), ("ab", "c</w>")]).encode("abc abd") == [513, 512, 256 + 67]
 
 
@@ -331,6 +337,7 @@ def test_Tokenizer_fills_and_refuses():
     assert tokens.tolist() == [[512, 64, 65 + 256, 513, 0], [512, 64, 65, 66 + 256, 513]]
     with pytest.raises(ValueError, match="8 tokens, over the context length 5: 'abcdef'"):
         Tokenizer()(["ab", "abcdef"], 5)
+    assert Tokenizer()("abcdef", 5, truncate=True).tolist() == [[512, 64, 65, 66, 513]]
 
 
 def test_load_merges_plain_and_packed(tmp_path, monkeypatch):
@@ -397,9 +404,9 @@ def test_load_templates(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# comment\n\n  a {} \n#{}\nthe {}.\n")
     assert load_templates(path) == ["a {}", "the {}."]
-    for text, found in (("a {}\n\nno place\n", "'no place'"), ("# nothing\n", "''")):
+    for text, found in (("a {}\n\nno place\n", "3: .*'no place'"), ("# nothing\n", "1: .*''")):
         path.write_text(text)
-        with pytest.raises(ValueError, match=f"prompts.txt: expected templates.*found {found}"):
+        with pytest.raises(ValueError, match=f"prompts.txt:{found}"):
             load_templates(path)
     path.write_bytes(b"a \xff {}")
     with pytest.raises(ValueError, match="prompts.txt.*UTF-8"):
