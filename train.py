@@ -244,10 +244,9 @@ def load_teachers(config, splits):
     """The conventional teachers, frozen, on the device; None if there are none. One without a
     checkpoint is trained first, in the cache, the same for every student, method and seed."""
     teachers = []
-    for number, name in enumerate(config.teacher):
-        if config.teacher_weights:
-            weights = config.teacher_weights[number]
-        else:
+    given = config.teacher_weights or [None] * len(config.teacher)
+    for name, weights in zip(config.teacher, given):
+        if weights is None:
             shared = ("dataset", "data_dir", "image_size", "fraction", "holdout", "epochs",
                       "batch_size", "weight_decay", "amp", "device", "workers")
             own = resolve(Config(method="scratch", student=name,
@@ -437,12 +436,22 @@ def restore(path, parts):
         return [dict(row) for row in last["log"]]
 
 
-def save_epoch(folder, log, parts):
-    """log.csv and last.pt as they stand after an epoch."""
+def keep_epoch(config, folder, log, parts, progress):
+    """log.csv and last.pt as they stand after an epoch; its line for people, and for tensorboard
+    where that is asked for."""
     lines = [",".join(log[0])] + [",".join(map(str, row.values())) for row in log]
     files.write_atomically(folder / "log.csv", "".join(line + "\n" for line in lines).encode())
     state = {name: part.state_dict() for name, part in parts.items()}
     files.save(folder / "last.pt", {**state, "log": log})
+    row = log[-1]
+    note = (f"epoch {row['epoch']}/{config.epochs} | loss {row['loss']:.3f} | accuracy "
+            f"{row['train_accuracy']:.1f} % | test {row['test_accuracy']:.1f} %")
+    progress.update(row["epoch"] * progress.total // config.epochs, note, keep=True)
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(folder) as writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["epoch"])
 
 
 def fit(config, folder, splits):
@@ -475,8 +484,7 @@ def fit(config, folder, splits):
                             "test_accuracy": top1(logits, splits["test"].labels),
                             "images_per_second": N / seconds, "seconds": seconds})
                 if rank() == 0:
-                    save_epoch(folder, log, parts)
-                    tell(config, folder, log, progress)
+                    keep_epoch(config, folder, log, parts, progress)
             number = command.any_rank(caught, config.device)
             if number:
                 state = f"; {folder} keeps epoch {len(log)} of {config.epochs}"
@@ -494,19 +502,6 @@ def fit(config, folder, splits):
     if world() > 1:
         dist.barrier()  # the files are there
     return summary
-
-
-def tell(config, folder, log, progress):
-    """An epoch's line for people, and for tensorboard where that is asked for."""
-    row = log[-1]
-    note = (f"epoch {row['epoch']}/{config.epochs} | loss {row['loss']:.3f} | accuracy "
-            f"{row['train_accuracy']:.1f} % | test {row['test_accuracy']:.1f} %")
-    progress.update(row["epoch"] * progress.total // config.epochs, note, keep=True)
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter(folder) as writer:
-            for name, value in row.items():
-                writer.add_scalar(name, value, row["epoch"])
 
 
 def accuracies(training, student, clip_targets, splits):

@@ -56,7 +56,7 @@ def confident_changes(before, after, target, generator, threshold=0.7):
     return changes
 
 
-def rank(values):
+def mean_ranks(values):
     """Ranks of (n,) numbers, equal ones sharing their mean rank: float64 (n,)."""
     _, index, count = values.unique(return_inverse=True, return_counts=True)
     return (count.cumsum(0) - (count - 1) / 2).double()[index]
@@ -77,7 +77,7 @@ def non_target(logits, target, similarity, groups):
     count = torch.bincount(target, minlength=K)[:, None]
     mean = torch.zeros(K, K, dtype=torch.float64).index_add_(0, target, q) / count  # (K, K)
     pairs = (count > 0) & ~torch.eye(K, dtype=torch.bool)
-    ranks = torch.stack([rank(mean[pairs]), rank(similarity[pairs])])
+    ranks = torch.stack([mean_ranks(mean[pairs]), mean_ranks(similarity[pairs])])
     found = {"rank_correlation": ranks.corrcoef()[0, 1].item(),
              "entropy": torch.special.entr(q).sum(dim=1).mean().item()}
     for what, group in groups.items():

@@ -190,8 +190,8 @@ def test_confident_changes_are_paired():
     assert same == dict.fromkeys(changes, [0, 0, 0])  # image by image
 
 
-def test_rank_shares_ties():
-    assert fusion.rank(torch.tensor([3.0, 1.0, 3.0, 7.0, 3.0])).tolist() == [3, 1, 3, 5, 3]
+def test_mean_ranks_shares_ties():
+    assert fusion.mean_ranks(torch.tensor([3.0, 1.0, 3.0, 7.0, 3.0])).tolist() == [3, 1, 3, 5, 3]
 
 
 def test_non_target_by_hand():

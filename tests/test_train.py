@@ -291,7 +291,7 @@ def test_run_asks_for_tensorboard_before_any_work(config, monkeypatch):
     assert train.settings(config) == train.settings(with_(config, tensorboard=True))
 
 
-def test_tell_gives_tensorboard_every_column_of_the_log(config, monkeypatch):
+def test_keep_epoch_gives_tensorboard_every_column_of_the_log(config, monkeypatch):
     scalars = []
 
     class Writer:
