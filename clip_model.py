@@ -32,7 +32,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads, causal):
         super().__init__()
         if heads < 1 or width % heads:
-            raise ValueError(f"a width of {width} does not divide into {heads} heads of 64")
+            raise ValueError(f"a width of {width} does not divide into {heads} heads")
         self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -365,7 +365,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """Ids to text; a space ends each word, so that those around punctuation may be new."""
+        """Ids to text, as OpenAI's: a space ends each word, some around punctuation are new."""
         byte_of = {letter: byte for byte, letter in LETTERS.items()}
         text = "".join(self.tokens[int(i)] for i in ids).replace("</w>", " ")
         data = b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in text)
@@ -373,7 +373,7 @@ class Tokenizer:
 
     def __call__(self, texts, context_length, truncate=False):
         """One text or B of them to (B, context_length) int64: start, ids, end, zeros. A text that
-        is too long raises ValueError or, with `truncate`, is cut before the end."""
+        is too long raises ValueError or, with `truncate`, is cut as OpenAI's cuts it."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts):

@@ -66,7 +66,8 @@ def parse(config_class, text, arguments=None):
             extra["action"] = "store_true"
         elif "nargs" not in extra:
             extra.setdefault("type", type(field.default))
-        default = "" if field.default in (None, False) else f" ({field.default})"
+        told = field.default is not None and field.default is not False
+        default = f" ({field.default})" if told else ""
         extra["help"] = extra["help"].replace("%", "%%") + default
         parser.add_argument(flag(field.name), default=field.default, **extra)
     return config_class(**vars(parser.parse_args(arguments)))

@@ -95,12 +95,12 @@ def fit_temperature(logits, target):
     Fit it on images that are not reported. The NLL is convex in 1 / T, with the derivative
     mean(E_p[z] - z[target]): its sign tells on which side of T the one minimum lies."""
     logits = logits.double()
-    right = logits.gather(1, target[:, None]).mean()
+    of_target = logits.gather(1, target[:, None]).mean()
     low, high = 1e-3, 1e3
     for _ in range(60):
         temperature = math.sqrt(low * high)
         expected = ((logits / temperature).softmax(dim=1) * logits).sum(dim=1).mean()
-        if expected < right:
+        if expected < of_target:
             high = temperature
         else:
             low = temperature
@@ -109,7 +109,7 @@ def fit_temperature(logits, target):
 
 def quadrants(logits, target, threshold):
     """Which images are confident (confidence >= threshold) or unsure, and right or wrong: bool (N,)
-    each. The paper's abstract: fusing adds to the first and takes from the second."""
+    each. The paper's abstract: fusing makes more confident_right and fewer confident_wrong."""
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     confident = confidence >= threshold
     right = predicted == target
@@ -296,7 +296,7 @@ def go_on(path, start):
     return start
 
 
-def save(subjects):
+def save_reports(subjects):
     for subject in subjects:
         files.write_json(subject.path, subject.report)
 
@@ -324,7 +324,7 @@ def calibration(logits, labels, temperature=None):
     return table
 
 
-def blocks(images, config):
+def device_blocks(images, config):
     return data.blocks(images, workers=config.workers, device=config.device)
 
 
@@ -351,13 +351,13 @@ def evaluate_sets(config, test, subjects):
             same = [subject for subject in todo if subject.classifier.image_size == size]
             images = data.resize(split.images, size)  # as train.py does, to the pixel
             found = train.predict([subject.classifier for subject in same],
-                                  blocks(images, config), config, progress)
+                                  device_blocks(images, config), config, progress)
             for (_, _, report), logits in zip(same, found):
                 logits = logits[:, columns]
                 fitted = None if name == "test" else report["test"]["calibration"]["temperature"]
                 report[name] = {**scores(logits, split.labels), "folder": folder,
                                 "calibration": calibration(logits, split.labels, fitted)}
-        save(todo)
+        save_reports(todo)
 
 
 def corrupted(test, name, severity, config):
@@ -367,14 +367,14 @@ def corrupted(test, name, severity, config):
     if config.corruptions == "generated":
         seed = 1000 * config.seed + 10 * list(COMMON).index(name) + severity
         generator = torch.Generator().manual_seed(seed)
-        clean = blocks(test.images, config)
+        clean = device_blocks(test.images, config)
         return (corrupt(images, name, severity, generator) for images in clean), test.labels
     if config.dataset.startswith("cifar"):
         images, labels = data.read_cifar_c(config.corruptions, name, severity)
         if len(labels) == len(test.labels) and not labels.equal(test.labels):
             raise ValueError(f"{config.corruptions}/labels.npy has other labels than the test "
                              f"split of {config.dataset}")
-        return blocks(images, config), labels
+        return device_blocks(images, config), labels
     root = data.imagenet_c_folder(config.corruptions, name, severity)
     class_ids = data.folder_names(test) or sorted(path.name for path in root.iterdir())
     paths, labels, columns = data.list_folder(root, class_ids, {})
@@ -382,13 +382,13 @@ def corrupted(test, name, severity, config):
         raise ValueError(f"{root} has {len(columns)} classes, {config.dataset} "
                          f"{len(test.class_names)}: expected a folder for each")
     size = data.DATASETS[config.dataset].image_size  # the published images have it already
-    return blocks(data.Stream(paths, size, size), config), labels
+    return device_blocks(data.Stream(paths, size, size), config), labels
 
 
 def corruption_errors(table, clean, alexnet):
     """In percent, of {corruption: top-1 a severity}: the mean error, and the same less the clean
     one (`clean` is the clean top-1); with alexnet ImageNet-C's mCE and relative mCE, too."""
-    errors = {name: 1 - sum(row) / 500 for name, row in table.items()}
+    errors = {name: 1 - sum(row) / 500 for name, row in table.items()}  # 5 x percent
     means = {"mean_error": mean_corruption_error(errors),
              "relative_mean_error": mean_corruption_error(errors, 1 - clean / 100)}
     if alexnet:
@@ -416,12 +416,12 @@ def evaluate_corruptions(config, test, subjects, source):
         for (_, _, report), logits in zip(todo, found):
             top1 = report["corruptions"]["top1"].setdefault(name, [])
             top1.append(100 * top_k_accuracy(logits, labels))
-        save(todo)
+        save_reports(todo)
     alexnet = config.dataset == "imagenet" and len(test.class_names) == 1000
     for _, _, report in subjects:
         report["corruptions"] |= corruption_errors(report["corruptions"]["top1"],
                                                    report["test"]["top1"], alexnet)
-    save(subjects)
+    save_reports(subjects)
 
 
 def evaluate(config):
@@ -526,13 +526,13 @@ def job(config):
             print(f"{top1:6.2f} %  {template}")
     elif config.compare:
         runs = [run for path in config.compare for run in compare.read_reports(path)]
-        print(compare.comparison(compare.compare(runs)))
+        print(compare.as_markdown(compare.groups(runs)))
     else:
         reports = evaluate(config)
         runs = [compare.run_of(report) for report in reports]
         print(tables(reports))
         if len(runs) > 1:
-            print("\n" + compare.comparison(compare.compare(runs)))
+            print("\n" + compare.as_markdown(compare.groups(runs)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Files: written whole, read without executing anything, downloaded and checked; the progress line.
 
-Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file.
-"""
+Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file."""
 
 import contextlib
 import hashlib
@@ -101,9 +100,8 @@ def undamaged(path, advice):
 
 
 def read_own(path, advice):
-    """The dict in a file that `save` or (.json) `write_json` wrote, without its format.
-
-    Raises FileNotFoundError; ValueError, ending in `advice`, for damage and for another format."""
+    """The dict in a file that `save` or (.json) `write_json` wrote. Raises FileNotFoundError, and
+    ValueError, ending in `advice`, for damage and for another format."""
     is_json = Path(path).suffix == ".json"
     with undamaged(path, advice):
         content = json.loads(Path(path).read_text("utf-8")) if is_json else read_checkpoint(path)
@@ -134,7 +132,6 @@ def rebuild_tensor(data, offset, size, stride, *_):
 class TensorUnpickler(pickle.Unpickler):
     """Admits tensors and plain values, turns known bystanders of theirs (command-line arguments,
     paths, NumPy numbers, TorchScript modules) into shells, refuses all else by its name."""
-
     KNOWN = {
         "collections.OrderedDict": OrderedDict,
         "torch._utils._rebuild_tensor": rebuild_tensor,
@@ -142,8 +139,7 @@ class TensorUnpickler(pickle.Unpickler):
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         "torch.jit._pickle.build_intlist": list,
         "torch.Size": tuple,
-        "torch.ByteStorage": torch.uint8,  # a storage is named by its dtype
-        "torch.CharStorage": torch.int8,
+        "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8,  # named by dtype
         **{f"torch.{name}Storage": getattr(torch, name.lower())
            for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")},
         **{str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16,
@@ -237,7 +233,7 @@ def read_state_dict(path):
 
     content = read_checkpoint(path)
     if isinstance(content, Shell) and not content:
-        content = dict(flatten(content, ""))
+        content = dict(flatten(content, ""))  # a TorchScript module's attributes are the state
     for key in ("state_dict", "model", "net"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -2,8 +2,8 @@
 
 Mansourian, Babaei, Kasaei, "Enriching Knowledge Distillation with Cross-Modal Teacher Fusion",
 CVPR 2026 Findings, arXiv 2511.09286. Leaf functions first, the method `RichKD` last. A function
-needs nothing but torch: copy it alone. The numbers of the equations are this file's own. Half
-precision is computed with in float32. NaN is not looked for here; the training loop does that.
+needs nothing but torch: copy it alone. The equations are numbered here, not as in the paper. Half
+precision is computed in float32 (embeddings: by `Embed`). train.py looks for NaN, this file not.
 
   multi-prompt (1)  w_k   = unit( mean_m unit(t_km) )            t_km: text of class k, template m
   zero shot    (2)  z_C   = s * unit(x) . w_k                    x: CLIP's feature of the image
@@ -11,10 +11,10 @@ precision is computed with in float32. NaN is not looked for here; the training 
                (4)  f_F   = unit( l g_T(f_T) + (1 - l) g_C(f_C) )      features; g: linear, unit
   logit loss   (5)  L_log = T^2 KL( softmax(z_F / T) || softmax(z_S / T) )
                     or (9) DKD, or (10) MLKD; after (8), standardisation, if that is wanted
-  feature loss (6)  L_fea = - log P+ / (P+ + c) - sum_j log (J/N) / (P_j + c),    c = J/N + 1e-7
-                    P+ = exp(v . r+ / tau) / Z, P_j = exp(v . r_j / tau) / Z: the bank's row of
-                    the same image, and J drawn ones; once with v = g_S(f_S) and the bank of f_F,
-                    once with v = f_F and the bank of g_S(f_S)
+  feature loss (6)  L_fea = - log [P+ / (P+ + c)] - sum_j log [(J/N) / (P_j + c)],  c = J/N + 1e-7
+                    P = exp(v . r / tau) / Z: P+ with the image's own row r of the bank, P_j with
+                    J drawn rows; Z = N mean exp(v . r / tau) of the first batch, then fixed. Sum
+                    of v = g_S(f_S) against the bank of f_F and v = f_F against that of g_S(f_S)
   total        (7)  L     = w_ce CE(z_S, y) + w_log L_log + w_fea L_fea
 
   a alpha .7   l lam .7   T temperature 3   w_ce 1   w_log logit_weight 3   w_fea feature_weight .8
@@ -23,92 +23,6 @@ precision is computed with in float32. NaN is not looked for here; the training 
 """
 
 import torch
-
-
-def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
-            temperature: float = 3.0) -> torch.Tensor:
-    """Equation (5): T^2 KL(teacher || student), batch mean. Logits (B, K) -> ().
-
-    Hinton et al., arXiv 1503.02531, section 2; its T^2 keeps the scale of the gradient.
-
-    >>> round(kd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), temperature=1.0).item(), 4)
-    0.3278
-    """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student logits {tuple(student_logits.shape)}, teacher logits "
-                         f"{tuple(teacher_logits.shape)}: expected one shape (B, K)")
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student = (student_logits.to(dtype) / temperature).log_softmax(1)
-    teacher = (teacher_logits.to(dtype) / temperature).softmax(1)
-    return temperature**2 * torch.nn.functional.kl_div(student, teacher, reduction="batchmean")
-
-
-def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Equation (8): a row less its mean, over 1e-7 + its unbiased standard deviation. (B, K).
-
-    Sun et al., CVPR 2024: student's and teacher's logits, before the softmax.
-
-    >>> standardize_logits(torch.tensor([[1.0, 3.0]]))
-    tensor([[-0.7071,  0.7071]])
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits - logits.mean(1, keepdim=True)) / (1e-7 + logits.std(1, keepdim=True))
-
-
-def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target: torch.Tensor,
-             alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> torch.Tensor:
-    """Equation (9): T^2 (alpha KL(b_T || b_S) + beta KL(q_T || q_S)), batch mean.
-
-    b = (p_y, 1 - p_y), q: softmax over the K - 1 others. Logits (B, K), target (B,) int64 -> ().
-    Zhao et al., CVPR 2022, equation 7; mdistiller's defaults (it ramps the weight up at first).
-
-    >>> student, teacher = torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])
-    >>> round(dkd_loss(student, teacher, target=torch.tensor([0])).item(), 3)
-    1.248
-    """
-    if student_logits.shape != teacher_logits.shape or target.shape != student_logits.shape[:1]:
-        raise ValueError(f"logits {tuple(student_logits.shape)}, {tuple(teacher_logits.shape)}, "
-                         f"target {tuple(target.shape)}: expected (B, K), (B, K), (B,)")
-    dtype, y = torch.promote_types(student_logits.dtype, torch.float32), target[:, None]
-    hide = torch.zeros_like(student_logits, dtype=dtype).scatter_(1, y, 1000.0)  # p_y = 0, finite
-    log_b, log_q = [], []
-    for logits in (student_logits, teacher_logits):
-        log_p = (logits.to(dtype) / temperature).log_softmax(1)                 # (B, K)
-        rest = (log_p - hide).logsumexp(1, keepdim=True)                        # (B, 1) log 1 - p_y
-        log_b.append(torch.cat([log_p.gather(1, y), rest], dim=1))              # (B, 2)
-        log_q.append((log_p - hide).log_softmax(1))                             # (B, K)
-    tckd, nckd = (torch.nn.functional.kl_div(student, teacher.exp(), reduction="batchmean")
-                  for student, teacher in (log_b, log_q))
-    return temperature**2 * (alpha * tckd + beta * nckd)
-
-
-def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
-              temperatures: tuple = (2.0, 3.0, 4.0, 5.0, 6.0)) -> torch.Tensor:
-    """Equation (10), with p the (B, K) softmax at temperature T: logits (B, K) -> (),
-
-    sum_T  T^2 KL(p_T || p_S)  +  |p_T p_T' - p_S p_S'|^2 / B  +  |p_T' p_T - p_S' p_S|^2 / K
-           of every image         between images, (B, B)          between classes, (K, K)
-
-    Jin et al., CVPR 2023; its public code's temperatures and norms, one view, no confidence masks.
-
-    >>> round(mlkd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])).item(), 4)
-    2.5195
-    """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student logits {tuple(student_logits.shape)}, teacher logits "
-                         f"{tuple(teacher_logits.shape)}: expected one shape (B, K)")
-    B, K = student_logits.shape
-    dtype, loss = torch.promote_types(student_logits.dtype, torch.float32), 0.0
-    student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
-    with torch.autocast(student_logits.device.type, enabled=False):  # the products, too, in float32
-        for T in temperatures:
-            log_student = (student_logits / T).log_softmax(1)
-            student, teacher = log_student.exp(), (teacher_logits / T).softmax(1)
-            kl = torch.nn.functional.kl_div(log_student, teacher, reduction="batchmean")
-            images = (teacher @ teacher.T - student @ student.T).square().sum() / B
-            classes = (teacher.T @ teacher - student.T @ student).square().sum() / K
-            loss = loss + T**2 * kl + images + classes
-    return loss
 
 
 def ensemble_text_features(text_features: torch.Tensor) -> torch.Tensor:
@@ -128,8 +42,8 @@ def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
                      scale: float) -> torch.Tensor:
     """Equation (2): CLIP's logits, scale * cosine. (B, D), (K, D) -> (B, K).
 
-    scale: CLIP's learned exp(logit_scale), about 100. The authors' script keeps raw cosines (1),
-    which at T = 3 move a fused logit by at most 0.1.
+    scale: CLIP's learned exp(logit_scale), about 100. The authors' script keeps raw cosines (1):
+    with alpha .7 they move z_F by at most 0.3, and z_F / T, which is distilled, by 0.1.
 
     >>> zero_shot_logits(torch.tensor([[0.0, 9.0]]), torch.tensor([[5.0, 0.0], [0.0, 5.0]]), 100)
     tensor([[  0., 100.]])
@@ -197,17 +111,103 @@ class Embed(torch.nn.Module):
             return torch.nn.functional.normalize(features, dim=1)
 
 
-def nce_loss(anchor: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, negatives: torch.Tensor,
-             Z: torch.Tensor, temperature: float = 0.07, same: torch.Tensor = None):
-    """Equation (6) for embeddings of one kind and the bank of the other, batch mean: ().
+def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
+            temperature: float = 3.0) -> torch.Tensor:
+    """Equation (5): T^2 KL(teacher || student), batch mean. Logits (B, K) -> ().
 
-    anchor v (B, d), bank r (N, d), index (B,): which images these are; negatives (J,) for the whole
-    batch, or (B, J); Z (). same (B, J) masks negatives of an image's own class; the rest of its row
+    Hinton et al., arXiv 1503.02531, section 2; its T^2 keeps the scale of the gradient.
+
+    >>> round(kd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), temperature=1.0).item(), 4)
+    0.3278
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"student logits {tuple(student_logits.shape)}, teacher logits "
+                         f"{tuple(teacher_logits.shape)}: expected one shape (B, K)")
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student = (student_logits.to(dtype) / temperature).log_softmax(1)
+    teacher = (teacher_logits.to(dtype) / temperature).softmax(1)
+    return temperature**2 * torch.nn.functional.kl_div(student, teacher, reduction="batchmean")
+
+
+def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Equation (8): (z - mean z) / (1e-7 + std z) by rows, std the unbiased one. (B, K) -> (B, K).
+
+    Sun et al., CVPR 2024: student's and teacher's logits, before the softmax.
+
+    >>> standardize_logits(torch.tensor([[1.0, 3.0]]))
+    tensor([[-0.7071,  0.7071]])
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits - logits.mean(1, keepdim=True)) / (1e-7 + logits.std(1, keepdim=True))
+
+
+def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target: torch.Tensor,
+             alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> torch.Tensor:
+    """Equation (9): T^2 (alpha KL(b_T || b_S) + beta KL(q_T || q_S)), batch mean.
+
+    b = (p_y, 1 - p_y), q = p without y, of sum 1; alpha: DKD's. Logits (B, K), target (B,) -> ().
+    Zhao et al., CVPR 2022, equation 7; mdistiller's defaults (it ramps the weight up at first).
+
+    >>> student, teacher = torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])
+    >>> round(dkd_loss(student, teacher, target=torch.tensor([0])).item(), 3)
+    1.248
+    """
+    if student_logits.shape != teacher_logits.shape or target.shape != student_logits.shape[:1]:
+        raise ValueError(f"logits {tuple(student_logits.shape)}, {tuple(teacher_logits.shape)}, "
+                         f"target {tuple(target.shape)}: expected (B, K), (B, K), (B,)")
+    dtype, y = torch.promote_types(student_logits.dtype, torch.float32), target[:, None]
+    hide = torch.zeros_like(student_logits, dtype=dtype).scatter_(1, y, 1000.0)  # -inf gives NaN
+    log_b, log_q = [], []
+    for logits in (student_logits, teacher_logits):
+        log_p = (logits.to(dtype) / temperature).log_softmax(1)                 # (B, K)
+        rest = (log_p - hide).logsumexp(1, keepdim=True)                        # (B, 1) log(1-p_y)
+        log_b.append(torch.cat([log_p.gather(1, y), rest], dim=1))              # (B, 2)
+        log_q.append((log_p - hide).log_softmax(1))                             # (B, K)
+    tckd, nckd = (torch.nn.functional.kl_div(student, teacher.exp(), reduction="batchmean")
+                  for student, teacher in (log_b, log_q))
+    return temperature**2 * (alpha * tckd + beta * nckd)
+
+
+def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
+              temperatures: tuple = (2.0, 3.0, 4.0, 5.0, 6.0)) -> torch.Tensor:
+    """Equation (10); p, q: teacher's and student's softmax at T, (B, K). Logits (B, K) -> ().
+
+    sum_T  T^2 KL(p || q)  +  |p p^t - q q^t|^2 / B   +  |p^t p - q^t q|^2 / K     ^t: transposed
+           batch mean         between images, (B, B)     between classes, (K, K)
+
+    Jin et al., CVPR 2023; its public code's temperatures and norms, one view, no confidence masks.
+
+    >>> round(mlkd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])).item(), 4)
+    2.5195
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"student logits {tuple(student_logits.shape)}, teacher logits "
+                         f"{tuple(teacher_logits.shape)}: expected one shape (B, K)")
+    B, K = student_logits.shape
+    dtype, loss = torch.promote_types(student_logits.dtype, torch.float32), 0.0
+    student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
+    with torch.autocast(student_logits.device.type, enabled=False):  # the products, too, in float32
+        for T in temperatures:
+            log_student = (student_logits / T).log_softmax(1)
+            student, teacher = log_student.exp(), (teacher_logits / T).softmax(1)
+            kl = torch.nn.functional.kl_div(log_student, teacher, reduction="batchmean")
+            images = (teacher @ teacher.T - student @ student.T).square().sum() / B
+            classes = (teacher.T @ teacher - student.T @ student).square().sum() / K
+            loss = loss + T**2 * kl + images + classes
+    return loss
+
+
+def nce_loss(anchor: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, negatives: torch.Tensor,
+             Z: torch.Tensor, temperature: float = 0.07, same: torch.Tensor | None = None):
+    """Equation (6), for one of its two v; batch mean, ().
+
+    anchor v (B, d), bank r (N, d), index (B,): its own rows; negatives: drawn rows, (J,) for the
+    batch or (B, J); Z (). same (B, J) masks negatives of an image's own class; the rest of its row
     stands for all J. Tian et al., "Contrastive Representation Distillation", ICLR 2020, eq. 18;
     RepDistiller `crd/criterion.py`, without its overflow: -log P/(P + c) = softplus(-log P/c).
 
-    >>> v, r, J, Z = torch.eye(3)[:1], torch.eye(3), torch.tensor([1, 2]), torch.tensor(1e4)
-    >>> round(nce_loss(v, r, torch.tensor([0]), J, Z, temperature=0.1).item(), 4)
+    >>> v, r, j, Z = torch.eye(3)[:1], torch.eye(3), torch.tensor([1, 2]), torch.tensor(1e4)
+    >>> round(nce_loss(v, r, torch.tensor([0]), j, Z, temperature=0.1).item(), 4)
     0.2647
     """
     N, J = len(bank), negatives.shape[-1]
@@ -236,11 +236,11 @@ def gather(rows):
 class ContrastiveMemory(torch.nn.Module):
     """CRD's two memory banks and its loss: equation (6), both ways. Tian et al., ICLR 2020.
 
-    Negatives are drawn from the N images, with replacement. "shared": one draw of J for the batch
-    makes the scores one matrix product; "per-image": J for every image, as published (RepDistiller
-    `crd/memory.py`), a (B, J, d) block. Both estimate one expectation. labels (N,) int64 masks
-    negatives of an image's own class. Ranks of torch.distributed update with the rows of all and
-    stay equal: with broadcast_buffers=False DistributedDataParallel need not send the banks.
+    Negatives are drawn from the N images, with replacement: "shared", one draw of J for the batch,
+    makes the scores one matrix product; "per-image", J for every image, is a (B, J, d) block. Both
+    estimate one expectation. labels (N,) int64 masks those of an image's own class; RepDistiller
+    draws J of the other classes instead, without replacement. Ranks of torch.distributed update
+    with the rows of all and stay equal: broadcast_buffers=False spares sending the banks.
     """
 
     def __init__(self, num_images, d=128, num_negatives=16384, temperature=0.07, momentum=0.5, *,
@@ -280,7 +280,7 @@ class ContrastiveMemory(torch.nn.Module):
         same = None if labels is None else labels[negatives] == labels[index][:, None]  # (B, J)
         pairs = (student, self.fused_bank), (fused, self.student_bank)
         with torch.autocast(device.type, enabled=False):
-            if self.step == 0 and self.Z[0] < 0:
+            if self.step == 0 and self.Z[0] < 0:  # step first: reading Z would stall a GPU
                 Z = [self.partition(*pair, index, negatives, same) for pair in pairs]
                 self.Z.copy_(torch.stack(Z))
             loss = sum(nce_loss(*pair, index, negatives, Z, self.temperature, same)
@@ -304,24 +304,24 @@ class ContrastiveMemory(torch.nn.Module):
     def update(self, student, fused, index):
         """r <- unit(momentum * r + (1 - momentum) * v) in both banks, by the rows of all ranks."""
         student, fused, index = gather(student), gather(fused), gather(index)
-        # An image twice in a batch: each write carries its last row, for a GPU writes in any order.
+        # An image twice (DistributedSampler pads so): each write, in any order, is of its last row.
         order = torch.arange(len(index), device=index.device)
         last = torch.where(index == index[:, None], order, -1).amax(1)                  # (B,)
-        for bank, new in ((self.student_bank, student), (self.fused_bank, fused)):
-            new = self.momentum * bank[index] + (1 - self.momentum) * new[last]
-            bank.index_copy_(0, index, torch.nn.functional.normalize(new, dim=1))
+        for bank, v in ((self.student_bank, student), (self.fused_bank, fused)):
+            rows = self.momentum * bank[index] + (1 - self.momentum) * v[last]
+            bank.index_copy_(0, index, torch.nn.functional.normalize(rows, dim=1))
 
 
 class RichKD(torch.nn.Module):
     """Equation (7): cross-entropy, the logit loss and the feature loss, from the fused teacher.
 
-    student_features, teacher_features, clip_features: widths C, C, D; num_images: N. (L) is
+    Here, student_features, teacher_features, clip_features are widths; num_images: N. RichKD (L) is
     feature_weight=0, (F) logit_weight=0: a part of weight 0 is neither computed nor allocated.
     alpha = lam = 1 is the teacher alone (KD, DKD, CRD, ...), 0 is CLIP alone; what has no weight
     may be None. For several teachers: `fuse_teachers(logits)` and their features concatenated.
 
-    logit_loss: "kd", "dkd", "mlkd" (with its own temperatures); standardize: equation (8); the
-    last three: see `ContrastiveMemory`. The parameters are the maps g: give them to the optimiser.
+    logit_loss: "kd", "dkd", "mlkd" (with its own temperatures); standardize: equation (8); all from
+    d on: see `ContrastiveMemory`. The parameters are the maps g: give them to the optimiser.
     """
 
     def __init__(self, student_features, teacher_features, clip_features, num_images, *, alpha=0.7,
@@ -335,9 +335,8 @@ class RichKD(torch.nn.Module):
         if logit_loss not in ("kd", "dkd", "mlkd"):
             raise ValueError(f"logit_loss {logit_loss!r}: expected one of kd, dkd, mlkd")
         self.alpha, self.lam, self.temperature = alpha, lam, temperature
-        self.ce_weight, self.logit_weight = ce_weight, logit_weight
-        self.feature_weight, self.logit_loss = feature_weight, logit_loss
-        self.standardize = standardize
+        self.ce_weight, self.logit_weight, self.logit_loss = ce_weight, logit_weight, logit_loss
+        self.feature_weight, self.standardize = feature_weight, standardize
         if feature_weight:
             self.student_embed = Embed(student_features, d)
             self.teacher_embed = Embed(teacher_features, d) if lam > 0 else None
@@ -371,9 +370,10 @@ class RichKD(torch.nn.Module):
             losses["logit"] = self.logit_weight * loss
         if self.feature_weight:
             teacher = self.teacher_embed(teacher_features) if self.lam > 0 else None
-            fused = self.clip_embed(clip_features) if self.lam < 1 else teacher
+            clip = self.clip_embed(clip_features) if self.lam < 1 else None
+            fused = teacher if self.lam == 1 else clip
             if 0 < self.lam < 1:
-                fused = fuse_features(teacher, fused, self.lam)
+                fused = fuse_features(teacher, clip, self.lam)
             loss = self.memory(self.student_embed(student_features), fused, index)
             losses["feature"] = self.feature_weight * loss
         return sum(losses.values()), {name: loss.detach() for name, loss in losses.items()}

@@ -1,10 +1,10 @@
-"""CLIP as the second teacher: what it says of every training image, computed once and kept.
+"""CLIP as the second teacher: what it says of every plain image, computed once and kept.
 
     clip, tokenizer, scale = load_clip(config)
     targets = load_targets(config, clip, tokenizer, splits)     # {split: (cosines, features)}
-    clip_logits = scale * cosines[index].float()                # z_C of equation (3) in richkd.py
+    clip_logits = scale * cosines[index].float()                # z_C of equation (2) in richkd.py
 
-`config` is train.py's, of which CLIP's own flags, the device and the cache folder are used.
+`config` is train.py's: CLIP's own flags, dataset, amp, device, workers and cache_dir are read.
 """
 
 import contextlib
@@ -77,13 +77,15 @@ def load_targets(config, clip, tokenizer, splits):
     # The prompts are encoded once for all splits, and only where one is not in the cache.
     classes = functools.cache(lambda: class_embeddings(config, clip, tokenizer, class_names))
 
-    def views(images, start, stop):
-        part = data.take(images, slice(start, stop))
-        for block in data.blocks(part, workers=config.workers, device=config.device):
-            yield clip_view(config, clip, classes(), block)
-
     targets = {}
     for name, split in splits.items():
+        images = data.clip_images(split.images, clip.visual.input_resolution)
+
+        def views(start, stop, images=images):
+            part = data.take(images, slice(start, stop))
+            for block in data.blocks(part, workers=config.workers, device=config.device):
+                yield clip_view(config, clip, classes(), block)
+
         key = {"checkpoint": weights.hexdigest(), "class_names": split.class_names,
                "templates": clip_model.load_templates(config.prompts or PROMPTS),
                "average": config.average, "amp": config.amp, "dataset": config.dataset,
@@ -91,8 +93,7 @@ def load_targets(config, clip, tokenizer, splits):
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         path = Path(config.cache_dir) / f"targets-{config.dataset}-{name}-{digest[:8]}.bin"
         shape = (len(split.labels), len(split.class_names), clip.embed_dim)
-        images = data.clip_images(split.images, clip.visual.input_resolution)
-        targets[name] = cached_targets(path, key, shape, functools.partial(views, images))
+        targets[name] = cached_targets(path, key, shape, views)
     return targets
 
 
@@ -111,7 +112,7 @@ def cached_targets(path, key, shape, views):
     header = header.encode().ljust(math.ceil((len(header) + 1) / 4096) * 4096 - 1) + b"\n"
     if not path.is_file():
         make_targets(path, header, N, views, key.get("split", ""))
-    for part in path.parent.glob(f"{path.name}.*"):
+    for part in path.parent.glob(f"{path.name}.*"):  # joined by now
         part.unlink(missing_ok=True)
     with open(path, "rb") as file:
         found = file.readline(MAX_HEADER)

@@ -66,26 +66,26 @@ class Config:
     """Every setting; the command line is made from it. None: what RECIPES says, or none."""
     dataset: str = setting("shapes", "data set", choices=tuple(data.DATASETS))
     data_dir: str = setting("data", "where it lies or is downloaded to (tiny-imagenet: or its zip)")
-    image_size: int = setting(None, "side to which the classifiers' images are brought; its own",
+    image_size: int = setting(None, "side of the classifiers' images; default: the data set's",
                               type=int, within=(8, math.inf))
     fraction: float = setting(1.0, "share of the training images, the same ones in every run",
                               within=(0, 1))
     holdout: float = setting(0.0, "share of the training images in the place of the test split, to "
                              "choose settings", within=(0, 0.9))
     method: str = setting("richkd", "what the student learns from", choices=tuple(METHODS))
-    teacher: tuple = setting(None, "conventional teacher's architecture; several are fused",
+    teacher: tuple = setting(None, "conventional teacher's architecture; several are averaged",
                              nargs="+", metavar="NAME")
     teacher_weights: tuple = setting(None, "a checkpoint a teacher, or `imagenet`; without, it is "
                                      "trained first, and kept", nargs="+", metavar="FILE")
-    teacher_shares: tuple = setting(None, "each teacher's share of their mean logits; equal",
+    teacher_shares: tuple = setting(None, "each teacher's share of the mean logits; default: equal",
                                     nargs="+", type=float, metavar="SHARE")
     student: str = setting(None, "the student's architecture", type=str)
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint", type=str)
-    bpe: str = setting(None, "CLIP's merges, bpe_simple_vocab_16e6.txt.gz; downloaded", type=str)
-    prompts: str = setting(None, "templates, {} for the class name; the authors' twelve", type=str)
+    bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded", type=str)
+    prompts: str = setting(None, "templates, {} for the name; default: the twelve", type=str)
     average: str = setting("embeddings", "what is averaged over the templates",
                            choices=("embeddings", "logits"))
-    clip_scale: float = setting(None, "scale of CLIP's cosines; CLIP's own exp(logit_scale)",
+    clip_scale: float = setting(None, "scale of CLIP's cosines; default: exp(logit_scale)",
                                 type=float, above=0)
     alpha: float = setting(0.7, "the teacher's share of the fused logits", within=(0, 1))
     lam: float = setting(0.7, "the teacher's share of the fused features", within=(0, 1))
@@ -95,7 +95,7 @@ class Config:
     logit_loss: str = setting("kd", "against the fused logits", choices=("kd", "dkd", "mlkd"))
     standardize: bool = setting(False, "standardise both logits first (Sun 2024)")
     num_negatives: int = setting(None, "of the feature loss", type=int, within=(1, math.inf))
-    negatives: str = setting("shared", "one draw of them for a batch, or as published one an image",
+    negatives: str = setting("shared", "one draw of them for a batch, or one an image",
                              choices=("shared", "per-image"))
     epochs: int = setting(None, "passes over the training images, the teacher's too", type=int,
                           within=(1, math.inf))
@@ -109,7 +109,7 @@ class Config:
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
     workers: int = setting(8, "loader processes where images stream", within=(0, math.inf))
     cache_dir: str = setting(str(files.cache_folder()), "for teachers, CLIP's weights and targets")
-    out: str = setting(None, "run folder; without, runs/<data set>-<method>-...", type=str)
+    out: str = setting(None, "run folder; default: runs/<data set>-<method>-...", type=str)
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
     tensorboard: bool = setting(False, "log for tensorboard, too, into the run folder")
 
@@ -130,7 +130,7 @@ def resolve(config):
     recipe = {"image_size": data.DATASETS[config.dataset].image_size, **RECIPES[config.dataset]}
     student = config.student or recipe["student"]
     if student.startswith(("mobilenet", "shufflenet")) and not imagenet:
-        recipe["lr"] = 0.01  # Tian 2020: they diverge at .05
+        recipe["lr"] = 0.01  # as in RepDistiller's train_student.py
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing, **fixed)
 
@@ -225,7 +225,7 @@ def resized(split, config):
 
 
 class Teachers(torch.nn.Module):
-    """Frozen conventional teachers as one: fused logits and concatenated features, float32."""
+    """Frozen conventional teachers as one: mean logits, concatenated features, float32."""
 
     def __init__(self, teachers, config):
         super().__init__()
@@ -236,8 +236,8 @@ class Teachers(torch.nn.Module):
     def forward(self, images):
         with autocast(self.config):
             logits, features = zip(*(teacher(images) for teacher in self.teachers))
-        fused = richkd.fuse_teachers(logits, self.config.teacher_shares)
-        return fused, torch.cat(features, 1).float()                                # (B,K), (B,C)
+        mean = richkd.fuse_teachers(logits, self.config.teacher_shares)
+        return mean, torch.cat(features, 1).float()                                # (B,K), (B,C)
 
 
 def load_teachers(config, splits):
@@ -265,7 +265,7 @@ def load_teachers(config, splits):
 
 
 class Classifier(NamedTuple):
-    """A network and how it reads images: side in pixels, mean and std of what is 0...1."""
+    """A network and how it reads images: side in pixels, mean and std of images in 0..1."""
     model: torch.nn.Module
     mean: tuple
     std: tuple
@@ -314,7 +314,7 @@ def learning_rate(config, epoch):
     return config.lr * 0.1 ** sum(100 * epoch >= percent * config.epochs for percent in decays)
 
 
-class Step(torch.nn.Module):
+class StudentAndLoss(torch.nn.Module):
     """Student and criterion as one module, whose gradients DistributedDataParallel averages."""
 
     def __init__(self, student, criterion):
@@ -330,17 +330,17 @@ class Training(NamedTuple):
     """What every epoch works with, on the device."""
     config: Config
     split: data.Split
-    step: torch.nn.Module
+    model: torch.nn.Module  # a StudentAndLoss
     optimizer: torch.optim.Optimizer
     teachers: Teachers | None
-    clip_targets: tuple  # CLIP's cosines (N,K) and features (N,D), float16, or nothing
+    tables: tuple        # CLIP's cosines (N,K) and features (N,D), float16, or nothing
     clip_scale: float
 
 
 def train_epoch(training, epoch, progress, caught):
     """One pass over the training images. -> {"loss", its parts, "train_accuracy"}, their means over
     the steps; None where a signal in `caught` ended it. FloatingPointError: a loss not finite."""
-    config, split, step, optimizer, teachers, clip_targets, clip_scale = training
+    config, split, model, optimizer, teachers, tables, clip_scale = training
     info, N = data.DATASETS[config.dataset], len(split.labels)
 
     # All that an epoch draws is a function of seed and epoch: it can be repeated to the bit.
@@ -348,14 +348,13 @@ def train_epoch(training, epoch, progress, caught):
     torch.manual_seed(seed)  # dropout's
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
-    step.train()
+    model.train()
 
     # Reading a number stalls a GPU, so the sums for the log stay there and are looked at rarely.
     every = 1 if torch.device(config.device).type == "cpu" else 50
     steps, total = 0, torch.zeros((), dtype=torch.float64, device=config.device)
     for pixels, labels, index, *clip in data.batches(
-            split, config.batch_size, seed, rank(), world(), config.workers, config.device,
-            clip_targets):
+            split, config.batch_size, seed, rank(), world(), config.workers, config.device, tables):
         # Teacher and student see the same crop (B,3,H,W); CLIP saw the plain image, beforehand.
         inputs = data.to_input(pixels, config.image_size, info.mean, info.std)
         teacher_logits, teacher_features, clip_logits, clip_features = None, None, None, None
@@ -364,20 +363,20 @@ def train_epoch(training, epoch, progress, caught):
         if clip:
             clip_logits, clip_features = clip_scale * clip[0].float(), clip[1].float()
 
-        # The student, then equation (7) of richkd.py: what it says against its labels, against the
-        # fused logits and against the memory of fused features, whose rows `index` tells.
+        # The student, then equation (7): its logits against labels and fused logits, its features
+        # against the memory's fused ones; `index` tells the memory which images these are.
         with autocast(config):
-            loss, parts, logits = step(inputs, teacher_logits, teacher_features,
-                                       clip_logits, clip_features, labels, index)
+            loss, parts, logits = model(inputs, teacher_logits, teacher_features,
+                                        clip_logits, clip_features, labels, index)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-        right = 100 * (logits.detach().argmax(1) == labels).float().mean()
-        means = {"loss": loss.detach(), **parts, "train_accuracy": right}
+        accuracy = 100 * (logits.detach().argmax(1) == labels).float().mean()
+        means = {"loss": loss.detach(), **parts, "train_accuracy": accuracy}
         total = total + torch.stack(list(means.values())).double()
         steps += 1
-        if steps % every == 0 or N - steps * config.batch_size < 2:  # or the last one
+        if steps % every == 0 or N - steps * config.batch_size < 2:  # last: of 1 image is no batch
             if not total[0].isfinite():
                 raise FloatingPointError(
                     f"epoch {epoch + 1}, step {steps}: the loss is not finite; the run folder "
@@ -385,7 +384,7 @@ def train_epoch(training, epoch, progress, caught):
             if rank() == 0:
                 progress.update(epoch * N + min(N, steps * config.batch_size),
                                 f"epoch {epoch + 1}/{config.epochs} | loss {loss.item():.3f} | "
-                                f"accuracy {right.item():.1f} %")
+                                f"accuracy {accuracy.item():.1f} %")
             if command.any_rank(caught, config.device):
                 return None
     if world() > 1:
@@ -417,31 +416,32 @@ def prepare(config, splits):
         feature_weight=config.feature_weight, logit_loss=config.logit_loss,
         standardize=config.standardize, num_negatives=config.num_negatives,
         labels=train.labels, negatives=config.negatives, seed=config.seed)
-    step = Step(student, criterion).to(config.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(step.parameters(), lr=config.lr, momentum=0.9,
+    model = StudentAndLoss(student, criterion)
+    model = model.to(config.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9,
                                 weight_decay=config.weight_decay, fused=True)
-    return Training(config, train, step, optimizer, teachers, tables, clip_scale), clip_targets
+    return Training(config, train, model, optimizer, teachers, tables, clip_scale), clip_targets
 
 
-def restore(path, parts):
-    """Read last.pt into `parts`, modules and the optimiser; -> its log, [] where there is no file.
+def restore(path, stateful):
+    """Read last.pt into modules and optimiser, `stateful`; -> its log, [] where there is no file.
     Raises ValueError where it is damaged."""
     if not path.is_file():
         return []
     advice = "--overwrite starts the run anew"
     last = files.read_own(path, advice)
     with files.undamaged(path, advice):
-        for name, part in parts.items():
+        for name, part in stateful.items():
             part.load_state_dict(last[name])
-        return [dict(row) for row in last["log"]]
+        return list(last["log"])
 
 
-def keep_epoch(config, folder, log, parts, progress):
+def keep_epoch(config, folder, log, stateful, progress):
     """log.csv and last.pt as they stand after an epoch; its line for people, and for tensorboard
     where that is asked for."""
     lines = [",".join(log[0])] + [",".join(map(str, row.values())) for row in log]
     files.write_atomically(folder / "log.csv", "".join(line + "\n" for line in lines).encode())
-    state = {name: part.state_dict() for name, part in parts.items()}
+    state = {name: part.state_dict() for name, part in stateful.items()}
     files.save(folder / "last.pt", {**state, "log": log})
     row = log[-1]
     note = (f"epoch {row['epoch']}/{config.epochs} | loss {row['loss']:.3f} | accuracy "
@@ -455,16 +455,17 @@ def keep_epoch(config, folder, log, parts, progress):
 
 
 def fit(config, folder, splits):
-    """Train config.student, going on from folder/last.pt where there is one; write student.pt and
-    summary.json. -> the summary. SIGINT and SIGTERM raise KeyboardInterrupt after the step."""
+    """Train config.student, from folder/last.pt on where there is one; write student.pt and
+    summary.json. -> the summary. A signal raises KeyboardInterrupt within a step, on a GPU 50."""
     training, clip_targets = prepare(config, splits)
     splits = {name: resized(split, config) for name, split in splits.items() if name != "train"}
-    step, N = training.step, len(training.split.labels)
-    parts = {"student": step.student, "criterion": step.criterion, "optimizer": training.optimizer}
-    log = restore(folder / "last.pt", parts)
+    model, N = training.model, len(training.split.labels)
+    stateful = {"student": model.student, "criterion": model.criterion,
+                "optimizer": training.optimizer}
+    log = restore(folder / "last.pt", stateful)
     if world() > 1:  # BatchNorm statistics are each rank's own; the memory keeps itself equal
-        ddp = torch.nn.parallel.DistributedDataParallel(step, broadcast_buffers=False)
-        training = training._replace(step=ddp)
+        ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        training = training._replace(model=ddp)
     if rank() == 0:
         write_config(config, folder)
         if log:
@@ -477,23 +478,24 @@ def fit(config, folder, splits):
             means = train_epoch(training, epoch, progress, caught)
             seconds = time.time() - began
             if means:
-                for buffer in step.student.buffers() if world() > 1 else ():  # rank 0's are saved
-                    dist.broadcast(buffer, 0)
-                logits = predict_split(step.student, splits["test"].images, config)
+                if world() > 1:  # BatchNorm's statistics: those of rank 0 are tested and saved
+                    for buffer in model.student.buffers():
+                        dist.broadcast(buffer, 0)
+                logits = predict_split(model.student, splits["test"].images, config)
                 log.append({"epoch": epoch + 1, "lr": learning_rate(config, epoch), **means,
                             "test_accuracy": top1(logits, splits["test"].labels),
                             "images_per_second": N / seconds, "seconds": seconds})
                 if rank() == 0:
-                    keep_epoch(config, folder, log, parts, progress)
+                    keep_epoch(config, folder, log, stateful, progress)
             number = command.any_rank(caught, config.device)
             if number:
                 state = f"; {folder} keeps epoch {len(log)} of {config.epochs}"
                 raise KeyboardInterrupt(number, state)
-    table = accuracies(training, step.student, clip_targets, splits)
+    table = accuracies(training, model.student, clip_targets, splits)
     summary = summarize(config, log, table)
     if rank() == 0:
         info = data.DATASETS[config.dataset]
-        weights = {name: tensor.cpu() for name, tensor in step.student.state_dict().items()}
+        weights = {name: tensor.cpu() for name, tensor in model.student.state_dict().items()}
         files.save(folder / "student.pt", {
             "model_name": config.student, "model": weights, "dataset": config.dataset,
             "class_names": training.split.class_names, "mean": list(info.mean),

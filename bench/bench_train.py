@@ -98,11 +98,11 @@ def straightforward_epoch(loader, steps, student, teacher, criterion, memory, op
 
 
 def new_student(split):
-    """-> a train.Step, its optimiser and the plain teacher."""
+    """-> a train.StudentAndLoss, its optimiser and the plain teacher."""
     torch.manual_seed(0)
     student, teacher = models.build_model("resnet20", K), models.build_model("resnet56", K)
     criterion = richkd.RichKD(64, 64, D, len(split.labels), labels=split.labels)
-    step = train.Step(student, criterion).to(memory_format=torch.channels_last)
+    step = train.StudentAndLoss(student, criterion).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4,
                                 fused=True)
     return step, optimizer, teacher.eval()

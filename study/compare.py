@@ -1,7 +1,7 @@
 """Methods over seeds, from reports alone: mean, standard deviation, paired difference to kd.
 
     runs = read_reports("study/results/shapes-methods.json")
-    print(comparison(compare(runs)))                        # Markdown, as in study/README.md
+    print(as_markdown(compare(runs)))                        # Markdown, as in study/README.md
 
 `python evaluate.py --compare FILES` prints it. Nothing is evaluated here.
 
@@ -121,7 +121,7 @@ def by_method(runs):
     return methods
 
 
-def compare(runs):
+def groups(runs):
     """Methods over seeds -> [{"dataset", "student", "epochs", "teacher", "rows"}], a group a table.
 
     runs: as `read_reports` returns them. rows: {method: {column: cell}}, a cell being `statistics`
@@ -129,7 +129,7 @@ def compare(runs):
     their seed. Runs without a teacher join every group of their student. The first rows are the
     group's own CLIP, teacher and fused teacher, where its runs know them.
     """
-    groups, seen = [], []
+    found, seen = [], []
     for run in runs:
         group = {**run.group, "teacher": run.teacher}
         alike = [other for other in runs if other.group == run.group]
@@ -138,8 +138,8 @@ def compare(runs):
             continue
         seen.append(group)
         members = [other for other in alike if other.teacher in (run.teacher, None)]
-        groups.append({**group, "rows": {**teaching_rows(members), **method_rows(members)}})
-    return groups
+        found.append({**group, "rows": {**teaching_rows(members), **method_rows(members)}})
+    return found
 
 
 def teaching_rows(runs):
@@ -171,7 +171,7 @@ def method_rows(runs):
     return rows
 
 
-def comparison(groups):
+def as_markdown(groups):
     """What `compare` returns, as Markdown: a table a group."""
     lines = []
     for group in groups:

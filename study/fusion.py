@@ -86,7 +86,7 @@ def non_target(logits, target, similarity, groups):
     return found
 
 
-def fusion(teacher_logits, clip_logits, target, alpha, similarity, groups, generator):
+def fusion_table(teacher_logits, clip_logits, target, alpha, similarity, groups, generator):
     """All of it, of the models teacher, clip and fused: {"alpha", "quadrants": {threshold: {model:
     `measures`}}, "changes" from teacher to fused, "sweep", "non_target": {model: ...}}."""
     logits = {"teacher": teacher_logits, "clip": clip_logits,
@@ -149,15 +149,16 @@ class Teaching:
         """`fusion` on the run's test split, and CLIP's scale."""
         own, test = self.own, self.splits["test"]
         images = data.resize(test.images, own.image_size)
-        teacher_logits, = train.predict([self.teacher], evaluate.blocks(images, own), own)
+        teacher_logits, = train.predict([self.teacher], evaluate.device_blocks(images, own), own)
         cosines, _ = targets.load_targets(own, self.clip, self.tokenizer, {"test": test})["test"]
         templates = clip_model.load_templates(own.prompts or targets.PROMPTS)
         names = clip_model.class_features(self.clip, self.tokenizer, test.class_names, templates)
         names = richkd.ensemble_text_features(names).cpu()  # (K, M, D) -> (K, D)
         groups = superclasses(own.dataset, test.class_names, data.folder_names(test),
                               Path(own.data_dir) / "wordnet.is_a.txt")
-        found = fusion(teacher_logits, self.scale * cosines.float().cpu(), test.labels, own.alpha,
-                       names @ names.T, groups, torch.Generator().manual_seed(seed))
+        found = fusion_table(teacher_logits, self.scale * cosines.float().cpu(), test.labels,
+                             own.alpha, names @ names.T, groups,
+                             torch.Generator().manual_seed(seed))
         return {"clip_scale": self.scale, **found}
 
     def analyse_corrupted(self, test, config):
@@ -194,10 +195,10 @@ def evaluate_fused(config, test, subject, source):
     teaching = Teaching(evaluate.read_run(subject.path.parent, config))
     if not fused:
         fused = subject.report["fused"] = teaching.analyse(config.seed)
-        evaluate.save([subject])
+        evaluate.save_reports([subject])
     if source:
         fused["corruptions"] = {**source, **teaching.analyse_corrupted(test, config)}
-        evaluate.save([subject])
+        evaluate.save_reports([subject])
 
 
 # Printed ------------------------------------------------------------------------------------------

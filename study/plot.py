@@ -18,7 +18,7 @@ def draw(config, test, subject):
     title = evaluate.describe(subject.report)
     files.write_atomically(subject.path.with_suffix(".png"), pictures(subject.report, title))
     if config.corruptions:
-        images = next(iter(evaluate.blocks(test.images, config)))[:2].cpu()
+        images = next(iter(evaluate.device_blocks(test.images, config)))[:2].cpu()
         few = data.Split(images, test.labels[:2], test.class_names)
         rows = []
         for severity in range(1, 6):

@@ -360,7 +360,7 @@ def test_go_on_begins_anew_what_changed(copy, quick, counted):
         report, = evaluate.evaluate(config(copy, **changes))
         assert counted == ["test"] and "shift" not in report
     published = {"source": "published", "folder": "elsewhere", "top1": {"fog": [1, 2, 3]}}
-    evaluate.save([evaluate.Subject(None, copy / "report.json",
+    evaluate.save_reports([evaluate.Subject(None, copy / "report.json",
                                     {**report, "corruptions": published})])
     counted.clear()
     evaluate.evaluate(config(copy, corruptions="generated"))

@@ -22,7 +22,7 @@ def test_links_to_lines_lead_to_what_they_name():
     wrong = []
     for name, file, number in links:
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-        starts = re.compile(rf"\s*(def |class )?{name}\b")
+        starts = re.compile(rf"\s*((def|class) {name}\b|{name}(:| =))")
         here = [i for i, line in enumerate(lines, 1) if starts.match(line)]
         assert here, f"{file} has no {name}"
         if int(number) != here[0]:

@@ -156,9 +156,9 @@ def main(folder):
 
     def interrupted(number):
         """At a step, once at the last one of an epoch; outside of training; in the epoch's test."""
-        function = [(train.Step, "forward", 3), (train.Step, "forward", 2),
+        function = [(train.StudentAndLoss, "forward", 3), (train.StudentAndLoss, "forward", 2),
                     (targets, "load_targets", 1), (train, "predict_split", 1),
-                    (train.Step, "forward", 5), (train, "accuracies", 1)]
+                    (train.StudentAndLoss, "forward", 5), (train, "accuracies", 1)]
         where = function[number] if number < len(function) else (train, "summarize", 99)
         caught = signal.SIGTERM if number % 2 else signal.SIGINT
         status = wait(start(folder / "signals", lambda: at_call(*where, send(caught))))

@@ -33,7 +33,7 @@ def report(method, seed, top1, teacher="resnet20", **changes):
 
 
 def compared(*reports):
-    return compare.compare([compare.run_of(report) for report in reports])
+    return compare.groups([compare.run_of(report) for report in reports])
 
 
 # Methods over seeds -------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_by_method_names_settings_that_differ():
 def test_comparison_is_markdown():
     first = {**report("kd", 0, 70), "shift": report("kd", 0, 20)["test"]}
     groups = compared(first, report("kd", 1, 74), report("richkd", 0, 71), report("richkd", 1, 77))
-    lines = compare.comparison(groups).splitlines()
+    lines = compare.as_markdown(groups).splitlines()
     assert lines[0].startswith("shapes, resnet20 → resnet8, 30 epochs.") and lines[1] == ""
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert table[0] == ["", "runs", "test top-1 %", "shift top-1 %",
@@ -239,8 +239,8 @@ def test_superclasses(tmp_path):
 @pytest.fixture
 def fused():
     teacher, clip, target = random_logits()
-    found = fusion.fusion(teacher, clip, target, 0.4, torch.eye(5), {"kind": torch.arange(5) % 2},
-                          seeded())
+    kinds = {"kind": torch.arange(5) % 2}
+    found = fusion.fusion_table(teacher, clip, target, 0.4, torch.eye(5), kinds, seeded())
     return {"clip_scale": 100.0, **found}
 
 
@@ -306,7 +306,7 @@ def test_samples_have_corruptions_as_columns():
 
 
 def groups_of(name):
-    return compare.compare(compare.read_reports(ROOT / f"study/results/{name}.json"))
+    return compare.groups(compare.read_reports(ROOT / f"study/results/{name}.json"))
 
 
 def test_comparison_of_each_study_is_in_the_readme():
@@ -315,7 +315,7 @@ def test_comparison_of_each_study_is_in_the_readme():
     assert len(names) == 11
     for name in names:
         assert f"study/results/{name}.json" in readme
-        for table in compare.comparison(groups_of(name)).split("\n\n"):
+        for table in compare.as_markdown(groups_of(name)).split("\n\n"):
             assert table in readme, (name, table)
 
 

@@ -250,7 +250,7 @@ def test_teachers_say_what_the_teacher_says(config, teacher_file, amp, bound):
 def test_train_epoch_leaves_the_teachers_as_they_were(config):
     resolved = train.resolve(config)
     training, _ = train.prepare(resolved, train.load_splits(resolved))
-    student = training.step.student
+    student = training.model.student
     before, after = ({key: value.clone() for key, value in module.state_dict().items()}
                      for module in (training.teachers, student))
     means = train.train_epoch(training, 0, files.Progress("", 150), [])
@@ -358,23 +358,24 @@ torch.set_num_threads(1)
 ranks, path = int(sys.argv[5]), Path(f"{sys.argv[4]}-{os.environ.get('RANK', 0)}.json")
 losses = json.loads(path.read_text()) if path.exists() else []
 
-def forward(step, inputs, *supervision):
+def forward(model, inputs, *supervision):
     if ranks == 1:  # what each rank would see through the student by itself, then interleaved again
-        shares = [step.student(inputs[rank::2]) for rank in range(2)]
+        shares = [model.student(inputs[rank::2]) for rank in range(2)]
         logits, features = (torch.stack(pair, 1).flatten(0, 1) for pair in zip(*shares))
     else:
-        logits, features = step.student(inputs)
-    loss, parts = step.criterion(logits, features, *supervision)
+        logits, features = model.student(inputs)
+    loss, parts = model.criterion(logits, features, *supervision)
     losses.append([loss.item(), *(part.item() for part in parts.values())])
     if ranks == 2 and len(losses) == 8 and command.rank() == 1:  # one is told to stop; both do
         os.kill(os.getpid(), signal.SIGTERM)
     return loss, parts, logits
 
-train.Step.forward = forward
-load, to_input, init = train.load_teachers, data.to_input, train.Step.__init__
+train.StudentAndLoss.forward = forward
+Model = train.StudentAndLoss
+load, to_input, init = train.load_teachers, data.to_input, Model.__init__
 train.load_teachers = lambda *arguments: load(*arguments).double()
 data.to_input = lambda *arguments: to_input(*arguments).double()
-train.Step.__init__ = lambda step, *arguments: init(step, *arguments) or step.double() and None
+Model.__init__ = lambda model, *arguments: init(model, *arguments) or model.double() and None
 try:
     train.run(train.Config(teacher=("resnet8",), teacher_weights=(sys.argv[1],), student="resnet8",
                            clip=sys.argv[2], epochs=4, batch_size=50, num_negatives=64,
