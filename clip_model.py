@@ -297,8 +297,8 @@ PUBLIC_CLIPS = {  # name: SHA-256 (openai/CLIP, clip/clip.py)
 
 def load_clip(name_or_path, cache_dir=None):
     """CLIP from a public name, downloaded once to `files.cache_folder(cache_dir)`, or from a file:
-    float32, eval mode, on the CPU. Raises FileNotFoundError where there is no such name or file, or
-    it cannot be downloaded; ValueError for a file that is not a whole CLIP in OpenAI's layout."""
+    float32, eval mode, on the CPU. Raises FileNotFoundError for a missing file, or one that cannot
+    be downloaded; ValueError for an unknown name, and a file not wholly CLIP in OpenAI's layout."""
     name, path = str(name_or_path), Path(name_or_path)
     if name in PUBLIC_CLIPS:
         digest, file = PUBLIC_CLIPS[name], name.replace("/", "-").replace("@", "-") + ".pt"
@@ -306,8 +306,9 @@ def load_clip(name_or_path, cache_dir=None):
         path = files.cache_folder(cache_dir) / file
         files.fetch(urls, path, f"sha256:{digest}", "pass --clip PATH")
     elif not path.exists():
-        raise FileNotFoundError(f"{name!r} is neither a file nor a public CLIP; these are "
-                                f"{', '.join(PUBLIC_CLIPS)}")
+        kind = FileNotFoundError if path.suffix else ValueError
+        raise kind(f"{name!r} is neither a file nor a public CLIP; these are "
+                   f"{', '.join(PUBLIC_CLIPS)}")
     tensors = files.read_state_dict(path)
     try:
         return build_clip(tensors)

@@ -262,9 +262,10 @@ def test_load_clip_public_names_lead_to_openai(tmp_path, monkeypatch):
             f"https://openaipublic.azureedge.net{file}"]
 
 
-@pytest.mark.parametrize("name", ["ViT-B/33", "absent.pt"])
-def test_load_clip_without_a_file(name):
-    with pytest.raises(FileNotFoundError, match=f"'{name}' is neither.*RN50x64, ViT-B/32, ViT-B"):
+@pytest.mark.parametrize("name, kind", [("ViT-B/33", ValueError),
+                                        ("absent.pt", FileNotFoundError)])
+def test_load_clip_without_a_file(name, kind):
+    with pytest.raises(kind, match=f"'{name}' is neither.*RN50x64, ViT-B/32, ViT-B"):
         load_clip(name)
 
 
