@@ -90,6 +90,7 @@ def main(job):
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
     try:
         job()
+        leave_ranks()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{clear}error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -97,6 +98,8 @@ def main(job):
         number, state = error.args or (signal.SIGINT, "")
         if rank() == 0:
             print(f"{clear}interrupted{state}; the same command goes on", file=sys.stderr)
+        if state:  # all ranks have stopped at one step
+            leave_ranks()
         sys.exit(128 + number)
 
 
@@ -150,6 +153,12 @@ def join_ranks(config):
     if not dist.is_initialized():  # ranks wait while one of them makes CLIP's targets: for hours
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=2))
     return config
+
+
+def leave_ranks():
+    """End the process group, whose threads must end before Python does."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank_zero_first(work):
