@@ -452,7 +452,7 @@ def zero_shot(config):
                        **{name: getattr(config, name) for name in places})
     test = data.load_dataset(own.dataset, own.data_dir, "test")
     templates = clip_model.load_templates(own.prompts or targets.PROMPTS)
-    clip, tokenizer, scale = targets.load_clip(own)
+    clip, tokenizer, scale = targets.load_clip_teacher(own)
     _, features = targets.load_targets(own, clip, tokenizer, {"test": test})["test"]  # (N,D)
     text = clip_model.class_features(clip, tokenizer, test.class_names, templates).cpu()  # (K,M,D)
     classes = {f"all {len(templates)} templates": richkd.ensemble_text_features(text)}

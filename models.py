@@ -419,9 +419,9 @@ def match(model, state):
     fit, in words, or None."""
     wanted, found = model.state_dict(), {}
     for key, tensor in state.items():  # akamaster/pytorch_resnet_cifar10 has other words
-        public = key.replace("compressible_", "")
-        public = public.replace("linear", "fc").replace("shortcut", "downsample")
-        found[public if key not in wanted and public in wanted else key] = tensor
+        ours = key.replace("compressible_", "")
+        ours = ours.replace("linear", "fc").replace("shortcut", "downsample")
+        found[ours if key not in wanted and ours in wanted else key] = tensor
     for key in wanted:
         if key.endswith("num_batches_tracked"):  # files older than PyTorch 0.4.1 have no counters
             found.setdefault(key, torch.tensor(0))

@@ -1,6 +1,6 @@
 """CLIP as the second teacher: what it says of every plain image, computed once and kept.
 
-    clip, tokenizer, scale = load_clip(config)
+    clip, tokenizer, scale = load_clip_teacher(config)
     targets = load_targets(config, clip, tokenizer, splits)     # {split: (cosines, features)}
     clip_logits = scale * cosines[index].float()                # z_C of equation (2) in richkd.py
 
@@ -30,7 +30,7 @@ PART = 10_000       # images whose targets are kept together: what an interrupti
 MAX_HEADER = 2**24  # bytes of a target file's first line: the names of classes and templates
 
 
-def load_clip(config):
+def load_clip_teacher(config):
     """-> CLIP on the device, its tokenizer, the scale of its logits. The tiny one is trained first,
     in the cache. Raises as `clip_model.load_clip`."""
     path = config.clip

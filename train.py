@@ -398,7 +398,7 @@ def prepare(config, splits):
     teachers = load_teachers(config, splits) if config.teacher_weights else None
     clip_targets, clip_scale = {}, None
     if config.clip:
-        clip, tokenizer, clip_scale = rank_zero_first(lambda: targets.load_clip(config))
+        clip, tokenizer, clip_scale = rank_zero_first(lambda: targets.load_clip_teacher(config))
         clip_targets = rank_zero_first(
             lambda: targets.load_targets(config, clip, tokenizer, splits))
     teachers = teachers or load_teachers(config, splits)

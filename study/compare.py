@@ -18,7 +18,7 @@ import torch
 
 import files
 
-TEACHING = {"clip": "CLIP zero-shot", "teacher": "teacher", "fused": "fused teacher"}
+TEACHER_ROWS = {"clip": "CLIP zero-shot", "teacher": "teacher", "fused": "fused teacher"}
 
 # Statistics ---------------------------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ class Run(NamedTuple):
     seed: int
     settings: dict
     figures: dict    # {column: number} of the student
-    teaching: dict   # {row of TEACHING: {column: number}}
+    teaching: dict   # {row of TEACHER_ROWS: {column: number}}
 
 
 def run_of(report):
@@ -72,8 +72,8 @@ def run_of(report):
     figures["NLL"] = float(report["test"]["nll"])
     figures["ECE %"] = float(report["test"]["ece"])
 
-    teaching = {name: {} for name in TEACHING.values()}
-    for who, name in TEACHING.items():
+    teaching = {name: {} for name in TEACHER_ROWS.values()}
+    for who, name in TEACHER_ROWS.items():
         for split, top1 in report.get("teachers", {}).get(who, {}).items():
             teaching[name][f"{split} top-1 %"] = float(top1)
         corrupted = report.get("fused", {}).get("corruptions")
@@ -97,7 +97,7 @@ def read_reports(path):
         content = [files.read_own(path, "python evaluate.py --run makes it anew")]
     with files.undamaged(path, advice):
         first, *rest = [run_of(report) for report in content]
-    return [first, *rest]
+    return [first, *rest]  # an empty list was refused above
 
 
 # Several runs -------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def groups(runs):
 
 def teaching_rows(runs):
     """The rows of CLIP, teacher and fused teacher: of each column, what the last run knows."""
-    rows = {name: {} for name in TEACHING.values()}
+    rows = {name: {} for name in TEACHER_ROWS.values()}
     for run in runs:
         for name, figures in run.teaching.items():
             for column, value in figures.items():

@@ -135,7 +135,7 @@ def superclasses(dataset, class_names, class_ids=(), is_a="wordnet.is_a.txt"):
 # A run's own teacher, CLIP and alpha --------------------------------------------------------------
 
 
-class Teaching:
+class RunTeachers:
     """What taught a run's student, as train.py makes it again from its cache. own: the run's
     train.Config."""
 
@@ -143,7 +143,7 @@ class Teaching:
         self.own, self.splits, info = own, train.load_splits(own), data.DATASETS[own.dataset]
         self.teacher = train.Classifier(train.load_teachers(own, self.splits), info.mean, info.std,
                                         own.image_size)
-        self.clip, self.tokenizer, self.scale = targets.load_clip(own)
+        self.clip, self.tokenizer, self.scale = targets.load_clip_teacher(own)
 
     def analyse(self, seed):
         """`fusion` on the run's test split, and CLIP's scale."""
@@ -192,7 +192,7 @@ def evaluate_fused(config, test, subject, source):
     fused = subject.report.get("fused", {})
     if fused and source.items() <= fused.get("corruptions", {}).items():
         return
-    teaching = Teaching(evaluate.read_run(subject.path.parent, config))
+    teaching = RunTeachers(evaluate.read_run(subject.path.parent, config))
     if not fused:
         fused = subject.report["fused"] = teaching.analyse(config.seed)
         evaluate.save_reports([subject])
@@ -205,7 +205,7 @@ def evaluate_fused(config, test, subject, source):
 
 
 def tables(found):
-    """What `Teaching.analyse` found, as lines."""
+    """What `RunTeachers.analyse` found, as lines."""
     rows = []
 
     def add(label, models, name):

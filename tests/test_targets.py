@@ -21,7 +21,7 @@ def config(clip_file, tmp_path):
 
 
 def test_load_targets_are_the_scores_of_each_image(config):
-    clip, tokenizer, scale = targets.load_clip(config)
+    clip, tokenizer, scale = targets.load_clip_teacher(config)
     assert scale == clip.logit_scale.exp().item()
     splits = {name: data.load_dataset("shapes", "", name) for name in ("train", "test")}
     found = targets.load_targets(config, clip, tokenizer, splits)
@@ -44,7 +44,7 @@ def test_class_embeddings_average_embeddings_or_logits(config, tmp_path):
     config = dataclasses.replace(config, prompts=str(prompts))
     logits = dataclasses.replace(config, average="logits")
     test = data.load_dataset("shapes", "", "test")
-    clip, tokenizer, _ = targets.load_clip(config)
+    clip, tokenizer, _ = targets.load_clip_teacher(config)
     each = clip_model.class_features(clip, tokenizer, test.class_names,
                                      clip_model.load_templates(prompts))
     cosines = {}
@@ -58,7 +58,7 @@ def test_class_embeddings_average_embeddings_or_logits(config, tmp_path):
 
 @pytest.mark.parametrize("change", ["clip", "prompts", "average", "amp", "images"])
 def test_load_targets_are_made_anew_where_they_depend_on_it(config, change, tmp_path, monkeypatch):
-    clip, tokenizer, _ = targets.load_clip(config)
+    clip, tokenizer, _ = targets.load_clip_teacher(config)
     test, calls, view = data.load_dataset("shapes", "", "test"), [], targets.clip_view
     monkeypatch.setattr(targets, "clip_view", lambda *args: calls.append(1) or view(*args))
     targets.load_targets(config, clip, tokenizer, {"test": test})
