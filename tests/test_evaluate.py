@@ -591,7 +591,7 @@ def test_evaluate_fused_under_corruptions(rich, clip_file, monkeypatch):
             z_c = clip.logit_scale.exp().item() * x @ classes.T
             for who, z in (("teacher", z_t), ("clip", z_c), ("fused", 0.4 * z_t + 0.6 * z_c)):
                 right[who] += z.argmax(1).eq(test.labels).sum().item()
-    teaching = fusion.Teaching(evaluate.read_run(rich / "run", own))
+    teaching = fusion.RunTeachers(evaluate.read_run(rich / "run", own))
     found = teaching.analyse_corrupted(test, own)
     total = 10 * len(test.labels)
     assert found == pytest.approx({who: 100 * n / total for who, n in right.items()})
