@@ -529,9 +529,9 @@ def job(config):
         print(compare.as_markdown(compare.groups(runs)))
     else:
         reports = evaluate(config)
-        runs = [compare.run_of(report) for report in reports]
         print(tables(reports))
-        if len(runs) > 1:
+        if len(reports) > 1:
+            runs = [compare.run_of(report) for report in reports]
             print("\n" + compare.as_markdown(compare.groups(runs)))
 
 

@@ -58,16 +58,16 @@ def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
 def fuse_teachers(logits: list[torch.Tensor], weights: list[float] | None = None) -> torch.Tensor:
     """Several conventional teachers as one: the weighted mean of n logits (B, K) -> (B, K).
 
-    weights: n numbers, divided here by their sum; None: equal ones.
+    weights: n numbers >= 0, divided here by their sum; None: equal ones.
 
     >>> fuse_teachers([torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0, -2.0]])], [3, 1])
     tensor([[2., 1.]])
     """
     weights = weights or [1.0] * len(logits)
     shapes = [tuple(z.shape) for z in logits]
-    if len(set(shapes)) != 1 or len(weights) != len(logits):
+    if len(set(shapes)) != 1 or len(weights) != len(logits) or not min(weights) >= 0 < sum(weights):
         raise ValueError(f"teacher logits of the shapes {shapes}, weights {list(weights)}: "
-                         "expected one shape (B, K) and a weight each")
+                         "expected one shape (B, K) and a weight each, >= 0, not all 0")
     dtype = torch.promote_types(logits[0].dtype, torch.float32)
     return sum(weight / sum(weights) * z.to(dtype) for weight, z in zip(weights, logits))
 

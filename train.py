@@ -277,9 +277,10 @@ def predict(classifiers, blocks, config, progress=None, note=""):
     """Blocks of uint8 images (b,3,H,W) -> a list of logits (N,K), float32 on the CPU, one a
     classifier; a block is made once for all of them."""
     logits = [[] for _ in classifiers]
+    for classifier in classifiers:
+        classifier.model.eval()
     for images in blocks:
         for (model, mean, std, image_size), rows in zip(classifiers, logits):
-            model.eval()
             with autocast(config):
                 rows.append(model(data.to_input(images, image_size, mean, std))[0].float())
         if progress:
@@ -466,10 +467,10 @@ def fit(config, folder, splits):
     if world() > 1:  # BatchNorm statistics are each rank's own; the memory keeps itself equal
         ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         training = training._replace(model=ddp)
-    if rank() == 0:
+    if rank() == 0 and not log:
         write_config(config, folder)
-        if log:
-            print(f"{folder}: going on after epoch {len(log)}", file=sys.stderr)
+    if rank() == 0 and log:
+        print(f"{folder}: going on after epoch {len(log)}", file=sys.stderr)
     progress = files.Progress(f"{config.method} {config.student}", config.epochs * N,
                               start=len(log) * N)
     with command.signals() as caught:
@@ -489,8 +490,8 @@ def fit(config, folder, splits):
                     keep_epoch(config, folder, log, stateful, progress)
             number = command.any_rank(caught, config.device)
             if number:
-                state = f"; {folder} keeps epoch {len(log)} of {config.epochs}"
-                raise KeyboardInterrupt(number, state)
+                kept = f"; {folder} keeps epoch {len(log)} of {config.epochs}"
+                raise KeyboardInterrupt(number, kept)
     table = accuracies(training, model.student, clip_targets, splits)
     summary = summarize(config, log, table)
     if rank() == 0:
@@ -554,8 +555,7 @@ def summary_table(summary):
 
 
 def run(config):
-    """What the command does: train, unless the run folder holds the finished run. -> the summary,
-    a dict."""
+    """Train, unless the run folder holds the finished run. -> the summary, a dict."""
     config = command.join_ranks(resolve(config))
     if config.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = not config.deterministic

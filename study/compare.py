@@ -1,7 +1,7 @@
 """Methods over seeds, from reports alone: mean, standard deviation, paired difference to kd.
 
     runs = read_reports("study/results/shapes-methods.json")
-    print(as_markdown(compare(runs)))                        # Markdown, as in study/README.md
+    print(as_markdown(groups(runs)))                         # Markdown, as in study/README.md
 
 `python evaluate.py --compare FILES` prints it. Nothing is evaluated here.
 

@@ -146,7 +146,7 @@ class RunTeachers:
         self.clip, self.tokenizer, self.scale = targets.load_clip_teacher(own)
 
     def analyse(self, seed):
-        """`fusion` on the run's test split, and CLIP's scale."""
+        """`fusion_table` on the run's test split, and CLIP's scale."""
         own, test = self.own, self.splits["test"]
         images = data.resize(test.images, own.image_size)
         teacher_logits, = train.predict([self.teacher], evaluate.device_blocks(images, own), own)

@@ -564,6 +564,8 @@ def bad(position, value, method=None):
     (lambda: richkd.fuse_features(STUDENT, TEACHER[:, :5], 0.5), r"\(4, 6\).*\(4, 5\)"),
     (lambda: richkd.fuse_teachers([STUDENT, TEACHER[:, :5]]), r"\(4, 6\).*\(4, 5\)"),
     (lambda: richkd.fuse_teachers([STUDENT, TEACHER], [1.0]), "a weight each"),
+    (lambda: richkd.fuse_teachers([STUDENT, TEACHER], [1.0, -1.0]), "-1.0.*>= 0"),
+    (lambda: richkd.fuse_teachers([STUDENT, TEACHER], [0.0, 0.0]), "not all 0"),
     (lambda: make(alpha=-0.1), "alpha -0.1"),
     (lambda: make(lam=2), "lam 2"),
     (lambda: make(temperature=0), "temperatures 0, "),

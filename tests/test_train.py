@@ -111,7 +111,10 @@ def test_run_resumed_has_the_uninterrupted_students_bits(config, monkeypatch):
         train.run(cut)
     monkeypatch.setattr(files, "save", save)
     assert not (Path(cut.out) / "summary.json").exists()
+    begun = (Path(cut.out) / "config.json").read_bytes()
+    monkeypatch.setattr(torch, "__version__", "another")  # config.json says how a run was begun
     resumed = train.run(cut)
+    assert (Path(cut.out) / "config.json").read_bytes() == begun
     assert equal(weights(config.out), weights(cut.out))
     assert resumed["accuracies"] == whole["accuracies"]
     one, two = (files.read_own(Path(out) / "last.pt", "") for out in (config.out, cut.out))
