@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoints
 import files
 
 
@@ -309,7 +310,7 @@ def load_clip(name_or_path, cache_dir=None):
         kind = FileNotFoundError if path.suffix else ValueError
         raise kind(f"{name!r} is neither a file nor a public CLIP; these are "
                    f"{', '.join(PUBLIC_CLIPS)}")
-    tensors = files.read_state_dict(path)
+    tensors = checkpoints.read_state_dict(path)
     try:
         return build_clip(tensors)
     except ValueError as error:

@@ -29,6 +29,7 @@ import torchvision
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoints
 import files
 
 
@@ -446,7 +447,7 @@ def load_weights(model_name, path, num_classes=None):
     check_name(model_name)
     if str(path) == "imagenet":
         path = imagenet_file(model_name)
-    state = files.read_state_dict(path)
+    state = checkpoints.read_state_dict(path)
     if not any(tensor.dim() == 2 for tensor in state.values()):
         raise ValueError(f"{path}: no classifier in it: expected one with a last linear layer")
     if model_name == "resnet50" and "fc.weight" in state:  # the CIFAR network calls it `linear`

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoints
 import command
 import data
 import evaluate
@@ -52,7 +53,7 @@ def with_(config, **changes):
 
 
 def weights(folder):
-    return files.read_state_dict(Path(folder) / "student.pt")
+    return checkpoints.read_state_dict(Path(folder) / "student.pt")
 
 
 def equal(a, b):
