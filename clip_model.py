@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoints
+import checkpoints
 import files
 
 
