@@ -7,9 +7,9 @@ CIFAR-100 teachers load as they are; the ImageNet networks have torchvision's na
 
     python models.py        prints the whole zoo: input, features, parameters, multiply-adds
 
-`resnet50` is the papers' CIFAR network (a 3x3 stem, no max-pooling), `resnet50_imagenet` is
-torchvision's; `load_weights("resnet50", ...)` finds out from the file which of the two is meant.
-`mobilenetv2` (width 0.5) is for CIFAR, `mobilenet_v2` for ImageNet.
+`resnet50` and `resnet18_cifar` are the papers' CIFAR networks (a 3x3 stem, no max-pooling),
+`resnet50_imagenet` and `resnet18` torchvision's; `load_weights("resnet50", ...)` finds out from the
+file which of the two is meant. `mobilenetv2` (width 0.5) is for CIFAR, `mobilenet_v2` for ImageNet.
 
 References: He et al. 2016 (ResNet), Zagoruyko & Komodakis 2016 (WRN), Simonyan & Zisserman 2015
 (VGG), Howard et al. 2017 and Sandler et al. 2018 (MobileNet), Zhang et al. 2018 and Ma et al. 2018
@@ -123,15 +123,17 @@ def projection(in_channels, out_channels, stride):
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, in_channels, out_channels, stride):
+    def __init__(self, in_channels, out_channels, stride, shortcut="downsample"):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(in_channels, out_channels, 3, stride)
         self.conv2, self.bn2 = conv_bn(out_channels, out_channels, 3)
-        self.downsample = projection(in_channels, out_channels, stride)
+        self.shortcut_name = shortcut  # the public codes differ in it
+        self.add_module(shortcut, projection(in_channels, out_channels, stride))
 
     def forward(self, x):
         out = F.relu_(self.bn1(self.conv1(x)))
-        return F.relu_(self.bn2(self.conv2(out)).add_(self.downsample(x)))
+        shortcut = getattr(self, self.shortcut_name)
+        return F.relu_(self.bn2(self.conv2(out)).add_(shortcut(x)))
 
 
 class Bottleneck(nn.Module):
@@ -152,6 +154,12 @@ class Bottleneck(nn.Module):
 def resnet(depth, widths, num_classes):
     body = trunk(BasicBlock, 3, widths, [(depth - 2) // 6] * 3, (1, 2, 2))
     return init_convs(chain(**body, pool=global_pool(), fc=Head(widths[-1], num_classes)))
+
+
+def resnet18_cifar(num_classes):
+    block = partial(BasicBlock, shortcut="shortcut")
+    body = trunk(block, 3, (64, 64, 128, 256, 512), (2, 2, 2, 2), (1, 2, 2, 2))
+    return init_convs(chain(**body, pool=global_pool(), linear=Head(512, num_classes)))
 
 
 def resnet50(num_classes):
@@ -353,7 +361,7 @@ CIFAR_MODELS = {  # name: function of num_classes, for 32x32 images
     "vgg13": partial(vgg, (2, 2, 2, 2, 2)), "vgg16": partial(vgg, (2, 2, 3, 3, 3)),
     "vgg19": partial(vgg, (2, 2, 4, 4, 4)),
     "mobilenetv2": mobilenetv2, "shufflenetv1": shufflenetv1, "shufflenetv2": shufflenetv2,
-    "resnet50": resnet50,
+    "resnet18_cifar": resnet18_cifar, "resnet50": resnet50,
 }
 IMAGENET_MODELS = {  # the same, for 224x224 images
     "resnet18": partial(from_torchvision, "resnet18", "fc"),
@@ -409,8 +417,9 @@ def empty_like(name, state):
         model = build_model(name, num_classes)
     if not any("downsample" in key or "shortcut" in key for key in state):
         for block in model.modules():  # option A leaves no tensors in the file
-            if isinstance(block, BasicBlock) and not isinstance(block.downsample, nn.Identity):
-                old = block.downsample[0]
+            shortcut = getattr(block, "downsample", None)  # of a BasicBlock
+            if isinstance(shortcut, nn.Sequential):
+                old = shortcut[0]
                 block.downsample = ZeroPadShortcut(old.in_channels, old.out_channels, old.stride[0])
     return model
 
@@ -419,10 +428,12 @@ def match(model, state):
     """The tensors `state` of a file under the names that `model` has for them, and what does not
     fit, in words, or None."""
     wanted, found = model.state_dict(), {}
-    for key, tensor in state.items():  # akamaster/pytorch_resnet_cifar10 has other words
-        ours = key.replace("compressible_", "")
-        ours = ours.replace("linear", "fc").replace("shortcut", "downsample")
-        found[ours if key not in wanted and ours in wanted else key] = tensor
+    for key, tensor in state.items():  # other codes have other words
+        plain = key.replace("compressible_", "")  # akamaster/pytorch_resnet_cifar10
+        names = (plain, plain.replace("linear", "fc").replace("shortcut", "downsample"),
+                 plain.replace("fc", "linear").replace("downsample", "shortcut"))
+        ours = (name for name in names if name in wanted and name not in state)
+        found[key if key in wanted else next(ours, key)] = tensor
     for key in wanted:
         if key.endswith("num_batches_tracked"):  # files older than PyTorch 0.4.1 have no counters
             found.setdefault(key, torch.tensor(0))
@@ -437,31 +448,37 @@ def match(model, state):
 def load_weights(model_name, path, num_classes=None):
     """The network `model_name` with the weights of a file, in eval mode, float32, on the CPU.
 
-    path: a checkpoint of the public RepDistiller / mdistiller / akamaster/pytorch_resnet_cifar10 /
-    torchvision code or this project's student.pt; or the word "imagenet", which downloads
-    torchvision's. num_classes: None reads it from the file. CIFAR ResNets may have either shortcut:
-    a file with no tensors for them means zero-padding. Raises FileNotFoundError where there is no
-    such file and it cannot be had; ValueError for an unknown name, a file that is no checkpoint of
-    tensors and plain values, a tensor that does not fit (with the name of the model that would, if
-    there is one), and a class count that differs from the file's."""
+    path: a checkpoint of the public RepDistiller / mdistiller / kuangliu/pytorch-cifar /
+    akamaster/pytorch_resnet_cifar10 / torchvision code or this project's student.pt; or the word
+    "imagenet", which downloads torchvision's. num_classes: None reads it from the file. CIFAR
+    ResNets may have either shortcut: a file with no tensors for them means zero-padding. Raises
+    FileNotFoundError where there is no such file and it cannot be had; ValueError for an unknown
+    name, what is no checkpoint of tensors and plain values, a tensor that does not fit (with names
+    that are there and the model that would fit, if any), another class count than the file's."""
     check_name(model_name)
     if str(path) == "imagenet":
         path = imagenet_file(model_name)
     state = checkpoints.read_state_dict(path)
     if not any(tensor.dim() == 2 for tensor in state.values()):
         raise ValueError(f"{path}: no classifier in it: expected one with a last linear layer")
-    if model_name == "resnet50" and "fc.weight" in state:  # the CIFAR network calls it `linear`
+    stem = state.get("conv1.weight", torch.empty(0)).shape[2:]
+    if model_name == "resnet50" and stem == (7, 7):  # the CIFAR network's has 3x3
         model_name = "resnet50_imagenet"
     model = empty_like(model_name, state)
     found, problem = match(model, state)
     if problem:
+        if problem.endswith("found none"):
+            names = [key for key in found if key not in model.state_dict()] or list(state)
+            problem += f"; the file has {', '.join(names[:3])}, ... ({len(state)} tensors)"
         fitting = (name for name in ZOO if match(empty_like(name, state), state)[1] is None)
-        first = next(fitting, None)
-        hint = f"; the file fits {first}" if first else ""
+        hint = next((f"; the file fits {name}" for name in fitting), "")
         raise ValueError(f"{path} does not fit {model_name}: {problem}{hint}")
     classes = head_of(model).out_features
     if num_classes not in (None, classes):
         raise ValueError(f"{path} has {classes} classes, expected {num_classes}")
+    if model_name in ("resnet18_cifar", "resnet50") and "fc.weight" in state:
+        files.note(f"{path}: torchvision's names with a 3x3 stem: read as {model_name}, without "
+                   "the max-pooling that some such networks have, which no tensor tells")
     model.to_empty(device="cpu").load_state_dict(found)
     return model.eval()
 

@@ -29,9 +29,9 @@ PARAMETERS = {  # as published, with 100 classes (CIFAR) or 1000 (ImageNet)
     "resnet32x4": 7_433_860, "wrn_16_1": 180_916, "wrn_16_2": 703_284, "wrn_40_1": 569_780,
     "wrn_40_2": 2_255_156, "vgg8": 3_965_028, "vgg11": 9_277_284, "vgg13": 9_462_180,
     "vgg16": 14_774_436, "vgg19": 20_086_692, "mobilenetv2": 812_836, "shufflenetv1": 949_258,
-    "shufflenetv2": 1_355_528, "resnet50": 23_705_252, "resnet18": 11_689_512,
-    "resnet34": 21_797_672, "resnet50_imagenet": 25_557_032, "mobilenet_v1": 4_231_976,
-    "mobilenet_v2": 3_504_872}
+    "shufflenetv2": 1_355_528, "resnet18_cifar": 11_220_132, "resnet50": 23_705_252,
+    "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50_imagenet": 25_557_032,
+    "mobilenet_v1": 4_231_976, "mobilenet_v2": 3_504_872}
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +89,27 @@ def test_build_model_has_the_public_number_of_parameters():
         assert sum(parameter.numel() for parameter in network.parameters()) == count, name
 
 
-@pytest.mark.parametrize("name", list(models.CIFAR_MODELS))
+@pytest.mark.parametrize("name", [name for name in models.CIFAR_MODELS if name != "resnet18_cifar"])
 def test_build_model_has_the_public_layout(name, shared):
     expected = json.loads((shared / "reference" / "zoo-layout.json").read_text())[name]
     state = meta_model(name).state_dict()
     assert {key: list(tensor.shape) for key, tensor in state.items()} == expected
+
+
+def test_build_model_of_resnet18_cifar_is_torchvisions_but_for_the_stem():
+    """Shapes by name, where the public CIFAR code says linear and shortcut."""
+    def shapes(state):
+        return {key.replace("shortcut", "downsample").replace("linear", "fc"): list(value.shape)
+                for key, value in state.items()}
+
+    ours = meta_model("resnet18_cifar", 10)
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 11_173_962
+    assert ours.num_features == 512
+    state = ours.state_dict()
+    assert {"layer2.0.shortcut.0.weight", "layer2.0.shortcut.1.bias", "linear.weight"} <= {*state}
+    assert not any("downsample" in key or key.startswith("fc") for key in state)
+    expected = {**shapes(meta_model("resnet18", 10).state_dict()), "conv1.weight": [64, 3, 3, 3]}
+    assert shapes(state) == expected
 
 
 @pytest.mark.parametrize("name", GOLDEN["networks"])
@@ -145,11 +161,13 @@ def test_build_model_and_freeze_against_torchvision(name):
     assert model.num_features == last.in_features
 
 
-@pytest.mark.parametrize("name", ["resnet20", "wrn_16_2", "mobilenetv2", "shufflenetv1"])
+@pytest.mark.parametrize("name", list(models.ZOO))
 def test_build_model_takes_any_image_size(name):
-    """Tiny-ImageNet's 64x64, which the public pooling of 8x8 cannot take."""
-    logits, features = meta_model(name)(torch.empty(2, 3, 64, 64, device="meta"))
-    assert logits.shape == (2, 100) and features.dim() == 2
+    """Also where the public pooling of 8x8, or of 4x4, cannot: Tiny-ImageNet's 64x64, 224x224."""
+    model = meta_model(name)
+    for size in (8, 33, 64, 224):
+        logits, features = model(torch.empty(2, 3, size, size, device="meta"))
+        assert logits.shape == (2, 100) and features.shape == (2, model.num_features), size
 
 
 def test_vgg_pools_once_more_at_64():
@@ -270,6 +288,47 @@ def test_load_weights_option_b_under_akamasters_names(tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def torchvision_names(state):
+    return {key.replace("linear", "fc").replace("shortcut", "downsample"): state[key]
+            for key in state}
+
+
+@pytest.mark.parametrize("name", ["resnet18_cifar", "resnet50"])
+def test_load_weights_of_a_3x3_stem_under_torchvisions_names(name, tmp_path, capsys):
+    """The stem tells the CIFAR network from ImageNet's; what no tensor tells is said."""
+    state = save_filled(tmp_path / "ours.pt", name, 10)
+    torch.save({"net": {f"module.{key}": state[key] for key in state}}, tmp_path / "kuangliu.pth")
+    torch.save(torchvision_names(state), tmp_path / "torchvision.pt")
+    for file in ("ours.pt", "kuangliu.pth", "torchvision.pt"):
+        assert capsys.readouterr().err == ""
+        model = models.load_weights(name, tmp_path / file, 10)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    said = capsys.readouterr().err
+    assert re.fullmatch(f".*torchvision.pt: .* read as {name}, without the max-pooling.*\n", said)
+
+
+def test_load_weights_of_both_resnet18(tmp_path, capsys):
+    """Each name is one network; the message for the other one's file says which name that is."""
+    save_filled(tmp_path / "cifar.pt", "resnet18_cifar", 3)
+    save_filled(tmp_path / "imagenet.pt", "resnet18", 3)
+    stems = r"tensor 'conv1.weight': expected \[64, 3, {0}, {0}\], found \[64, 3, {1}, {1}\]"
+    for asked, other, sides in (("resnet18_cifar", "imagenet.pt", (3, 7)),
+                                ("resnet18", "cifar.pt", (7, 3))):
+        fits = "resnet18" if other == "imagenet.pt" else "resnet18_cifar"
+        with pytest.raises(ValueError, match=f"{stems.format(*sides)}; the file fits {fits}$"):
+            models.load_weights(asked, tmp_path / other)
+    assert capsys.readouterr().err == ""
+
+
+def test_match_of_a_file_with_two_layers_for_one_name():
+    """`linear` may stand for `fc`, but not where the file has an `fc` of its own."""
+    state = filled(meta_model("resnet8", 7).state_dict())
+    changed = {**state, "linear.weight": torch.zeros(7, 64)}
+    found, problem = models.match(models.empty_like("resnet8", changed), changed)
+    assert torch.equal(found["fc.weight"], state["fc.weight"])
+    assert problem == "tensor 'linear.weight': expected none, found [7, 64]"
+
+
 def test_load_weights_of_a_public_resnet20(shared):
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     paths = sorted((shared / "data" / "cifar10-test-100").glob("*.png"))
@@ -332,6 +391,23 @@ def test_load_weights_names_the_model_that_fits(saved, asked, tmp_path):
         models.load_weights(asked, tmp_path / "weights.pt")
     assert re.fullmatch(f".*weights.pt does not fit {asked}: tensor .*; the file fits {saved}",
                         str(caught.value))
+
+
+@pytest.mark.parametrize("change, there", [
+    (lambda state: {f"zoo.{key}": state[key] for key in state},
+     "zoo.bn1.bias, zoo.bn1.num_batches_tracked, zoo.bn1.running_mean, ... (56 tensors)"),
+    (lambda state: {key: state[key] for key in state if key != "conv1.weight"},
+     "bn1.bias, bn1.num_batches_tracked, bn1.running_mean, ... (55 tensors)"),
+    (lambda state: {"features.0.weight": torch.zeros(1, 1, 1, 1), "fc.weight": state["fc.weight"]},
+     "features.0.weight, ... (2 tensors)"),
+])
+def test_load_weights_of_other_names_shows_some_that_are_there(change, there, tmp_path):
+    state = filled(meta_model("resnet8", 100).state_dict())
+    torch.save(change(state), tmp_path / "weights.pt")
+    message = (f"{tmp_path / 'weights.pt'} does not fit resnet8: tensor 'conv1.weight': expected "
+               f"[16, 3, 3, 3], found none; the file has {there}")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        models.load_weights("resnet8", tmp_path / "weights.pt")
 
 
 def test_load_weights_without_a_file(tmp_path):
