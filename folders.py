@@ -1,0 +1,212 @@
+"""Pictures in folders and zips: which file is one, how it is opened, which class it is of.
+
+One notion of each, for training images, test images and shift sets alike: what these functions
+leave out or guess they say in one line (`files.note`), and what they cannot know they refuse.
+"""
+
+import functools
+import os
+import re
+import stat
+import warnings
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import files
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MAX_ENTRY = 2**25  # bytes of a file in a zip, unpacked; Tiny-ImageNet's words.txt has 2.5 MB
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def is_data(name):
+    """Whether a file's posix name is none that systems add: .DS_Store, ._cat.png, __MACOSX/..."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+@functools.lru_cache(maxsize=2)
+def opened_zip(path, changed, process):
+    """The zip at `path`; anew where it has changed, and in a forked process, whose place in an open
+    file would be its parent's. Raises ValueError for an entry that is there to do harm."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is neither a folder nor a whole zip ({error})") from None
+    for entry in archive.infolist():
+        if ".." in entry.filename.split("/") or entry.filename.startswith("/"):
+            raise ValueError(f"{path}: its entry {entry.filename!r} leads out of it")
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            raise ValueError(f"{path}: its entry {entry.filename!r} is a link")
+        if entry.file_size > MAX_ENTRY:
+            raise ValueError(f"{path}: its entry {entry.filename!r} unpacks to {entry.file_size} "
+                             "bytes")
+    return archive
+
+
+def open_zip(path):
+    return opened_zip(path, os.stat(path).st_mtime_ns, os.getpid())
+
+
+def list_files(root):
+    """The posix names, relative to `root`, of all files in a folder, or in a zip. Links are
+    followed; of a folder that is no data (`is_data`) its own name stands for all in it."""
+    if not os.path.isdir(root):
+        return [name for name in open_zip(root).namelist() if not name.endswith("/")]
+
+    def fail(error):
+        raise error
+
+    names = []
+    for folder, below, here in os.walk(root, onerror=fail, followlinks=True):
+        prefix = Path(folder).relative_to(root).as_posix() + "/"
+        prefix = "" if prefix == "./" else prefix
+        names += [prefix + name for name in here + [name for name in below if not is_data(name)]]
+        below[:] = [name for name in below if is_data(name)]
+    return names
+
+
+def read_bytes(root, name):
+    """The content of one of `list_files`."""
+    return (Path(root) / name).read_bytes() if os.path.isdir(root) else open_zip(root).read(name)
+
+
+def read_words(path):
+    """{id: words} of a file of lines `id<tab>words` or `id words`."""
+    rows = [re.split("\t" if "\t" in line else " ", line.strip(), maxsplit=1)
+            for line in files.read_text(path).splitlines() if line.strip()]
+    return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+
+def open_image(name, file):
+    """An image file (its path, or open) -> a PIL image, RGB with 8 bits, as torchvision opens it;
+    grey of 16 bits is scaled, where PIL alone would clip it. Raises ValueError with `name` for what
+    is no image, damaged, of another depth, or above PIL's MAX_IMAGE_PIXELS, where PIL only warns.
+    """
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            with Image.open(file) as image:
+                if image.mode[0] not in "IF":
+                    return image.convert("RGB")
+                # PIL's mode I is 16 bits wide in these two formats; elsewhere nobody knows.
+                if not image.mode.startswith("I;16") and image.format not in ("PNG", "PPM"):
+                    raise ValueError(f"its pixels are of PIL's mode {image.mode}, whose range is "
+                                     "not known: save it with 8 bits")
+                grey = np.asarray(image).astype(np.float64) / 257  # 65535 becomes 255
+                return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    except Exception as error:  # damaged bytes can raise anything
+        raise ValueError(f"{name} is not a readable image ({files.one_line(error)})") from None
+
+
+def pictures(names, where):
+    """Of files' posix names, as `list_files` has them, those of pictures in a folder, sorted part
+    by part. What is left out is counted in one line about `where`."""
+    found, left_out = [], Counter()
+    for name in names:
+        suffix = os.path.splitext(name)[1].lower()
+        if not is_data(name):
+            left_out["hidden"] += 1
+        elif suffix not in SUFFIXES:
+            left_out[suffix or "without a suffix"] += 1
+        elif "/" not in name:
+            left_out["in no class's folder"] += 1
+        else:
+            found.append(name)
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5))
+        files.note(f"{where}: left out what is no picture of a class: {kinds}")
+    return sorted(found, key=lambda name: name.split("/"))
+
+
+def by_class(root):
+    """{class: paths} of a folder of class folders, both sorted as torchvision's ImageFolder has
+    them. Raises FileNotFoundError where there are none."""
+    names = []
+    if os.path.isdir(root):
+        names = pictures(list_files(root), root)
+    found = {}
+    for name in names:
+        found.setdefault(name.split("/")[0], []).append(f"{root}/{name}")
+    if not found:
+        raise FileNotFoundError(f"{root} holds no folders of images; expected <class>/<image>, of "
+                                f"{', '.join(SUFFIXES)}")
+    return found
+
+
+def class_folders(root):
+    """The sorted names of the class folders in `root` that hold a picture, if any."""
+    def has_picture(folder):
+        return any(is_data(name) and name.lower().endswith(SUFFIXES)
+                   for _, _, names in os.walk(folder, followlinks=True) for name in names)
+
+    return sorted(folder.name for folder in Path(root).glob("*")
+                  if is_data(folder.name) and folder.is_dir() and has_picture(folder))
+
+
+# Two listings of the classes ----------------------------------------------------------------------
+
+
+def alike(name):
+    return re.sub(r"[\s_-]+", " ", name.split(",")[0]).strip().lower()
+
+
+def match_classes(found, class_ids, class_names, where, renamed=None, partial=False):
+    """{name: its class's number} of names that a second listing, `where`, has for known classes.
+
+    A name is the class's id or name, or `renamed` to one ({name: id or name}); or one that differs
+    from just one of them in case, spaces, `_` and `-`; or, where no name is left but numbers, a
+    place in class_ids: all places from 0 on unless `partial`. The last two are said in a line.
+    Raises ValueError for a name of no certain class, and for two names of one class.
+    """
+    renamed, K = renamed or {}, len(class_ids)
+    exact, spelled = {}, {}
+    for listing in (class_names, class_ids):  # ids, which are unique, come last and win
+        for k, name in enumerate(listing):
+            exact[name] = k if class_names.count(name) == 1 or listing is class_ids else None
+    for k, pair in enumerate(zip(class_ids, class_names)):
+        for name in pair:
+            spelled.setdefault(alike(name), set()).add(k)
+
+    matched = {}
+    rest = [name for name in found if exact.get(renamed.get(name, name)) is None]
+    numbers = [name for name in rest if name.isdecimal() and name not in renamed]
+    places = {int(name) for name in numbers}
+    by_place = (len(places) == len(rest) > 0 and max(places) < K
+                and (partial or places == set(range(K))))
+    for name in found:
+        if name not in rest:
+            matched[name] = exact[renamed.get(name, name)]
+        elif by_place:
+            matched[name] = int(name)
+        elif len(spelled.get(alike(name), ())) == 1 and name not in renamed:
+            [matched[name]] = spelled[alike(name)]
+        else:
+            raise ValueError(
+                f"{where}: {renamed.get(name, name)!r} is no class; the {K} classes are like "
+                f"{class_ids[0]!r}, or numbers from 0 to {K - 1}, each of them")
+    if rest:
+        kind = "numbers, taken for places in the sorted list" if by_place else "spelled otherwise"
+        files.note(f"{where}: {len(rest)} classes are {kind}: {rest[0]} for "
+                   f"{class_ids[matched[rest[0]]]}")
+    plain = Counter(k for name, k in matched.items() if name not in renamed)
+    for name, k in matched.items():
+        if plain[k] > 1 and name not in renamed:
+            raise ValueError(f"{where}: two folders are of class {class_ids[k]!r}, one of them "
+                             f"{name!r}")
+    return matched
+
+
+def say_absent(matched, class_ids, where, other):
+    """One line about the classes of `other` that the listing `where` lacks, if it lacks any."""
+    absent = sorted(set(range(len(class_ids))) - set(matched.values()))
+    if absent:
+        some = ", ".join(str(class_ids[k]) for k in absent[:5]) + ", ..." * (len(absent) > 5)
+        files.note(f"{where} has no image of {len(absent)} of the {len(class_ids)} classes of "
+                   f"{other}: {some}")

@@ -1,0 +1,91 @@
+"""What a result depends on: what tells one data set from another, and files that are kept by it.
+
+    before = identity(split)                   # JSON values: classes, number and content of images
+    difference(before, identity(other))        # None, or what differs, in words
+
+Whatever is kept (teachers, targets, runs, reports) has these in its key, never a path alone.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+
+import files
+import folders
+
+
+def digest_files(paths):
+    """SHA-256 of files, given as a Stream has them: of each the last two parts of its name, its
+    size and its last 256 bytes, in which a JPEG ends its pixels and a PNG has its checksum; in a
+    zip its name, size and checksum. 100,000 files take a second."""
+    digest = hashlib.sha256()
+    for path in paths:
+        if isinstance(path, tuple) and not os.path.isdir(path[0]):
+            entry = folders.open_zip(path[0]).getinfo(path[1])
+            size, content = entry.file_size, b"%d" % entry.CRC
+        else:
+            path = os.path.join(*path) if isinstance(path, tuple) else path
+            file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            size = os.lseek(file, 0, os.SEEK_END)
+            os.lseek(file, max(0, size - 256), os.SEEK_SET)
+            content = os.read(file, 256)
+            os.close(file)
+        name = "/".join(str(path[1] if isinstance(path, tuple) else path).split(os.sep)[-2:])
+        digest.update(b"%d %d %b %b" % (len(name), size, name.encode(), content))
+    return digest.hexdigest()
+
+
+def identity(split):
+    """What tells a split from any other, as JSON has it: {"images": N, "class_names", "class_ids",
+    "content": SHA-256 of labels and images}. The same data in another place has the same."""
+    digest = hashlib.sha256(split.labels.contiguous().numpy())
+    if isinstance(split.images, torch.Tensor):
+        digest.update(str(tuple(split.images.shape)).encode())
+        for block in split.images.split(1000):
+            digest.update(block.cpu().contiguous().numpy())
+    else:  # a Stream
+        digest.update(digest_files(split.images.paths).encode())
+    return {"images": len(split.labels), "class_names": list(split.class_names),
+            "class_ids": list(split.class_ids or split.class_names),
+            "content": digest.hexdigest()}
+
+
+def difference(there, here):
+    """What two `identity` differ in, in words; None where they are the same."""
+    for what in ("class_ids", "class_names"):
+        pairs = itertools.zip_longest(there[what], here[what])
+        for k, (before, now) in enumerate(pairs):
+            if before != now:
+                return f"class {k} is {before!r} there and {now!r} here"
+    if there["images"] != here["images"]:
+        return f"{there['images']} images there, {here['images']} here"
+    return "other images or labels" if there["content"] != here["content"] else None
+
+
+def mapped(path, key, shape, dtype, rows):
+    """A tensor of `shape`, memory-mapped from the file `path`, so that processes share it and
+    memory does not grow with it; made first, from the bytes that rows() yields, where there is
+    none, or one that was made with another key (a dict of JSON values) or is damaged.
+
+    The file: one line of JSON, padded by spaces to a multiple of 4096 bytes, then the numbers."""
+    path = Path(path)
+    header = json.dumps({"format": files.FORMAT, "key": key, "shape": shape}, sort_keys=True)
+    header = header.encode().ljust(math.ceil((len(header) + 1) / 4096) * 4096 - 1) + b"\n"
+    size = len(header) + math.prod(shape) * dtype.itemsize
+
+    def whole():
+        with open(path, "rb") as file:
+            return file.readline(len(header)) == header and path.stat().st_size == size
+
+    if path.is_file() and not whole():
+        files.note(f"{path} is damaged, and made anew")
+        path.unlink()
+    if not path.is_file():
+        files.write_atomically(path, itertools.chain([header], rows()))
+    numbers = torch.from_file(str(path), size=size // dtype.itemsize, dtype=dtype)
+    return numbers[len(header) // dtype.itemsize :].view(shape)

@@ -1,0 +1,114 @@
+"""Test sets from elsewhere: CIFAR-C, CIFAR-10.1, STL-10, ImageNet-C, any class folders.
+
+    split, columns = load_shift(directory, "imagenet", test)   # ImageNet-A: 200 of 1000 columns
+    images, labels = read_cifar_c(directory, "fog", severity=3)
+
+Errors are ValueError and OSError of one line that names the file.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import files
+import folders
+
+
+def read_arrays(images_path, labels_path):
+    """Images uint8 (N,3,32,32) and labels int64 (N,) of two .npy files with (N,32,32,3) and (N,);
+    of the images, only what is used is read. Raises OSError; ValueError for other content."""
+    with files.undamaged(f"{images_path} or {labels_path.name}", "unpack it again"):
+        images, labels = (torch.from_numpy(np.lib.format.open_memmap(path, "c"))
+                          for path in (images_path, labels_path))
+    if images.dtype != torch.uint8 or images.shape != (*labels.shape, 32, 32, 3):
+        raise ValueError(f"{images_path} is {images.dtype} {list(images.shape)}, its labels "
+                         f"{list(labels.shape)}; expected uint8 [N, 32, 32, 3] and [N]")
+    return images.permute(0, 3, 1, 2), labels.long()
+
+
+def read_cifar_c(directory, name, severity):
+    """One severity, 1 to 5, of CIFAR-10-C or -100-C: images uint8 (N,3,32,32), labels int64 (N,);
+    from <name>.npy (5 N,32,32,3), severity-major, and labels.npy. Raises as `read_arrays`."""
+    images, labels = read_arrays(Path(directory) / f"{name}.npy", Path(directory) / "labels.npy")
+    n = len(labels) // 5
+    if severity not in range(1, 6) or not labels.equal(labels[:n].repeat(5)):
+        raise ValueError(f"{directory}: severity {severity} of {len(labels)} images; expected 1 to "
+                         "5, and in labels.npy the same labels five times over")
+    part = slice((severity - 1) * n, severity * n)
+    return images[part].contiguous(), labels[part]
+
+
+def read_cifar10_1(directory):
+    """CIFAR-10.1 (Recht et al. 2018), the latest version in the folder: images uint8 (N,3,32,32),
+    labels int64 (N,) of CIFAR-10's classes. Raises as `read_arrays`."""
+    folder = Path(directory)
+    path = max(folder.glob("cifar10.1_v*_data.npy"), default=folder / "cifar10.1_v6_data.npy")
+    images, labels = read_arrays(path, path.with_name(path.name.replace("data", "labels")))
+    if set(labels.tolist()) - set(range(10)):
+        raise ValueError(f"{path}: its labels are not all from 0 to 9")
+    return images.contiguous(), labels
+
+
+def read_stl10(directory):
+    """STL-10's test images of the nine classes that CIFAR-10 has: uint8 (N,3,96,96), labels int64
+    (N,) of CIFAR-10's classes (no frog). The folder has stl10_binary/. Raises as `read_arrays`."""
+    folder = Path(directory) / "stl10_binary"
+    with files.undamaged(folder, "unpack it again"):
+        images, labels = (torch.from_numpy(np.fromfile(folder / name, np.uint8))
+                          for name in ("test_X.bin", "test_y.bin"))
+        # 1 airplane, bird, car, cat, deer, dog, horse, monkey (not in CIFAR-10), ship, 10 truck
+        labels = torch.tensor([-1, 0, 2, 1, 3, 4, 5, 7, -1, 8, 9])[labels.long()]
+        images = images.view(-1, 3, 96, 96).transpose(2, 3)  # their files are column-major
+        return images[labels >= 0].contiguous(), labels[labels >= 0]
+
+
+def imagenet_c_folder(directory, name, severity):
+    """The ImageFolder of one corruption of ImageNet-C or Tiny-ImageNet-C: <name>/<severity>, there
+    or in a folder below as the archives unpack (blur/defocus_blur/1). Raises FileNotFoundError."""
+    for path in (Path(directory) / name, *sorted(Path(directory).glob(f"*/{name}"))):
+        if (path / str(severity)).is_dir():
+            return path / str(severity)
+    raise FileNotFoundError(f"{directory} has no {name}/{severity}; expected ImageNet-C, unpacked")
+
+
+def list_classes(root, class_ids, class_names, renamed=None):
+    """The images of a folder a class -> paths, labels int64 (N,), columns int64 (k,).
+
+    The folders are named as `folders.match_classes` reads them. columns are the classes that occur,
+    ascending; labels count within them, so that logits[:, columns] choose among the set's own (200
+    for ImageNet-A and -R). Raises OSError, and ValueError for a folder of no known class.
+    """
+    found = folders.by_class(root)
+    matched = folders.match_classes(found, class_ids, class_names, root, renamed, partial=True)
+    paths = [path for name in found for path in found[name]]
+    classes = [matched[name] for name in found for _ in found[name]]
+    columns, labels = torch.tensor(classes).unique(return_inverse=True)
+    return paths, labels, columns
+
+
+def load_shift(directory, dataset, test):
+    """A shift set -> (Split whose labels count within the columns, columns int64 (k,) of the logits
+    to choose among). dataset: one of DATASETS, of which `test` is the test split.
+
+    The folder has CIFAR-10.1's or STL-10's files, or a folder of images a class, named by the data
+    set's own ids (WordNet's) or names, by number (ImageNet-V2), or in classes.json: {folder: class}
+    """
+    root, size, names = Path(directory), data.DATASETS[dataset].image_size, list(test.class_names)
+    for pattern, read in (("cifar10.1_v*_data.npy", read_cifar10_1), ("stl10_binary", read_stl10)):
+        if any(root.glob(pattern)):
+            if dataset != "cifar10":
+                raise ValueError(f"{root} holds a shift set of cifar10, not of {dataset}")
+            images, labels = read(root)
+            columns, labels = labels.unique(return_inverse=True)
+            return data.Split(images, labels, names, test.class_ids), columns
+    renamed, listing = {}, root / "classes.json"
+    if listing.is_file():
+        with files.undamaged(listing, "expected {folder: class}"):
+            renamed = {str(folder): str(name)
+                       for folder, name in json.loads(files.read_text(listing)).items()}
+    paths, labels, columns = list_classes(root, data.ids_of(test), names, renamed)
+    geometry = test.images.geometry if isinstance(test.images, data.Stream) else (size, size)
+    return data.Split(data.Stream(paths, *geometry), labels, names, test.class_ids), columns
