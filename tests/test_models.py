@@ -394,8 +394,8 @@ def test_load_weights_names_the_model_that_fits(saved, asked, tmp_path):
 
 
 @pytest.mark.parametrize("change, there", [
-    (lambda state: {f"zoo.{key}": state[key] for key in state},
-     "zoo.bn1.bias, zoo.bn1.num_batches_tracked, zoo.bn1.running_mean, ... (56 tensors)"),
+    (lambda state: {key.replace("conv1", "stem"): state[key] for key in state},
+     "stem.weight, layer1.0.stem.weight, layer2.0.stem.weight, ... (56 tensors)"),
     (lambda state: {key: state[key] for key in state if key != "conv1.weight"},
      "bn1.bias, bn1.num_batches_tracked, bn1.running_mean, ... (55 tensors)"),
     (lambda state: {"features.0.weight": torch.zeros(1, 1, 1, 1), "fc.weight": state["fc.weight"]},
