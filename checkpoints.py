@@ -1,8 +1,9 @@
-"""Checkpoints as other programs write them: read without executing anything in them.
+"""Checkpoints as other programs write them, read without executing anything in them.
 
-Imports torch and the standard library alone. Errors are `ValueError` of one line that names the
-file, and `OSError`."""
+Imports torch and the standard library alone. Errors are `ValueError` and `OSError` of one line that
+names the file."""
 
+import json
 import math
 import mmap
 import os
@@ -19,19 +20,24 @@ import torch
 
 def note(text):
     """Say a fall-back, a guess, what is left out: one line on stderr, once a process for each text
-    (`note.said`, which tests clear), and by rank 0 alone."""
+    (`note.said` has them, which tests clear), and by rank 0 alone."""
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if ranks else int(os.environ.get("RANK") or 0)
-    if rank == 0 and text not in note.said:
-        print(text, file=sys.stderr)
+    rank = torch.distributed.get_rank() if ranks else os.environ.get("RANK") or 0
+    if int(rank) == 0 and text not in note.said:
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
+        print(clear + text, file=sys.stderr)
     note.said.add(text)
 
 
 note.said = set()
 
 
+# Pickled by torch.save ----------------------------------------------------------------------------
+
+
 class Shell(dict):
     """Stands for an object of a class that is not imported: attributes and items, no action."""
+    __hash__ = object.__hash__  # a path, or a NumPy number, may be a key
 
     def __init__(self, *arguments, **named):
         super().__init__()
@@ -39,11 +45,21 @@ class Shell(dict):
     def __setstate__(self, state):
         vars(self).update(state if isinstance(state, dict) else {})  # a NumPy dtype's is a tuple
 
+    def append(self, item):
+        """Items of a list are left out."""
+
+    extend = append
+
 
 def rebuild_tensor(data, offset, size, stride, *_):
     if math.prod(size) > data.numel():
         raise pickle.UnpicklingError("a tensor is larger than its storage")
     return data.as_strided(size, stride, offset)
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,  # by safetensors' names
+          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 class TensorUnpickler(pickle.Unpickler):
@@ -54,17 +70,22 @@ class TensorUnpickler(pickle.Unpickler):
         "torch._utils._rebuild_tensor": rebuild_tensor,
         "torch._utils._rebuild_tensor_v2": rebuild_tensor,
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
         "torch.jit._pickle.build_intlist": list,
         "torch.Size": tuple,
         "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8,  # named by dtype
         **{f"torch.{name}Storage": getattr(torch, name.lower())
            for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")},
-        **{str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16,
-                                           torch.float64, torch.int64, torch.uint8)},
+        **{str(dtype): dtype for dtype in DTYPES.values()},
     }
-    SHELLS = ("__torch__.", "argparse.Namespace", "collections.", "copyreg._reconstructor",
-              "datetime.", "numpy.", "pathlib.", "types.SimpleNamespace", "_codecs.encode",
-              "builtins.object", "builtins.list", "builtins.dict", "builtins.int", "builtins.set")
+    SHELLS = (
+        "__torch__.", "argparse.", "collections.", "copyreg._reconstructor", "datetime.",
+        "functools.partial", "numpy.", "pathlib.", "types.SimpleNamespace", "_codecs.encode",
+        "torch.device", "torch.optim.", "torch.torch_version.", "typing.Any",
+        *(f"builtins.{kind.__name__}" for kind in (object, list, tuple, dict, set, frozenset, int,
+                                                   float, complex, bool, str, bytes, bytearray)),
+        "addict.", "easydict.", "omegaconf.", "yacs.",  # settings
+        "lightning.", "lightning_fabric.", "pytorch_lightning.")
 
     def find_class(self, module, name):
         name = f"{module}.{name}".replace("__builtin__", "builtins").replace("copy_reg", "copyreg")
@@ -76,8 +97,13 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def read_zip(file):
-    """What `torch.save` (since 1.6) or TorchScript wrote; the tensors are views of the mapped file,
-    each checked against its CRC."""
+    """What `torch.save` (since 1.6) wrote, or {dotted name: attribute} of a TorchScript module; the
+    tensors are views of the mapped file, each checked against its CRC."""
+    def flatten(shell, prefix):
+        for name, value in vars(shell).items():
+            nested = isinstance(value, Shell)
+            yield from flatten(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
+
     def storage(key):
         _, dtype, record, _, elements = key  # "storage", dtype, record's name, device, elements
         info = archive.getinfo(f"{folder}data/{record}")
@@ -90,11 +116,15 @@ def read_zip(file):
 
     archive = zipfile.ZipFile(file)
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+    pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+    if pickled is None:
+        raise ValueError(f"it is an archive of other files ({', '.join(archive.namelist()[:3])}): "
+                         "unpack it")
     folder = pickled.removesuffix("data.pkl")
-    unpickler = TensorUnpickler(archive.open(pickled))
+    unpickler = TensorUnpickler(archive.open(pickled), encoding="latin1")  # of Python 2's strings
     unpickler.persistent_load = storage
-    return unpickler.load()
+    content = unpickler.load()
+    return dict(flatten(content, "")) if isinstance(content, Shell) and not content else content
 
 
 def read_legacy(file):
@@ -110,7 +140,7 @@ def read_legacy(file):
 
     content = None
     for part in range(5):
-        unpickler = TensorUnpickler(file)
+        unpickler = TensorUnpickler(file, encoding="latin1")
         unpickler.persistent_load = storage
         found = unpickler.load()
         if part == 0 and found != 0x1950A86A20F9469CFC6C:
@@ -125,42 +155,139 @@ def read_legacy(file):
     return content
 
 
-def read_checkpoint(path):
-    """What a file by torch.save, of any version, or a TorchScript archive holds: tensors (on the
-    CPU) and plain values in dicts and lists, a TorchScript module as a `Shell`.
+# safetensors --------------------------------------------------------------------------------------
 
-    Nothing in the file is executed. Raises ValueError, naming what it asks for where refused.
-    """
+
+def read_safetensors(file):
+    """{name: tensor} of a .safetensors file: the length of a header in JSON, the header, the bytes
+    of the tensors, which are views of the mapped file. As the format has it, they follow one
+    another without a gap to the file's end (github.com/huggingface/safetensors, Format); it has no
+    checksums, so that a changed bit in them goes unnoticed."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name is there twice")
+        return dict(pairs)
+
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    (length,) = struct.unpack_from("<Q", mapped)
+    if length > min(10**8, len(mapped) - 8):
+        raise ValueError("its header is larger than the file, or than 100 MB")
+    header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=unique)
+    header.pop("__metadata__", None)
+    data, end, tensors = memoryview(mapped)[8 + length :], 0, {}
+    for (start, stop), name in sorted((header[name]["data_offsets"], name) for name in header):
+        dtype, shape = DTYPES[header[name]["dtype"]], header[name]["shape"]
+        if any(type(n) is not int or n < 0 for n in [*shape, start, stop]):
+            raise ValueError(f"{name} has a size that is no number")
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} is not where, or as large as, its shape asks for")
+        flat = data[start:stop]
+        flat = torch.frombuffer(flat, dtype=dtype) if flat else torch.empty(0, dtype=dtype)
+        tensors[name], end = flat.view(shape), stop
+    if end != len(data):
+        raise ValueError("it does not end where its tensors do")
+    return tensors
+
+
+# Any of them --------------------------------------------------------------------------------------
+
+
+def is_web_page(head):
+    """Whether what begins with these bytes is HTML, or XML, in which some servers refuse."""
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+
+
+def no_checkpoint(head):
+    """What a file that begins with these bytes (262, or all) is and what to do, or None."""
+    packed = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")
+    if not head:
+        return "it is empty: get it again"
+    if is_web_page(head):
+        return "it is a web page: get the file itself"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs: run `git lfs pull` where it is from"
+    if head.startswith(packed) or head[257:262] == b"ustar":
+        return "it is an archive: unpack it"
+    return None
+
+
+def read_checkpoint(path):
+    """What a file by torch.save, of any version, a TorchScript archive or a .safetensors file has:
+    tensors (on the CPU) and plain values in dicts and lists. The bytes tell the kind, not the name.
+    Nothing in the file is executed. Raises ValueError, naming what it asks for where refused, and
+    telling what a file is that is no checkpoint."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder, expected a checkpoint: name a file in it")
     with open(path, "rb") as file:
+        head = file.read(262)
+        file.seek(0)
+        told = no_checkpoint(head)
+        if told:
+            raise ValueError(f"{path}: not a checkpoint of tensors; {told}")
         try:
-            return read_zip(file) if file.peek(2)[:2] == b"PK" else read_legacy(file)
+            if head.startswith(b"PK"):
+                return read_zip(file)
+            return read_safetensors(file) if head[8:9] == b"{" else read_legacy(file)
         except Exception as error:  # damaged bytes can raise anything
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
             raise ValueError(f"{path}: not a checkpoint of tensors and plain values, or damaged "
                              f"({reason}); nothing in it was executed") from None
 
 
-def read_state_dict(path):
-    """{name: tensor} of a checkpoint: bare, or under "state_dict", "model" or "net", without the
-    `module.` of DataParallel. Raises as `read_checkpoint`, and ValueError where there is none."""
-    def flatten(shell, prefix):
-        for name, value in vars(shell).items():
-            nested = isinstance(value, Shell)
-            yield from flatten(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
+# The network in it --------------------------------------------------------------------------------
 
+# Under which names programs keep a network, in the order in which one of several is taken: what was
+# trained before its running average and its teacher.
+KEYS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "student", "weights",
+        "params", "state_dict_ema", "model_ema", "ema", "teacher")
+BESIDE = ("teacher", "criterion", "loss", "ema", "model_ema", "n_averaged")  # are no layers
+
+
+def say_taken(path, taken, others):
+    if others:
+        note(f"{path} holds {taken} and {', '.join(others)}; {taken} is read")
+
+
+def states(content, keys=()):
+    """Each dict of tensors in dicts under `KEYS`, inner ones first: (its keys, {name: tensor})."""
+    for key in KEYS if len(keys) < 5 else ():  # a pickle may hold itself
+        if isinstance(content.get(key), dict):
+            yield from states(content[key], (*keys, key))
+    tensors = {str(name): value for name, value in content.items()
+               if isinstance(value, torch.Tensor)}
+    if tensors:
+        yield keys, tensors
+
+
+def unwrapped(state, path):
+    """{name: tensor} without what wraps the network: a prefix of all names, whichever it is
+    (`module.` of DataParallel, `model.`, ...), `_orig_mod.` of torch.compile anywhere, and
+    `student.`, `module.`, `model.` or `net.` beside names of no network; in any order and depth."""
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while True:
+        heads = sorted({name.partition(".")[0] for name in state})
+        taken = next((head for head in heads if len(heads) == 1 or head == "student" or (
+            head in ("module", "model", "net") and {head, *BESIDE}.issuperset(heads))), None)
+        if taken is None or taken in state:  # the latter is a tensor's whole name
+            return state
+        say_taken(path, taken, [head for head in heads if head != taken])
+        state = {name.removeprefix(f"{taken}."): tensor for name, tensor in state.items()
+                 if name.startswith(f"{taken}.")}
+
+
+def read_state_dict(path):
+    """{name: tensor} of a checkpoint: bare or, at any depth, under one of `KEYS`, without the
+    prefixes of what wrapped the network; one of several networks is taken in the order of `KEYS`,
+    and `note` says which. Raises as `read_checkpoint`, and ValueError where there is none."""
     content = read_checkpoint(path)
-    if isinstance(content, Shell) and not content:
-        content = dict(flatten(content, ""))  # a TorchScript module's attributes are the state
-    for key in ("state_dict", "model", "net"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    items = content.items() if isinstance(content, dict) else ()
-    state = {str(name).removeprefix("module."): value for name, value in items
-             if isinstance(value, torch.Tensor)}
-    if not state:
+    found = list(states(content)) if isinstance(content, dict) else []
+    if not found:
         raise ValueError(f"{path}: no tensors in it: expected a state dict, bare or under "
                          "'state_dict', 'model' or 'net'")
-    return state
+    keys, state = found[0]
+    say_taken(path, ".".join(keys), [".".join(other) for other, _ in found
+                                     if other != keys[: len(other)]])
+    return unwrapped(state, path)
 
 
 ABOUT = ("model_name", "dataset", "class_names", "class_ids", "mean", "std", "image_size")

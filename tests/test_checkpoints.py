@@ -1,12 +1,19 @@
 """checkpoints.py: read without executing anything, or refused in one line that says why."""
 
 import argparse
+import bz2
 import collections
+import datetime
+import functools
+import gzip
 import io
+import json
+import lzma
 import os
 import pickle
 import re
 import struct
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,7 +23,27 @@ import torch
 from torch import nn
 
 import checkpoints
-from checkpoints import read_checkpoint, read_state_dict
+from checkpoints import note, read_about, read_checkpoint, read_state_dict
+
+
+@pytest.fixture(autouse=True)
+def unsaid():
+    note.said.clear()
+
+
+def test_note_is_said_once_and_by_rank_0(monkeypatch, capsys):
+    for text in ("a is guessed", "b is left out", "a is guessed"):
+        note(text)
+    assert capsys.readouterr().err == "a is guessed\nb is left out\n"
+    note.said.clear()
+    monkeypatch.setenv("RANK", "1")
+    note("a is guessed")
+    monkeypatch.setenv("RANK", "0")
+    note("b is left out")
+    assert capsys.readouterr().err == "b is left out\n"
+
+
+# Pickled by torch.save ----------------------------------------------------------------------------
 
 # Checkpoints --------------------------------------------------------------------------------------
 
@@ -24,6 +51,16 @@ from checkpoints import read_checkpoint, read_state_dict
 def some_state():
     return {"conv.weight": torch.randn(4, 3, 2, 2), "bn.running_mean": torch.randn(4),
             "bn.num_batches_tracked": torch.tensor(7), "half": torch.randn(5).half()}
+
+
+class Ordered(collections.OrderedDict):
+    """Of a module that a stranger does not have; `readable` names it as if it were a library's."""
+
+
+@pytest.fixture
+def readable(monkeypatch):
+    monkeypatch.setattr(checkpoints.TensorUnpickler, "SHELLS",
+                        (*checkpoints.TensorUnpickler.SHELLS, f"{__name__}.Ordered"))
 
 
 def parameters(state):
@@ -38,7 +75,10 @@ WRAPPINGS = {
     "state_dict": lambda state: {"state_dict": state, "best_prec1": 91.78},
     "net": lambda state: {"net": state, "acc": 95.1, "epoch": 3},
     "model in state_dict": lambda state: {"state_dict": {"model": state}},
-    "module.": lambda state: {"state_dict": {f"module.{key}": state[key] for key in state}},
+    "in five": lambda state: {"net": {"model": {"state_dict": {"module": {"student": state}}}}},
+    "model_state_dict": lambda state: {"model_state_dict": state, "loss": torch.zeros(2)},
+    "its settings": lambda state: {"model": {"name": "vgg8", "size": {"depth": 8}}, "net": state},
+    "a subclass": lambda state: {"model": Ordered(state), "best": collections.Counter("ab")},
     "student.pt": lambda state: {"model_name": "vgg8", "model": state, "class_names": ["a", "b"],
                                  "mean": [0.5] * 3, "image_size": 32, "dataset": None},
     "NumPy numbers": lambda state: {"model": state, "best": np.float64(73.2), "n": np.int64(3)},
@@ -47,18 +87,109 @@ WRAPPINGS = {
     "an optimiser": lambda state: {
         "model": state, "optimizer": torch.optim.SGD(parameters(state).values(), 0.1).state_dict()},
     "a default dict": lambda state: {"model": state, "log": collections.defaultdict(list, a=[1])},
+    "of numbers": lambda state: {"model": state, "log": collections.defaultdict(float, a=1.5)},
+    "a path as key": lambda state: {"model": state, "seen": {Path("a"): 1, np.int64(3): 2}},
+    "a queue": lambda state: {"model": state, "last": collections.deque([1, 2], 5)},
+    "sets": lambda state: {"model": state, "seen": {"a", "b"}, "frozen": frozenset([1]), "j": 2j},
+    "versions": lambda state: {"model": state, "torch": torch.__version__, "t": torch.float16,
+                               "device": torch.device("cpu"), "when": datetime.datetime.now()},
+    "a schedule": lambda state: {"model": state, "scheduler": torch.optim.lr_scheduler.StepLR(
+        torch.optim.SGD(parameters(state).values(), 0.1), 3)},
+    "a partial": lambda state: {"model": state, "opt": functools.partial(dict, lr=0.1)},
 }
 
 
 @pytest.mark.parametrize("kind", WRAPPINGS)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_read_state_dict_of_every_wrapping(kind, zipped, tmp_path):
+def test_read_state_dict_of_every_wrapping(kind, zipped, tmp_path, readable, capsys):
     state = some_state()
     path = tmp_path / "weights.pt"
     torch.save(WRAPPINGS[kind](state), path, _use_new_zipfile_serialization=zipped)
     found = read_state_dict(str(path))
     assert found.keys() == state.keys()
     assert all(torch.equal(found[k], state[k]) and found[k].dtype == state[k].dtype for k in state)
+    assert not capsys.readouterr().err
+
+
+PREFIXES = ["module.", "_orig_mod.", "model.", "student.", "module._orig_mod.", "net.module.",
+            "_orig_mod.module.model.", "module.student._orig_mod.", "backbone.", "a.b.c.d.e.f."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_read_state_dict_takes_prefixes_off(prefix, tmp_path, capsys):
+    state = some_state()
+    torch.save({"model": {prefix + name: state[name] for name in state}}, tmp_path / "file.pt")
+    found = read_state_dict(tmp_path / "file.pt")
+    assert list(found) == list(state) and not capsys.readouterr().err
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("prefix, others, said", [
+    ("module.student.", ["module.teacher.conv.weight", "module.conv_reg.weight"],
+     "student and conv_reg, teacher; student"),
+    ("student.module.", ["teacher.module.conv.weight"], "student and teacher; student"),
+    ("student.", ["teacher._orig_mod.conv.weight", "scale"],
+     "student and scale, teacher; student"),
+    ("module.", ["n_averaged"], "module and n_averaged; module"),
+    ("model.", ["teacher.conv.weight", "criterion.weight"], "model and criterion, teacher; model"),
+])
+def test_read_state_dict_says_what_it_leaves_out(prefix, others, said, tmp_path, capsys):
+    state = some_state()
+    torch.save({"state_dict": {**{name: torch.zeros(3) for name in others},
+                               **{prefix + name: state[name] for name in state}}},
+               tmp_path / "file.pt")
+    found = read_state_dict(tmp_path / "file.pt")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert found.keys() == state.keys()
+    assert capsys.readouterr().err == f"{tmp_path / 'file.pt'} holds {said} is read\n"
+
+
+@pytest.mark.parametrize("names", [
+    ["model.0.weight", "fc.weight"], ["conv1.weight", "module.weight"], ["weight"],
+    ["student.weight", "student"], [".", "..", "a."], [""]])
+def test_read_state_dict_keeps_the_names_of_layers(names, tmp_path):
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "file.pt")
+    found = read_state_dict(tmp_path / "file.pt")
+    assert list(found) == names
+
+
+@pytest.mark.parametrize("content, said", [
+    (lambda right, wrong: {"model_ema": wrong, "model": right}, "model and model_ema; model"),
+    (lambda right, wrong: {"state_dict_ema": wrong, "state_dict": right},
+     "state_dict and state_dict_ema; state_dict"),
+    (lambda right, wrong: {"teacher": wrong, "student": right}, "student and teacher; student"),
+    (lambda right, wrong: {"ema": {"module": wrong, "decay": 0.9}, "net": {"module": right}},
+     "net.module and ema.module; net.module"),
+    (lambda right, wrong: {"model_ema": right}, None), (lambda right, wrong: {"ema": right}, None),
+    (lambda right, wrong: {"teacher": right, "best": torch.zeros(1)}, None),
+])
+def test_read_state_dict_says_which_of_several_it_takes(content, said, tmp_path, capsys):
+    right, wrong = some_state(), some_state()
+    torch.save(content(right, wrong), tmp_path / "file.pt")
+    found = read_state_dict(tmp_path / "file.pt")
+    assert torch.equal(found["conv.weight"], right["conv.weight"])
+    expected = f"{tmp_path / 'file.pt'} holds {said} is read\n" if said else ""
+    assert capsys.readouterr().err == expected
+
+
+def test_read_state_dict_of_a_dict_that_holds_itself(tmp_path):
+    content = {key: {} for key in checkpoints.KEYS}
+    content |= {key: content for key in checkpoints.KEYS[:3]}
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match="no tensors in it"):
+        read_state_dict(tmp_path / "file.pt")
+
+
+def test_read_about_of_a_student_and_of_others(tmp_path):
+    said = {"model_name": "vgg8", "dataset": "shapes", "class_names": ["a", "b"], "mean": [0.5] * 3,
+            "std": [0.2] * 3, "image_size": 32}
+    more = {**said, "class_ids": ["n1", "n2"]}
+    for content, expected in [
+            ({**said, "model": some_state(), "format": 2}, said), ({**more, "model": {}}, more),
+            ({"model": some_state(), "mean": 3}, {}), (some_state(), {}), ([1], {})]:
+        torch.save(content, tmp_path / "file.pt")
+        assert read_about(tmp_path / "file.pt") == expected
+
 
 
 def test_read_state_dict_beside_numbers_of_numpy_1(tmp_path):
@@ -226,9 +357,7 @@ def damaged_files():
             for name in old.namelist():
                 new.writestr(name, old.read(name))
     return {
-        "empty": b"", "text": b"hello world\n", "noise": bytes(range(256)) * 20,
-        "a web page": b"<!DOCTYPE html><html><body>404</body></html>\n",
-        "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "text": b"hello world\n", "noise": bytes(range(256)) * 20, "JSON": b'{"a": [1, 2, 3]}\n',
         "zip, cut": good[: len(good) // 2], "zip, a bit": flipped(good, len(good) // 2),
         "zip, short record": repacked(
             good, lambda name, data: data[:-4] if "/data/" in name else data),
@@ -255,6 +384,35 @@ def test_read_checkpoint_of_a_damaged_file(kind, tmp_path):
     assert len(str(error.value)) < 400
 
 
+def packed(name, content):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(name), io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"", "it is empty"),
+    (b"\xef\xbb\xbf\n <!DOCTYPE html><html><body>Sign in</body></html>\n", "it is a web page"),
+    (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "it is a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    (gzip.compress(b"x"), "an archive: unpack it"), (bz2.compress(b"x"), "an archive: unpack it"),
+    (lzma.compress(b"x"), "an archive: unpack it"), (packed("a", b"x"), "an archive: unpack it"),
+    (damaged_files()["zip, of other files"], r"an archive of other files \(other\): unpack it"),
+])
+@pytest.mark.parametrize("name", ["file.pth", "file.safetensors"])
+def test_read_checkpoint_tells_what_is_no_checkpoint(content, told, name, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: not a checkpoint of tensors.*{told}") as error:
+        read_state_dict(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_read_checkpoint_of_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="is a folder, expected a checkpoint: name a file in it"):
+        read_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("content", [[1], 3, {}, {"model": {}}, {"epoch": 3}, {"a": {"b": 1}}])
 def test_read_state_dict_without_tensors(content, tmp_path):
     torch.save(content, tmp_path / "file.pt")
@@ -262,3 +420,98 @@ def test_read_state_dict_without_tensors(content, tmp_path):
         read_state_dict(tmp_path / "file.pt")
     with pytest.raises(FileNotFoundError, match="absent.pt"):
         read_state_dict(tmp_path / "absent.pt")
+
+
+# safetensors --------------------------------------------------------------------------------------
+
+NAMES = {dtype: name for name, dtype in checkpoints.DTYPES.items()}
+
+
+def safetensors(tensors, change=lambda header: None, spaces=0, end=b""):
+    """The bytes of a file of these tensors; `change` changes the header before it is written."""
+    header, blobs = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        blob = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [len(blobs), len(blobs) + len(blob)]}
+        blobs += blob
+    text = change(header) or json.dumps(header)
+    text = text.encode() + b" " * spaces
+    return struct.pack("<Q", len(text)) + text + blobs + end
+
+
+@pytest.mark.parametrize("spaces", range(8))  # so that tensors lie on no multiple of their size
+def test_read_safetensors_of_every_kind_of_tensor(spaces, tmp_path):
+    content = {str(dtype): torch.randn(3, 5).mul(9).to(dtype) for dtype in NAMES}
+    content |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "é": torch.arange(3.0)}
+    path = tmp_path / "any name"
+    path.write_bytes(safetensors(content, spaces=spaces))
+    found = read_checkpoint(path)
+    assert list(found) == list(content)
+    for name, tensor in content.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name] + found[name], tensor + tensor), name
+    found["scalar"].zero_()  # a view of the mapped file, which stays as it is
+    assert read_checkpoint(path)["scalar"] == 3.5
+
+
+def test_read_state_dict_of_safetensors(tmp_path):
+    state = some_state()
+    wrapped = {f"module.student.{name}": tensor for name, tensor in state.items()}
+    (tmp_path / "a.safetensors").write_bytes(safetensors(wrapped))
+    found = read_state_dict(tmp_path / "a.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    (tmp_path / "a.safetensors").write_bytes(safetensors({}))
+    with pytest.raises(ValueError, match="a.safetensors: no tensors in it"):
+        read_state_dict(tmp_path / "a.safetensors")
+
+
+def changed(name, key, value):
+    """A change of the header: an entry's key has another value."""
+    return lambda header: header[name].update({key: value})
+
+
+DAMAGED = {
+    "cut": safetensors({"a": torch.ones(9)})[:-1],
+    "cut in the header": safetensors({"a": torch.ones(9)})[:40],
+    "longer": safetensors({"a": torch.ones(9)}, end=b"x"),
+    "a long header": struct.pack("<Q", 2**63) + b'{"a": 1}',
+    "a header of 100 MB": struct.pack("<Q", 10**8 + 1) + b"{",
+    "no JSON": struct.pack("<Q", 8) + b"{'a': 1}",
+    "a list": struct.pack("<Q", 9) + b"{}, [1] ]",
+    "no UTF-8": struct.pack("<Q", 9) + b'{"\xff": 1}',
+    "deep": struct.pack("<Q", 500_005) + b'{"a":' + b"[" * 500_000,
+    "twice": safetensors({"a": torch.ones(1)}, lambda header: '{"a": 1, "a": %s}' % json.dumps(
+        header["a"])),
+    "twice, inside": safetensors({"a": torch.ones(1)}, lambda header: (
+        '{"a": {"dtype": "F32", "shape": [9], "shape": [1], "data_offsets": [0, 4]}}')),
+    "overlapping": safetensors({"a": torch.ones(2), "b": torch.ones(2)},
+                               changed("b", "data_offsets", [4, 12])),
+    "the same": safetensors({"a": torch.ones(2), "b": torch.ones(2)},
+                            changed("b", "data_offsets", [0, 8])),
+    "a gap": safetensors({"a": torch.ones(2), "b": torch.ones(2)},
+                         lambda header: header.pop("a") and None),
+    "before": safetensors({"a": torch.ones(2)}, changed("a", "data_offsets", [-4, 4])),
+    "beyond": safetensors({"a": torch.ones(2)}, changed("a", "data_offsets", [0, 8000])),
+    "backwards": safetensors({"a": torch.ones(2)}, changed("a", "data_offsets", [8, 0])),
+    "three offsets": safetensors({"a": torch.ones(2)}, changed("a", "data_offsets", [0, 8, 8])),
+    "a true": safetensors({"a": torch.ones(1)}, changed("a", "shape", [True])),
+    "a fraction": safetensors({"a": torch.ones(1)}, changed("a", "shape", [1.0])),
+    "no number": safetensors({"a": torch.ones(1)}, changed("a", "shape", [float("nan")])),
+    "a text": safetensors({"a": torch.ones(1)}, changed("a", "shape", "1")),
+    "a size below 0": safetensors({"a": torch.ones(2)}, changed("a", "shape", [-1, -2])),
+    "another shape": safetensors({"a": torch.ones(2)}, changed("a", "shape", [3])),
+    "vast": safetensors({"a": torch.ones(2)}, changed("a", "shape", [2**62, 2**62])),
+    "another dtype": safetensors({"a": torch.ones(2)}, changed("a", "dtype", "F64")),
+    "an unknown dtype": safetensors({"a": torch.ones(2)}, changed("a", "dtype", "F8_E4M3")),
+    "no dtype": safetensors({"a": torch.ones(2)}, lambda header: header["a"].pop("dtype") and None),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_read_safetensors_of_a_damaged_file(kind, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(DAMAGED[kind])
+    with pytest.raises(ValueError, match="not a checkpoint of tensors .*, or damaged") as error:
+        read_checkpoint(tmp_path / "a.safetensors")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
