@@ -170,7 +170,7 @@ def in_memory(images, size, cache_dir=None, workers=0):
 
     images = mapped(path, key, shape, torch.uint8, rows)
     if is_new:
-        files.note(f"{N} images of {size} x {size} are {megabytes:.3g} MB in memory; kept in {path}")
+        files.note(f"{N} images of {size} x {size}: {megabytes:.3g} MB in memory, kept in {path}")
     return images
 
 
@@ -460,7 +460,7 @@ def class_folders(root, split, size, resize_to):
     try:
         found = folders.by_class(folder)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; --data-dir names the folder of train/ and val/") from None
+        raise FileNotFoundError(f"{error}; --data-dir names what holds train/ and val/") from None
     if not ids:
         files.note(f"{root} has no train/: the classes are those of {folder.name}/")
         ids = list(found)

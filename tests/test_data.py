@@ -3,7 +3,6 @@ lie on a disk, damaged and hostile ones among them."""
 
 import io
 import itertools
-import json
 import os
 import pickle
 import stat
@@ -16,7 +15,6 @@ import zipfile
 import zlib
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -27,7 +25,6 @@ from torchvision.transforms import v2
 import data
 import files
 import folders
-import shapes
 
 
 @pytest.fixture(autouse=True)
@@ -451,3 +448,281 @@ def test_imagenet_class_names(tmp_path):
 def test_imagenet_folder_missing(tmp_path):
     message = refused(data.load_dataset, "imagenet", tmp_path, "train")
     assert "--data-dir" in message and str(tmp_path / "train") in message
+
+
+# Listings of classes ------------------------------------------------------------------------------
+
+
+def class_pictures(root, classes, n=2):
+    """n pictures a class, the colour of which tells the class's first letter and the picture."""
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (8, 8), (ord(name[0]), i, 0)).save(root / name / f"{i}.png")
+
+
+def shown(split):
+    """What a split's pictures show: the first letters of its labels' classes, if all is right."""
+    images = split.images
+    if isinstance(images, data.Stream):
+        images = data.in_memory(images, 8)
+    return [(chr(value), data.ids_of(split)[label][0])
+            for value, label in zip(images[:, 0, 0, 0].tolist(), split.labels.tolist())]
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "folder"])
+@pytest.mark.parametrize("test, line", [
+    (["b", "c"], "val has no image of 1 of the 3 classes of train/: a"),
+    (["B", "c_"], "val: 2 classes are spelled otherwise: B for b"),
+    (["a", "b", "c"], ""),
+])
+def test_class_folders_gives_test_images_trains_labels(dataset, test, line, tmp_path, capsys):
+    class_pictures(tmp_path / "train", ["c", "a", "b"])
+    class_pictures(tmp_path / "val", test)
+    assert set(shown(data.load_dataset(dataset, tmp_path, "train"))) == {(k, k) for k in "abc"}
+    split = data.load_dataset(dataset, tmp_path, "test")
+    pairs = shown(split)
+    assert len(pairs) == 2 * len(test) and split.class_names == ["a", "b", "c"]
+    assert all(letter.lower() == label for letter, label in pairs)
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/{line}" in said if line else "val" not in said
+
+
+@pytest.mark.parametrize("test, message", [
+    (["a", "d"], "val: 'd' is no class; the 3 classes are like 'a'"),
+    (["1", "2", "3"], "val: '1' is no class"),
+    (["a", "A"], "val: two folders are of class 'a'"),
+])
+def test_class_folders_refuses_what_has_no_certain_class(test, message, tmp_path):
+    class_pictures(tmp_path / "train", ["a", "b", "c"])
+    class_pictures(tmp_path / "val", test)
+    assert message in refused(data.load_dataset, "folder", tmp_path, "test")
+
+
+def test_class_folders_of_numbers_are_places_among_the_sorted_ids(tmp_path, capsys):
+    class_pictures(tmp_path / "train", ["n03", "n01", "n02"])
+    class_pictures(tmp_path / "test", ["0", "1", "2"])
+    split = data.load_dataset("folder", tmp_path, "test")
+    assert split.labels.tolist() == [0, 0, 1, 1, 2, 2] and split.class_ids == ["n01", "n02", "n03"]
+    assert "3 classes are numbers, taken for places in the sorted list: 0 for n01" in (
+        capsys.readouterr().err)
+
+
+def test_class_folders_says_which_of_val_and_test_it_takes(tmp_path, capsys):
+    class_pictures(tmp_path / "train", ["a"])
+    class_pictures(tmp_path / "test", ["a"], n=3)
+    assert len(data.load_dataset("folder", tmp_path, "test").labels) == 3
+    class_pictures(tmp_path / "val", ["a"])
+    assert len(data.load_dataset("folder", tmp_path, "test").labels) == 2
+    assert "val/ is the test split" in capsys.readouterr().err
+
+
+def test_class_folders_without_train_has_vals_classes_and_says_so(tmp_path, capsys):
+    class_pictures(tmp_path / "val", ["b", "a"])
+    assert data.load_dataset("imagenet", tmp_path, "test").class_names == ["a", "b"]
+    assert "has no train/: the classes are those of val/" in capsys.readouterr().err
+    for root in (tmp_path / "absent", tmp_path / "val/a/0.png"):
+        assert "is no folder; --data-dir" in refused(data.load_dataset, "folder", root, "train")
+
+
+def test_class_folders_counts_what_it_leaves_out(tmp_path, capsys):
+    class_pictures(tmp_path / "train", ["a", "b"])
+    for name in ("a/._0.png", "b/note.txt", "loose.png", "__MACOSX/a/0.png"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"")
+    (tmp_path / "train/c").mkdir()
+    split = data.load_dataset("folder", tmp_path, "train")
+    assert split.class_names == ["a", "b"] and len(split.labels) == 4
+    assert "2 hidden, 1 in no class's folder, 1 .txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("above", ["", "..", "../../.."])
+@pytest.mark.parametrize("name", ["LOC_synset_mapping.txt", "words.txt"])
+def test_class_words_are_found_where_kaggle_lays_them(above, name, tmp_path, capsys):
+    root = tmp_path / "imagenet/ILSVRC/Data/CLS-LOC"
+    class_pictures(root / "train", ["n01", "n02"])
+    (root / above / name).write_bytes(b"\xef\xbb\xbfn01 tench, Tinca\nn02 goldfish\n")
+    split = data.load_dataset("imagenet", root, "train")
+    assert split.class_names == ["tench, Tinca", "goldfish"] and split.class_ids == ["n01", "n02"]
+    assert ("names 2 of the 2 classes" in capsys.readouterr().err) == bool(above)
+
+
+def test_class_words_says_where_they_are_few(tmp_path, capsys):
+    class_pictures(tmp_path / "train", ["n01", "n02"])
+    (tmp_path / "words.txt").write_text("n01\ttench\n")
+    assert data.load_dataset("imagenet", tmp_path, "train").class_names == ["tench", "n02"]
+    assert "words.txt names 1 of the 2 classes" in capsys.readouterr().err
+
+
+def test_rename_classes(tmp_path):
+    split, path = coded_split(7), tmp_path / "names.txt"
+    names = [f"name {k}" for k in range(7)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*names, "", ""]).encode())
+    found = data.rename_classes(split, path)
+    assert found.class_names == names and found.class_ids == list("0123456")
+    path.write_text("one\ntwo\n")
+    assert refused(data.rename_classes, split, path) == (
+        f"{path} has 2 names, one a line; expected one for each of the 7 classes, from '0' to '6'")
+
+
+# Pictures in memory -------------------------------------------------------------------------------
+
+
+def test_in_memory_decodes_once_and_again_for_other_pictures(tmp_path, monkeypatch, capsys):
+    class_pictures(tmp_path / "train", ["a", "b"])
+    images = data.load_dataset("folder", tmp_path, "train").images
+    expected = torch.cat(list(data.blocks(data.resize(images, 6))))
+    found = data.in_memory(images, 6)
+    assert torch.equal(found, expected)
+    assert "4 images of 6 x 6: 0.000432 MB in memory, kept in " in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "blocks", None)  # nothing is decoded
+        assert torch.equal(data.in_memory(images, 6), expected)
+    Image.new("RGB", (8, 8), (7, 7, 7)).save(tmp_path / "train/b/1.png")
+    assert data.in_memory(images, 6)[3].eq(7).all() and torch.equal(found, expected)
+
+
+def test_in_memory_streams_above_half_of_the_memory(tmp_path, monkeypatch, capsys):
+    class_pictures(tmp_path / "train", ["a", "b"])
+    images = data.load_dataset("folder", tmp_path, "train").images
+    numbers = {"SC_PAGE_SIZE": 8, "SC_PHYS_PAGES": 107}  # two bytes short of twice 4 * 3 * 6 * 6
+    monkeypatch.setattr(os, "sysconf", numbers.get)
+    assert isinstance(data.in_memory(images, 6), data.Stream)
+    assert "more than half of the memory: they stream" in capsys.readouterr().err
+    numbers["SC_PHYS_PAGES"] = 108
+    assert isinstance(data.in_memory(images, 6), torch.Tensor)
+
+
+# CIFAR as pictures --------------------------------------------------------------------------------
+
+CIFAR10 = data.CIFAR_CLASSES["cifar10"]
+
+
+def cifar_files(above=""):
+    """Two pictures a class, the colour of which tells the class."""
+    return {f"cifar10/{split}/{above}{name}/{i}.png": encoded((20 * k, i, 9), (32, 32))
+            for split in ("train", "test") for k, name in enumerate(CIFAR10) for i in (1, 0)}
+
+
+def unpack(root, content):
+    for name, value in content.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(value)
+
+
+@pytest.mark.parametrize("layout", ["zip", "in a folder", "unpacked", "its parent", "superclass",
+                                    "mac", "spaces"])
+def test_cifar_pictures_of_every_layout(layout, tmp_path, capsys):
+    content, root = cifar_files("super/" if layout == "superclass" else ""), tmp_path
+    if layout == "mac":
+        content |= {f"__MACOSX/{name}": b"" for name in content} | {"cifar10/train/.DS_Store": b""}
+    if layout == "spaces":
+        content = {name.replace("truck", "Truck"): value for name, value in content.items()}
+    if layout in ("zip", "mac"):
+        root = write_zip(tmp_path / "pictures.zip", content.items())
+    elif layout == "in a folder":
+        write_zip(tmp_path / "CIFAR-10.zip", content.items())
+    else:
+        unpack(tmp_path, content)
+        root = tmp_path / "cifar10" if layout == "unpacked" else tmp_path
+    for name in ("train", "test"):
+        split = data.load_dataset("cifar10", root, name)
+        assert split.images.shape == (20, 3, 32, 32) and split.class_names == CIFAR10
+        assert torch.equal(split.images[:, 0, 5, 5] // 20, split.labels.to(torch.uint8))
+        assert split.images[:, 1, 5, 5].tolist() == [0, 1] * 10  # sorted by name
+    said = capsys.readouterr().err
+    assert "(train) holds 20 images; cifar10 has 50000" in said
+    assert ("1 hidden" in said) == (layout == "mac")
+
+
+def test_cifar_pictures_with_a_class_that_is_called_train(tmp_path):
+    known = data.CIFAR_CLASSES["cifar100"]
+    for split in ("train", "test"):
+        class_pictures(tmp_path / split, known, n=0)
+        for k, name in enumerate(known):
+            path = tmp_path / split / name / "x.png"
+            Image.new("RGB", (32, 32), (k, split == "test", 0)).save(path)
+    for split in ("train", "test"):
+        found = data.load_dataset("cifar100", tmp_path, split)
+        assert found.images[:, 0, 0, 0].tolist() == found.labels.tolist() == list(range(100))
+        assert found.images[:, 1].eq(split == "test").all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda content: {n: v for n, v in content.items() if "/frog/" not in n},
+     "(train) holds 9 of cifar10's 10 classes, no 'frog'"),
+    (lambda content: content | {"cifar10/train/whale/0.png": encoded(size=(32, 32))},
+     "(train): 'whale' is no class; the 10 classes are like 'airplane'"),
+    (lambda content: content | {"cifar10/train/frog/9.png": encoded(size=(33, 32))},
+     "frog/9.png has 33 x 32 pixels; expected 32 x 32"),
+    (lambda content: content | {"cifar10/train/frog/9.png": b"no image"},
+     "frog/9.png is not a readable image"),
+    (lambda content: {"cifar10/x.txt": b""}, "(train) holds no pictures"),
+    (lambda content: content | {"../x.png": b""}, "leads out of it"),
+])
+def test_cifar_pictures_refuses(change, message, tmp_path):
+    archive = write_zip(tmp_path / "x.zip", change(cifar_files()).items())
+    assert message in refused(data.load_dataset, "cifar10", archive, "train")
+
+
+def test_load_dataset_never_makes_a_folder_of_a_path_that_is_not_there(tmp_path):
+    for name in ("tiny-imagenet", "cifar100", "imagenet", "folder"):
+        message = refused(data.load_dataset, name, tmp_path / "absent.zip", "train")
+        assert f"{tmp_path}/absent.zip does not exist" in message
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_cifar_of_the_shared_zip_is_the_published_one(shared):
+    if not (shared / "data/cifar100.zip").is_file():
+        pytest.skip("no cifar100.zip in ../shared")
+    train = data.load_dataset("cifar100", shared / "data/cifar100.zip", "train")
+    assert train.labels.bincount().tolist() == [500] * 100
+    pixels = train.images.double().div(255).transpose(0, 1).flatten(1)
+    std, mean = torch.std_mean(pixels, dim=1)
+    assert mean.tolist() == pytest.approx([0.50707516, 0.48654887, 0.44091784], abs=1e-7)
+    assert std.tolist() == pytest.approx([0.26733429, 0.25643846, 0.27615047], abs=1e-7)
+
+
+# Tiny-ImageNet as people have it ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["by class", "by class, without annotations", "in images/",
+                                    "from a Mac"])
+def test_tiny_imagenet_with_its_validation_images_laid_otherwise(layout, tmp_path, capsys):
+    content, top = tiny_imagenet_files(), "tiny-imagenet-200/"
+    wnids = {"val_0.JPEG": "n02", "val_1.JPEG": "n01"}
+    if "class" in layout:
+        for file, wnid in wnids.items():
+            content[f"{top}val/{wnid}/{file}"] = content.pop(f"{top}val/images/{file}")
+    elif layout == "in images/":
+        for file, wnid in wnids.items():
+            content[f"{top}val/{wnid}/images/{file}"] = content.pop(f"{top}val/images/{file}")
+    if "without" in layout:
+        del content[f"{top}val/val_annotations.txt"]
+    if layout == "from a Mac":
+        content |= {f"__MACOSX/{name}": b"" for name in content} | {f"{top}val/.DS_Store": b""}
+        for name in ("wnids.txt", "words.txt", "val/val_annotations.txt"):
+            lines = content[top + name].replace(b"\n", b"\r\n")
+            content[top + name] = b"\xef\xbb\xbf" + lines + b"\r\n\r\n"
+    content[f"{top}train/n01/n01_boxes.txt"] = b"n01_0.JPEG\t0\t0\t1\t1\n"
+    archive = write_zip(tmp_path / "t.zip", content.items())
+    test, train = (data.load_dataset("tiny-imagenet", archive, name) for name in ("test", "train"))
+    assert train.images[:, 0, 0, 0].tolist() == [10, 20, 30]
+    by_label = dict(zip(test.labels.tolist(), test.images[:, 0, 0, 0].tolist()))
+    assert by_label == {1: 40, 0: 50} and test.class_ids == ["n01", "n02"]
+    assert test.class_names == ["goldfish, Carassius", "lion"]
+    assert ("left out" in capsys.readouterr().err) == (layout == "from a Mac")
+
+
+def test_tiny_imagenet_compares_folders_and_annotations(tmp_path):
+    content, top = tiny_imagenet_files(), "tiny-imagenet-200/val/"
+    for file, wnid in {"val_0.JPEG": "n01", "val_1.JPEG": "n01"}.items():
+        content[f"{top}{wnid}/{file}"] = content.pop(f"{top}images/{file}")
+    archive = write_zip(tmp_path / "t.zip", content.items())
+    message = refused(data.load_dataset, "tiny-imagenet", archive, "test")
+    assert "val/n01/val_0.JPEG is of class n02 in val_annotations.txt" in message
+    del content[f"{top}n01/val_0.JPEG"]
+    archive = write_zip(tmp_path / "u.zip", content.items())
+    message = refused(data.load_dataset, "tiny-imagenet", archive, "test")
+    assert "it holds no tiny-imagenet-200/val/images/val_0.JPEG" in message

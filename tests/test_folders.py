@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-
 import folders
 
 
@@ -43,9 +42,9 @@ def test_list_files_names_a_folder_that_it_may_not_read(tmp_path, monkeypatch):
 
 def test_read_words_of_every_separator_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "words.txt"
-    path.write_bytes(b"\xef\xbb\xbfn01\ttench, Tinca\r\n\r\nn02 gold fish\nsea horse\thippo campus\n")
+    path.write_bytes(b"\xef\xbb\xbfn01\ttench, Tinca\r\n\r\nn02 gold fish\nsea horse\thippo\n")
     assert folders.read_words(path) == {"n01": "tench, Tinca", "n02": "gold fish",
-                                        "sea horse": "hippo campus"}
+                                        "sea horse": "hippo"}
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -82,12 +81,12 @@ def test_open_image_of_8_bits_is_pils(mode, tmp_path):
 
 
 def test_pictures_are_sorted_by_part_and_the_rest_is_counted(capsys):
-    names = ["b/2.PNG", "b/10.jpg", "a-b/1.png", "a/1.webp", "a/x/0.tif", "b/.DS_Store", "loose.png",
-             "__MACOSX/b/._2.png", "b/clip.gif", "b/list", "b/x.txt", "a/y.txt"]
+    names = ["b/2.PNG", "b/10.jpg", "a-b/1.png", "a/1.webp", "a/x/0.tif", "b/.DS_Store", "loose",
+             "loose.png", "__MACOSX/b/._2.png", "b/clip.gif", "b/x.txt", "a/y.txt"]
     assert folders.pictures(names, "somewhere") == [
         "a/1.webp", "a/x/0.tif", "a-b/1.png", "b/10.jpg", "b/2.PNG"]
-    assert said(capsys) == ("somewhere: left out what is no picture of a class: 2 hidden, 2 .txt, 1 "
-                            "in no class's folder, 1 .gif, 1 without a suffix\n")
+    assert said(capsys) == ("somewhere: left out what is no picture of a class: 2 hidden, 2 .txt, "
+                            "1 without a suffix, 1 in no class's folder, 1 .gif\n")
     assert folders.pictures(["a/1.png"], "elsewhere") == ["a/1.png"] and not said(capsys)
 
 

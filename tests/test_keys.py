@@ -68,11 +68,12 @@ def test_identity_of_a_stream_notices_pictures_that_are(change, tmp_path):
 
 def test_difference_says_what_differs():
     before = keys.identity(some_split(class_ids=["n1", "n2"]))
-    for change, words in (({"class_ids": ["n1", "n3"]}, "class 1 is 'n2' there and 'n3' here"),
-                          ({"class_ids": ["n1", "n2", "n3"]}, "class 2 is None there and 'n3' here"),
-                          ({"class_names": ["cat", "fox"]}, "class 1 is 'dog' there and 'fox' here"),
-                          ({"images": 5}, "4 images there, 5 here"),
-                          ({"content": "0"}, "other images or labels")):
+    for change, words in (
+            ({"class_ids": ["n1", "n3"]}, "class 1 is 'n2' there and 'n3' here"),
+            ({"class_ids": ["n1", "n2", "n3"]}, "class 2 is None there and 'n3' here"),
+            ({"class_names": ["cat", "fox"]}, "class 1 is 'dog' there and 'fox' here"),
+            ({"images": 5}, "4 images there, 5 here"),
+            ({"content": "0"}, "other images or labels")):
         assert keys.difference(before, {**before, **change}) == words
 
 

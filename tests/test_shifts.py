@@ -51,7 +51,8 @@ def test_read_cifar_c_refuses(cifar_c):
     for content in (b"", b"no array", (cifar_c / "fog.npy").read_bytes()[:5000],
                     pickle.dumps([1, 2])):
         (cifar_c / "snow.npy").write_bytes(content)
-        assert "snow.npy or labels.npy is damaged" in refused(shifts.read_cifar_c, cifar_c, "snow", 1)
+        message = refused(shifts.read_cifar_c, cifar_c, "snow", 1)
+        assert "snow.npy or labels.npy is damaged" in message
     np.save(cifar_c / "labels.npy", np.arange(20))
     assert "five times over" in refused(shifts.read_cifar_c, cifar_c, "fog", 1)
 
@@ -179,10 +180,10 @@ def test_load_shift_by_wordnet_id_number_and_classes_json(tmp_path):
             Image.new("RGB", (40, 30), (80 * k + i,) * 3).save(tmp_path / "val" / wnid / f"{i}.png")
     (tmp_path / "words.txt").write_text("n01\tcat\nn02\tdog\nn03\tbird\n")
     test = data.load_dataset("imagenet", tmp_path, "test")
-    for folders in (("n02", "n03"), ("1", "2"), ("hounds", "fowl")):
-        for folder, source in zip(folders, ("n02", "n03")):
-            (tmp_path / folders[0]).mkdir(exist_ok=True)
-            (tmp_path / folders[0] / folder).symlink_to(tmp_path / "val" / source)
+    for names in (("n02", "n03"), ("1", "2"), ("hounds", "fowl")):
+        for folder, source in zip(names, ("n02", "n03")):
+            (tmp_path / names[0]).mkdir(exist_ok=True)
+            (tmp_path / names[0] / folder).symlink_to(tmp_path / "val" / source)
     message = refused(shifts.load_shift, tmp_path / "hounds", "imagenet", test)
     assert "'fowl' is no class; the 3 classes are like 'n01'" in message
     (tmp_path / "hounds/classes.json").write_text('{"hounds": "dog", "fowl": "n03"}')
