@@ -18,8 +18,15 @@ import signal
 import sys
 from datetime import timedelta
 
+if sys.version_info < (3, 11):  # met before a module that an older one cannot evaluate
+    print(f"error: this is Python {sys.version_info[0]}.{sys.version_info[1]}, expected 3.11 or "
+          "newer: install requirements.txt for a newer one and start it with that", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 import torch.distributed as dist
+
+import files
 
 # Settings and the command line --------------------------------------------------------------------
 
@@ -143,12 +150,20 @@ def world():
 
 
 def join_ranks(config):
-    """Where torchrun started this process, join the others; -> the config with its own device."""
-    if "WORLD_SIZE" not in os.environ:
+    """Where torchrun started this process, join the others; -> the config with its own device. Some
+    of torchrun's variables alone are left over in a shell, or a cluster's: ignored, in a line."""
+    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        left = [name for name in needed[:3] if os.environ.pop(name, None) is not None]
+        if left:
+            files.note(f"{', '.join(left)} set without {', '.join(missing)}: ignored, this is one "
+                       "process; torchrun starts several")
         return config
     cuda = config.device.startswith("cuda")
     if cuda:
         config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        check_device(config.device)  # torchrun may start more processes than there are GPUs
         torch.cuda.set_device(config.device)
     if not dist.is_initialized():  # ranks wait while one of them makes CLIP's targets: for hours
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=2))
