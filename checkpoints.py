@@ -1,7 +1,6 @@
 """Checkpoints as other programs write them, read without executing anything in them.
 
-Imports torch and the standard library alone. Errors are `ValueError` and `OSError` of one line that
-names the file."""
+Imports torch alone. Errors are `ValueError` and `OSError` of one line that names the file."""
 
 import json
 import math
@@ -32,7 +31,7 @@ def note(text):
 note.said = set()
 
 
-# Pickled by torch.save ----------------------------------------------------------------------------
+# One file -----------------------------------------------------------------------------------------
 
 
 class Shell(dict):
@@ -73,19 +72,17 @@ class TensorUnpickler(pickle.Unpickler):
         "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
         "torch.jit._pickle.build_intlist": list,
         "torch.Size": tuple,
+        **{f"builtins.{kind.__name__}": Shell for kind in (
+            object, list, tuple, dict, set, frozenset, int, float, complex, bool, str, bytes)},
         "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8,  # named by dtype
         **{f"torch.{name}Storage": getattr(torch, name.lower())
            for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")},
         **{str(dtype): dtype for dtype in DTYPES.values()},
     }
-    SHELLS = (
-        "__torch__.", "argparse.", "collections.", "copyreg._reconstructor", "datetime.",
-        "functools.partial", "numpy.", "pathlib.", "types.SimpleNamespace", "_codecs.encode",
-        "torch.device", "torch.optim.", "torch.torch_version.", "typing.Any",
-        *(f"builtins.{kind.__name__}" for kind in (object, list, tuple, dict, set, frozenset, int,
-                                                   float, complex, bool, str, bytes, bytearray)),
-        "addict.", "easydict.", "omegaconf.", "yacs.",  # settings
-        "lightning.", "lightning_fabric.", "pytorch_lightning.")
+    SHELLS = ("__torch__.", "argparse.", "collections.", "copyreg._reconstructor", "datetime.",
+              "easydict.", "functools.partial", "lightning.", "lightning_fabric.", "numpy.",
+              "omegaconf.", "pathlib.", "pytorch_lightning.", "torch.device", "torch.optim.",
+              "torch.torch_version.", "types.SimpleNamespace", "typing.", "yacs.", "_codecs.encode")
 
     def find_class(self, module, name):
         name = f"{module}.{name}".replace("__builtin__", "builtins").replace("copy_reg", "copyreg")
@@ -155,14 +152,10 @@ def read_legacy(file):
     return content
 
 
-# safetensors --------------------------------------------------------------------------------------
-
-
 def read_safetensors(file):
-    """{name: tensor} of a .safetensors file: the length of a header in JSON, the header, the bytes
-    of the tensors, which are views of the mapped file. As the format has it, they follow one
-    another without a gap to the file's end (github.com/huggingface/safetensors, Format); it has no
-    checksums, so that a changed bit in them goes unnoticed."""
+    """{name: tensor} of a .safetensors file (github.com/huggingface/safetensors, Format): the
+    header's length, the header in JSON, the tensors without a gap, here views of the mapped file.
+    The format has no checksums: a changed bit in a tensor goes unnoticed."""
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name is there twice")
@@ -189,12 +182,10 @@ def read_safetensors(file):
     return tensors
 
 
-# Any of them --------------------------------------------------------------------------------------
-
-
 def is_web_page(head):
     """Whether what begins with these bytes is HTML, or XML, in which some servers refuse."""
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:9].lower()
+    return text.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error"))
 
 
 def no_checkpoint(head):
@@ -214,20 +205,20 @@ def no_checkpoint(head):
 def read_checkpoint(path):
     """What a file by torch.save, of any version, a TorchScript archive or a .safetensors file has:
     tensors (on the CPU) and plain values in dicts and lists. The bytes tell the kind, not the name.
-    Nothing in the file is executed. Raises ValueError, naming what it asks for where refused, and
-    telling what a file is that is no checkpoint."""
+    Nothing in it is executed. Raises ValueError, naming what is refused, and telling what a file is
+    that is no checkpoint."""
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, expected a checkpoint: name a file in it")
     with open(path, "rb") as file:
         head = file.read(262)
         file.seek(0)
-        told = no_checkpoint(head)
-        if told:
-            raise ValueError(f"{path}: not a checkpoint of tensors; {told}")
         try:
-            if head.startswith(b"PK"):
-                return read_zip(file)
-            return read_safetensors(file) if head[8:9] == b"{" else read_legacy(file)
+            if head[8:9] == b"{":  # behind a length, which may be any bytes, those of a zip, too
+                return read_safetensors(file)
+            told = no_checkpoint(head)
+            if told:
+                raise ValueError(told)
+            return read_zip(file) if head.startswith(b"PK") else read_legacy(file)
         except Exception as error:  # damaged bytes can raise anything
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
             raise ValueError(f"{path}: not a checkpoint of tensors and plain values, or damaged "
@@ -253,16 +244,15 @@ def states(content, keys=()):
     for key in KEYS if len(keys) < 5 else ():  # a pickle may hold itself
         if isinstance(content.get(key), dict):
             yield from states(content[key], (*keys, key))
-    tensors = {str(name): value for name, value in content.items()
-               if isinstance(value, torch.Tensor)}
-    if tensors:
-        yield keys, tensors
+    state = {str(name): value for name, value in content.items() if torch.is_tensor(value)}
+    if state:
+        yield keys, state
 
 
 def unwrapped(state, path):
-    """{name: tensor} without what wraps the network: a prefix of all names, whichever it is
-    (`module.` of DataParallel, `model.`, ...), `_orig_mod.` of torch.compile anywhere, and
-    `student.`, `module.`, `model.` or `net.` beside names of no network; in any order and depth."""
+    """{name: tensor} without what wraps the network, in any order and depth: a prefix of all names
+    (`module.` of DataParallel, ...), `_orig_mod.` of torch.compile anywhere, `student.` beside any
+    names, and `module.`, `model.` or `net.` beside those of no layers."""
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while True:
         heads = sorted({name.partition(".")[0] for name in state})
@@ -285,17 +275,15 @@ def read_state_dict(path):
         raise ValueError(f"{path}: no tensors in it: expected a state dict, bare or under "
                          "'state_dict', 'model' or 'net'")
     keys, state = found[0]
-    say_taken(path, ".".join(keys), [".".join(other) for other, _ in found
-                                     if other != keys[: len(other)]])
+    others = [".".join(other) for other, _ in found if other != keys[: len(other)]]
+    say_taken(path, ".".join(keys), others)
     return unwrapped(state, path)
 
 
-ABOUT = ("model_name", "dataset", "class_names", "class_ids", "mean", "std", "image_size")
-
-
 def read_about(path):
-    """What this project's own student.pt says of itself beside its tensors, those of `ABOUT` that
-    it has; {} for a file that says none of it. Raises as `read_checkpoint`."""
+    """What this project's own student.pt says of itself beside its tensors; {} for a file that says
+    none of it. Raises as `read_checkpoint`."""
     content = read_checkpoint(path)
-    known = isinstance(content, dict) and "model_name" in content
-    return {key: content[key] for key in ABOUT if known and key in content}
+    known = content if isinstance(content, dict) and "model_name" in content else {}
+    about = ("model_name", "dataset", "class_names", "class_ids", "mean", "std", "image_size")
+    return {key: known[key] for key in about if key in known}

@@ -3,6 +3,7 @@
 Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file."""
 
 import contextlib
+import glob
 import hashlib
 import http.client
 import io
@@ -11,15 +12,16 @@ import os
 import shutil
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import torch
 
-from checkpoints import note, read_checkpoint
+from checkpoints import is_web_page, note, read_checkpoint
 
 FORMAT = 2  # of every file that this project writes for itself; a file of another one is refused
-CHUNK = 2**20  # bytes of a download between two looks at the progress line
+CHUNK = 2**16  # bytes of a download between two looks at the progress line
 
 
 def one_line(error):
@@ -28,9 +30,13 @@ def one_line(error):
 
 
 def cache_folder(cache_dir=None):
-    """Where downloads and targets are kept: cache_dir, else $RICHKD_CACHE, else ~/.cache/richkd."""
-    folder = cache_dir or os.environ.get("RICHKD_CACHE") or "~/.cache/richkd"
-    return Path(os.path.expanduser(folder))
+    """Where downloads and targets are kept: cache_dir, else $RICHKD_CACHE, else ~/.cache/richkd.
+    Raises ValueError where the folder is in a home that is not known, as for a container's user."""
+    folder = os.path.expanduser(cache_dir or os.environ.get("RICHKD_CACHE") or "~/.cache/richkd")
+    if folder.startswith("~"):
+        raise ValueError(f"{folder}: no home folder is known; set RICHKD_CACHE to a folder, or "
+                         "pass --cache-dir")
+    return Path(folder)
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -48,19 +54,25 @@ def write_atomically(path, data):
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # flush the folder, so that the rename outlasts a power cut
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        take_place(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # that of a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed here
-        if time.time() - stale.stat().st_mtime > 86400:
-            stale.unlink(missing_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed process
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed its own
+            if time.time() - stale.stat().st_mtime > 86400:
+                stale.unlink()
+
+
+def take_place(temporary, path):
+    """A file, written and flushed, becomes `path`, also after a power cut."""
+    os.replace(temporary, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def save(path, content):
@@ -126,43 +138,113 @@ def file_digest(path, algorithm="sha256"):
 
 
 def fetch(urls, path, digest, advice):
-    """The file `path`, downloaded where it is absent from the first of `urls` that has it.
+    """The file `path`; where it is absent, downloaded from the first of `urls` that has it. What
+    came before a connection ended is kept beside it as NAME.*.part, and gone on with.
 
     digest: "md5:" or "sha256:" and hexadecimal digits, the first few suffice; checked each time.
     Raises FileNotFoundError with every address, the place and `advice`; ValueError for a file that
     lies there with another digest.
     """
     path, (algorithm, expected) = Path(path), digest.split(":")
+    if path.is_file():
+        found = file_digest(path, algorithm)
+        if not found.startswith(expected):
+            raise ValueError(f"{path}: {algorithm} is {found}, expected {expected}; move it away, "
+                             f"or {advice}")
+        return path
     failures = []
-    for url in () if path.is_file() else urls:
-        try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                progress = Progress(path.name, int(answer.headers.get("Content-Length") or 0), "B")
-                write_atomically(path, checked(answer, algorithm, expected, progress))
-            break
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            failures.append(f"{url} ({one_line(error)})")
-            note(f"could not download {failures[-1]}")
-    if not path.is_file():
-        raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
-                                f"or {advice}")
-    found = file_digest(path, algorithm)
+    with partial_file(path, expected) as part:
+        for url in map(at_endpoint, urls):
+            try:
+                download(url, part, algorithm, expected)
+                take_place(part, path)
+                return path
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                failures.append(f"{url} ({one_line(error)})")
+                note(f"could not download {failures[-1]}")
+    raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
+                            f"or {advice}")
+
+
+def at_endpoint(url):
+    """An address on huggingface.co at $HF_ENDPOINT, where that is set, as Hugging Face has it."""
+    origin, endpoint = "https://huggingface.co/", os.environ.get("HF_ENDPOINT")
+    if endpoint and url.startswith(origin):
+        return f"{endpoint.rstrip('/')}/{url.removeprefix(origin)}"
+    return url
+
+
+@contextlib.contextmanager
+def partial_file(path, expected):
+    """The name of this process's own partial file of `path`: a new one, or the largest of those
+    that another process left. A download writes at least every ten seconds, or ends; what ended by
+    an exception is made old, so that the next one need not wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{expected[:8]}.{os.getpid()}.part")
+    left = path.parent.glob(f"{glob.escape(path.name)}.{expected[:8]}.*.part")
+    with contextlib.suppress(FileNotFoundError):  # yet another process was faster
+        for other in sorted(left, key=lambda file: file.stat().st_size):
+            if time.time() - other.stat().st_mtime > 60:
+                os.replace(other, part)
+    try:
+        yield part
+    finally:
+        if part.exists():
+            os.utime(part, (0, 0))
+
+
+def download(url, part, algorithm, expected):
+    """What is at an address, into `part`, which may hold its beginning. Raises OSError,
+    HTTPException, and ValueError where another file came, of which nothing stays."""
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    anew = not done
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            anew = anew or answer.status != 206
+            if anew or answer.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+                receive(answer, url, part, 0 if anew else done)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if anew or error.code != 416:  # nothing follows what is here
+            raise
+    found = file_digest(part, algorithm)
     if not found.startswith(expected):
-        raise ValueError(f"{path}: {algorithm} is {found}, expected {expected}; move it away, "
-                         f"or {advice}")
-    return path
+        part.unlink()
+        if anew:
+            raise ValueError(f"{algorithm} of what came is {found}, expected {expected}")
+        note(f"{part} was the beginning of another file; from the start")
+        download(url, part, algorithm, expected)
 
 
-def checked(answer, algorithm, expected, progress):
-    """The chunks of a download; ValueError, at the end, where their digest is another one."""
-    digest = hashlib.new(algorithm)
-    while chunk := answer.read(CHUNK):
-        digest.update(chunk)
-        progress.update(progress.done + len(chunk))
-        yield chunk
-    if not digest.hexdigest().startswith(expected):
-        raise ValueError(f"{algorithm} of what came is {digest.hexdigest()}, expected {expected}")
-    progress.update(progress.done, keep=True)
+def receive(answer, url, part, done):
+    """Append an answer to the first `done` bytes of `part`, with a progress line, which goes to a
+    log every minute. Raises ValueError for a web page, OSError where the connection ends early."""
+    length = answer.headers.get("Content-Length")
+    total = done + int(length or 0)
+    chunk = answer.read(CHUNK)
+    if not chunk:
+        raise OSError("nothing came")
+    if not done and is_web_page(chunk):
+        raise ValueError("a web page came")
+    name, size = part.name.rsplit(".", 3)[0], f" ({total / 1e6:.1f} MB)" if length else ""
+    note(f"downloading {name}{size} from {url}" + (f" behind {done / 1e6:.1f} MB" if done else ""))
+    progress, said = Progress(name, total / 1e6, "MB", done / 1e6), time.time()
+    with open(part, "ab" if done else "wb") as file:
+        while chunk:
+            file.write(chunk)
+            done += len(chunk)
+            late = time.time() - said > 60
+            said = time.time() if late else said
+            if done < total:
+                progress.update(done / 1e6, keep=late)
+            chunk = answer.read(CHUNK)
+        file.flush()
+        os.fsync(file.fileno())
+    if done < total:
+        raise OSError(f"the connection ended at {done} of {total} bytes")
+    progress.total = done / 1e6
+    progress.update(progress.total, keep=True)
 
 
 # Progress -----------------------------------------------------------------------------------------
@@ -194,7 +276,9 @@ class Progress:
         self.shown = now
         rate = (done - self.start) / max(now - self.began, 1e-9)
         left = f"{duration((self.total - done) / max(rate, 1e-9))} left"
-        parts = (f"{self.label} {done}/{self.total}", note, f"{rate:.0f} {self.unit}/s",
+        digits = 1 if self.unit == "MB" else 0
+        parts = (f"{self.label} {done:.{digits}f}/{self.total:.{digits}f}", note,
+                 f"{rate:.{digits}f} {self.unit}/s",
                  left if done < self.total else duration(now - self.began))
         line = " | ".join(part for part in parts if part)
         if terminal:  # a line that wraps could not be rewritten

@@ -26,11 +26,6 @@ import checkpoints
 from checkpoints import note, read_about, read_checkpoint, read_state_dict
 
 
-@pytest.fixture(autouse=True)
-def unsaid():
-    note.said.clear()
-
-
 def test_note_is_said_once_and_by_rank_0(monkeypatch, capsys):
     for text in ("a is guessed", "b is left out", "a is guessed"):
         note(text)
@@ -285,6 +280,7 @@ def forms(path, content):
     (Call(open, "executed", "w"), r"_?io\.open"),
     (Call(eval, "open('executed', 'w')"), r"builtins\.eval"),
     (Call(getattr, "text", "upper"), r"builtins\.getattr"),
+    (Call(setattr, argparse.Namespace(), "a", 1), r"builtins\.setattr"),
     (Call(torch.load, "other.pt"), r"torch\.serialization\.load"),
     (Call(torch.hub.load, "owner/repository"), r"torch\.hub\.load"),
     (nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
@@ -470,6 +466,16 @@ def test_read_state_dict_of_safetensors(tmp_path):
 def changed(name, key, value):
     """A change of the header: an entry's key has another value."""
     return lambda header: header[name].update({key: value})
+
+
+def test_read_safetensors_whose_length_looks_like_another_kind(tmp_path):
+    for length, kind in ((0x4B50, b"PK"), (0x8B1F, b"\x1f\x8b"), (0x685A42, b"BZh")):
+        plain = safetensors({"a": torch.ones(2)})
+        spaces = length - struct.unpack_from("<Q", plain)[0]
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(safetensors({"a": torch.ones(2)}, spaces=spaces))
+        assert path.read_bytes().startswith(kind)
+        assert torch.equal(read_checkpoint(path)["a"], torch.ones(2))
 
 
 DAMAGED = {

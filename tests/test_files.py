@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import http.client
 import http.server
 import json
 import os
@@ -102,6 +103,18 @@ def test_read_own_without_a_file(tmp_path):
             read_own(tmp_path / name, "-")
 
 
+def test_read_text(tmp_path):
+    path = tmp_path / "names.txt"
+    for content in ("\ufeff# é\r\nb\rc\n".encode(), "# é\nb\nc\n".encode()):
+        path.write_bytes(content)
+        assert files.read_text(path) == "# é\nb\nc\n"
+    for content in ("é\n".encode("latin1"), "é\n".encode("utf-16"), bytes(range(256))):
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            files.read_text(path)
+        assert str(error.value) == f"{path}: expected text in UTF-8; save it as that"
+
+
 def test_undamaged_lets_other_errors_pass():
     for error in (FileNotFoundError("x"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
@@ -120,39 +133,73 @@ CONTENT = bytes(range(256)) * 100
 DIGEST = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
 
 
+BODIES = {**dict.fromkeys(("good", "half", "halves", "ranges", "all", "elsewhere"), CONTENT),
+          "page": b"\n<!DOCTYPE html><html>Sign in</html>", "empty": b"", "other": CONTENT[::-1]}
+HALF = len(CONTENT) // 2
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """/good, /page (another file), /moved (to /good), /half (the connection ends), /chunked (in the
-    middle of a chunk, too), /garbage (no HTTP); else 404."""
+    """/good, /other (another file), /page, /moved (to /good), /half (the connection ends), /chunked
+    (in the middle of a chunk, too), /chunks (of unknown size), /empty, /silent (nothing at all),
+    /garbage (no HTTP), /ranges (goes on where it is asked to), /halves (likewise, but ends),
+    /elsewhere (sends another part than was asked for), /all (answers 200 to any); else 404."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.server.asked.append(self.path)
+        asked = self.headers.get("Range")
+        self.server.asked.append(self.path + (f" {asked}" if asked else ""))
         name = self.path.split("/")[1]
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
         if name == "garbage":
             self.wfile.write(b"this is no HTTP\r\n\r\n")
+        elif name == "silent":
+            pass
+        elif asked and name in ("ranges", "halves", "elsewhere"):
+            self.partial(name, start)
         elif name == "moved":
             self.send_response(302)
             self.send_header("Location", "/good/file")
             self.send_header("Content-Length", "0")
             self.end_headers()
-        elif name == "chunked":
+        elif name in ("chunked", "chunks"):
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            self.wfile.write(b"6400\r\n" + CONTENT[:1000])
-        elif name in ("good", "half", "page"):
-            body = CONTENT if name != "page" else b"<html>Sign in</html>"
+            whole = CONTENT + b"\r\n0\r\n\r\n"
+            self.wfile.write(b"6400\r\n" + (whole if name == "chunks" else CONTENT[:1000]))
+        elif name in BODIES:
             self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(BODIES[name])))
             self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if name == "half" else body)
+            cut = name in ("half", "halves")
+            self.wfile.write(BODIES[name][: len(CONTENT) // 2] if cut else BODIES[name])
         else:
             self.send_error(404)
         self.close_connection = True
 
+    def partial(self, name, start):
+        if start >= len(CONTENT):
+            self.send_error(416)
+            return
+        start = 0 if name == "elsewhere" else start
+        body = CONTENT[start:]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if name == "halves" else body)
+
     def log_message(self, *_):
         pass
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands; `clock[0] += seconds` moves it."""
+    now = [1000.0]
+    monkeypatch.setattr(files.time, "time", lambda: now[0])
+    return now
 
 
 @pytest.fixture
@@ -177,25 +224,162 @@ def test_fetch_asks_once(server, tmp_path):
     assert server.asked == ["/good/file"] and os.listdir(path.parent) == ["file"]
 
 
-@pytest.mark.parametrize("bad", ["missing", "page", "half", "chunked", "garbage", "port", "scheme"])
+REASONS = {"missing": "HTTP Error 404: Not Found", "page": "a web page came", "other": "sha256 of ",
+           "half": "the connection ended at 12800 of 25600 bytes", "chunked": "IncompleteRead(",
+           "empty": "nothing came", "silent": "Remote end closed connection without response",
+           "garbage": "this is no HTTP", "port": "<urlopen error [Errno 111]", "scheme": "<urlopen"}
+
+
+@pytest.mark.filterwarnings("error")  # of files and sockets left open, too
+@pytest.mark.parametrize("bad", REASONS)
 def test_fetch_goes_on_with_the_next_address(server, bad, tmp_path, capsys):
     first = {"port": "http://127.0.0.1:1/file", "scheme": "nothing://x/file"}
     first = first.get(bad, f"{server.url}/{bad}/file")
     path = fetch([first, f"{server.url}/moved/file"], tmp_path / "file", DIGEST, "-")
     assert path.read_bytes() == CONTENT and os.listdir(tmp_path) == ["file"]
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"could not download {first} (") and len(lines) == 2
-    assert lines[1].startswith("file 25600/25600 | ")
+    began = bad in ("other", "half")
+    assert lines.pop(0) == f"downloading file (0.0 MB) from {first}" if began else True
+    said, *lines = [line for line in lines if not line.startswith("file ")]
+    assert said.startswith(f"could not download {first} ({REASONS[bad]}")
+    assert lines == [f"downloading file (0.0 MB) from {server.url}/moved/file"]
+
+
+def test_fetch_of_an_unknown_size(server, tmp_path, capsys):
+    fetch([f"{server.url}/chunks/file"], tmp_path / "file", DIGEST, "-")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"downloading file from {server.url}/chunks/file"
+    assert lines[1].startswith("file 0.0/0.0 | ") and len(lines) == 2
 
 
 def test_fetch_names_every_address(server, tmp_path):
-    urls = [f"{server.url}/{name}/file" for name in ("missing", "half", "chunked", "page")]
+    urls = [f"{server.url}/{name}/file" for name in ("missing", "empty", "page", "other")]
     with pytest.raises(FileNotFoundError) as error:
         fetch(urls, tmp_path / "file", DIGEST, "pass --clip PATH")
     message = str(error.value)
     assert all(url in message for url in urls) and "HTTP Error 404" in message
     assert message.endswith(f"put it at {tmp_path / 'file'}, or pass --clip PATH")
     assert "\n" not in message and not os.listdir(tmp_path)
+
+
+def parts(folder):
+    return [path for path in folder.iterdir() if path.name.endswith(".part")]
+
+
+def failed(url, path):
+    """What is left of a download that fails: the partial file, and no other."""
+    with pytest.raises(FileNotFoundError):
+        fetch([url], path, DIGEST, "-")
+    assert parts(path.parent) == list(path.parent.iterdir())
+    return parts(path.parent)
+
+
+def test_fetch_goes_on_where_the_connection_ended(server, tmp_path, capsys):
+    path = tmp_path / "a [1].bin"
+    for size in (HALF, HALF + HALF // 2):
+        (part,) = failed(f"{server.url}/halves/file", path)
+        assert part.read_bytes() == CONTENT[:size] and part.name.startswith("a [1].bin.")
+    fetch([f"{server.url}/ranges/file"], path, DIGEST, "-")
+    assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
+    assert server.asked == ["/halves/file", "/halves/file bytes=12800-",
+                            "/ranges/file bytes=19200-"]
+    lines = capsys.readouterr().err.splitlines()
+    assert f"downloading a [1].bin (0.0 MB) from {server.url}/ranges/file behind 0.0 MB" in lines
+
+
+@pytest.mark.parametrize("name, asked", [
+    ("all", ["all bytes=12800-"]), ("elsewhere", ["elsewhere bytes=12800-", "elsewhere"]),
+    ("moved", ["moved bytes=12800-", "good bytes=12800-"])])
+def test_fetch_starts_anew_where_the_server_does_not_go_on(server, name, asked, tmp_path):
+    failed(f"{server.url}/half/file", tmp_path / "file")
+    server.asked.clear()
+    fetch([f"{server.url}/{name}/file"], tmp_path / "file", DIGEST, "-")
+    assert (tmp_path / "file").read_bytes() == CONTENT and os.listdir(tmp_path) == ["file"]
+    assert [line.replace("/file", "").strip("/") for line in server.asked] == asked
+
+
+@pytest.mark.parametrize("left, asked", [
+    (b"x" * HALF, ["/ranges/file bytes=12800-", "/ranges/file"]),  # of another file
+    (b"x" * 30000, ["/ranges/file bytes=30000-", "/ranges/file"]),  # longer than it
+    (CONTENT, ["/ranges/file bytes=25600-"]),  # whole, and was not renamed
+    (b"", ["/ranges/file"])])
+def test_fetch_and_what_was_left(server, left, asked, tmp_path):
+    part = tmp_path / f"file.{DIGEST[7:15]}.1.part"
+    part.write_bytes(left)
+    os.utime(part, (0, 0))
+    fetch([f"{server.url}/ranges/file"], tmp_path / "file", DIGEST, "-")
+    assert (tmp_path / "file").read_bytes() == CONTENT and os.listdir(tmp_path) == ["file"]
+    assert server.asked == asked
+
+
+def test_fetch_keeps_its_part_from_a_web_page(server, tmp_path):
+    for name in ("half", "page", "missing", "silent", "empty"):
+        (part,) = failed(f"{server.url}/{name}/file", tmp_path / "file")
+        assert part.read_bytes() == CONTENT[:HALF], name
+
+
+def test_fetch_leaves_the_part_of_a_process_at_work(server, tmp_path):
+    part = tmp_path / f"file.{DIGEST[7:15]}.1.part"
+    part.write_bytes(CONTENT[:HALF])
+    fetch([f"{server.url}/ranges/file"], tmp_path / "file", DIGEST, "-")
+    assert server.asked == ["/ranges/file"] and part.read_bytes() == CONTENT[:HALF]
+    other = tmp_path / "other"  # of another digest
+    os.utime(part, (0, 0))
+    os.rename(part, tmp_path / "other.12345678.1.part")
+    fetch([f"{server.url}/ranges/file"], other, DIGEST, "-")
+    assert other.read_bytes() == CONTENT and len(parts(tmp_path)) == 1
+
+
+def test_fetch_keeps_what_came_before_an_interruption(server, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "CHUNK", 1000)
+    monkeypatch.setattr(files.Progress, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch([f"{server.url}/ranges/file"], tmp_path / "file", DIGEST, "-")
+    monkeypatch.undo()
+    assert [part.read_bytes() for part in parts(tmp_path)] == [CONTENT[:1000]]
+    fetch([f"{server.url}/ranges/file"], tmp_path / "file", DIGEST, "-")
+    assert server.asked == ["/ranges/file", "/ranges/file bytes=1000-"]
+
+
+def test_fetch_in_a_log_shows_a_line_a_minute(server, tmp_path, clock, capsys, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 6400)
+    monkeypatch.setattr(files, "file_digest", lambda *_: DIGEST[7:])
+    read = http.client.HTTPResponse.read
+
+    def slow(self, *size):
+        clock[0] += 31
+        return read(self, *size)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", slow)
+    fetch([f"{server.url}/good/file"], tmp_path / "file", DIGEST, "-")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == ["file 0.0/0.0 | 0.0 MB/s | 0:21 left", "file 0.0/0.0 | 0.0 MB/s | 2:04"]
+
+
+@pytest.mark.parametrize("endpoint, url, expected", [
+    ("https://mirror.example/hub/", "https://huggingface.co/a/b", "https://mirror.example/hub/a/b"),
+    ("https://mirror.example", "https://zenodo.org/a", "https://zenodo.org/a"),
+    ("", "https://huggingface.co/a/b", "https://huggingface.co/a/b")])
+def test_at_endpoint(endpoint, url, expected, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert files.at_endpoint(url) == expected
+
+
+def test_fetch_asks_the_mirror_of_hugging_face(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/good")
+    fetch(["https://huggingface.co/a/b"], tmp_path / "file", DIGEST, "-")
+    assert server.asked == ["/good/a/b"]
+
+
+def test_fetch_into_a_folder_that_cannot_be(server, tmp_path):
+    (tmp_path / "cache").write_bytes(b"")
+    with pytest.raises(OSError, match="cache"):
+        fetch([f"{server.url}/good/file"], tmp_path / "cache" / "file", DIGEST, "-")
+    assert not server.asked
 
 
 def test_fetch_leaves_a_file_with_another_digest(server, tmp_path):
@@ -214,11 +398,13 @@ def test_fetch_onto_a_full_disk(server, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(FileNotFoundError, match="No space left on device"):
         fetch([f"{server.url}/good/file"], tmp_path / "file", DIGEST, "-")
-    assert not os.listdir(tmp_path)
+    assert [part.read_bytes() for part in parts(tmp_path)] == [CONTENT]
+    monkeypatch.undo()
+    fetch([f"{server.url}/ranges/file"], tmp_path / "file", DIGEST, "-")
+    assert server.asked[1:] == ["/ranges/file bytes=25600-"] and not parts(tmp_path)
 
 
-def test_file_digest(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 100)
+def test_file_digest(tmp_path):
     (tmp_path / "file").write_bytes(CONTENT)
     assert files.file_digest(tmp_path / "file") == DIGEST[7:]
     assert files.file_digest(tmp_path / "file", "md5") == hashlib.md5(CONTENT).hexdigest()
@@ -231,6 +417,15 @@ def test_cache_folder(monkeypatch):
     monkeypatch.setenv("RICHKD_CACHE", "~/elsewhere")
     assert files.cache_folder() == Path("/home/somebody/elsewhere")
     assert files.cache_folder("here") == Path("here")
+
+
+def test_cache_folder_without_a_home(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where no home is known
+    monkeypatch.delenv("RICHKD_CACHE", raising=False)
+    with pytest.raises(ValueError, match="^~/.cache/richkd: no home folder is known; set "
+                                         "RICHKD_CACHE to a folder, or pass --cache-dir$"):
+        files.cache_folder()
+    assert files.cache_folder("/somewhere") == Path("/somewhere")
 
 
 # Progress -----------------------------------------------------------------------------------------
@@ -247,14 +442,6 @@ def test_one_line():
     assert files.one_line(ValueError()) == "ValueError"
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands; `clock[0] += seconds` moves it."""
-    now = [1000.0]
-    monkeypatch.setattr(files.time, "time", lambda: now[0])
-    return now
-
-
 def test_Progress_in_a_log(clock, capsys):
     """Only the lines to keep; what was done before the start does not count into the rate."""
     progress = files.Progress("kd resnet8", 300, start=100)
@@ -266,6 +453,14 @@ def test_Progress_in_a_log(clock, capsys):
     assert capsys.readouterr().err == (
         "kd resnet8 200/300 | loss 0.5 | 10 images/s | 0:10 left\n"
         "kd resnet8 300/300 | 10 images/s | 0:20\n")
+
+
+def test_Progress_of_a_download(clock, capsys):
+    """In MB, with one digit; what lay there before does not count into the rate."""
+    progress = files.Progress("ViT-L-14.pt", 890.25, "MB", start=90.25)
+    clock[0] += 100
+    progress.update(490.25, keep=True)
+    assert capsys.readouterr().err == "ViT-L-14.pt 490.2/890.2 | 4.0 MB/s | 1:40 left\n"
 
 
 def test_Progress_on_a_terminal(clock, capsys, monkeypatch):
