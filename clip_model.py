@@ -23,13 +23,24 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoints
-import checkpoints
+import clip_layout
+import clip_weights
 import files
 
 
 # Transformer: the text tower, and the body of the ViT ---------------------------------------------
+def count_heads(width, head_width=64):
+    """The heads of a tower, which its tensors do not tell; OpenAI's are all 64 wide. Raises
+    ValueError for a width that is no multiple."""
+    if width % head_width:
+        raise ValueError(f"a width of {width} does not divide into heads of {head_width}; a config "
+                         "beside the weights can say how many heads there are")
+    return width // head_width
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with the parameters of nn.MultiheadAttention."""
+    """Multi-head self-attention with the parameters of nn.MultiheadAttention. Causal: a position
+    sees itself and those before it."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -55,13 +66,18 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid_(1.702 * x)  # in place of the product, which nothing else needs
 
 
+ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; most of open_clip's
+
+
 class ResidualAttentionBlock(nn.Module):
-    def __init__(self, width, heads, causal):
+    def __init__(self, width, heads, causal, activation="quickgelu", hidden=None):
         super().__init__()
+        hidden = hidden or 4 * width
         self.attn = Attention(width, heads, causal)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
+            c_fc=nn.Linear(width, hidden), gelu=ACTIVATIONS[activation](),
+            c_proj=nn.Linear(hidden, width)))
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x):
@@ -70,23 +86,30 @@ class ResidualAttentionBlock(nn.Module):
         return x
 
 
-def transformer(width, layers, heads, causal):
-    """(B, L, width) to the same. Causal: a position sees itself and those before it."""
-    blocks = [ResidualAttentionBlock(width, heads, causal) for _ in range(layers)]
+def transformer(layers, *block):
+    """(B, L, width) to the same: blocks, each of these arguments."""
+    blocks = [ResidualAttentionBlock(*block) for _ in range(layers)]
     return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
 
 # Image tower: ViT ---------------------------------------------------------------------------------
+# open_clip's ViT-H, g and bigG: {width: (that of a head, that of the MLP)}
+GIANTS = {1280: (80, 5120), 1408: (88, 6144), 1664: (104, 8192)}
+
+
 class VisionTransformer(nn.Module):
-    def __init__(self, input_resolution, patch_size, width, layers, embed_dim):
+    def __init__(self, input_resolution, patch_size, width, layers, embed_dim, heads=None,
+                 activation="quickgelu"):
         super().__init__()
+        head_width, hidden = GIANTS.get(width, (64, 4 * width))
         self.input_resolution = input_resolution
         length = 1 + (input_resolution // patch_size) ** 2  # the class token and the patches
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(length, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = transformer(width, layers, heads=width // 64, causal=False)
+        heads = heads or count_heads(width, head_width)
+        self.transformer = transformer(layers, width, heads, False, activation, hidden)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
@@ -131,7 +154,7 @@ class AttentionPool(nn.Module):
 
     def __init__(self, side, width, embed_dim):
         super().__init__()
-        self.heads = width // 64
+        self.heads = count_heads(width)
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side**2 + 1, width))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embed_dim)
@@ -186,21 +209,23 @@ class CLIP(nn.Module):
     """Image and text towers with OpenAI's parameter names and initialisation.
 
     `vision_layers` is a number of blocks (ViT) or four of them (ModifiedResNet, with patch size
-    None). `logit_scale` is the natural logarithm of the factor on the cosines.
+    None). Heads are 64 wide where their number is None, but see GIANTS. `activation`: one of
+    ACTIVATIONS. `logit_scale` is the natural logarithm of the factor on the cosines.
     """
 
     def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
                  context_length, vocab_size, transformer_width, transformer_heads,
-                 transformer_layers):
+                 transformer_layers, vision_heads=None, activation="quickgelu"):
         super().__init__()
         self.embed_dim, self.context_length, self.vocab_size = embed_dim, context_length, vocab_size
         if isinstance(vision_layers, int):
             self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
-                                            vision_layers, embed_dim)
+                                            vision_layers, embed_dim, vision_heads, activation)
         else:
             self.visual = ModifiedResNet(image_resolution, vision_width, vision_layers, embed_dim)
         width, layers = transformer_width, transformer_layers
-        self.transformer = transformer(width, layers, transformer_heads, causal=True)
+        heads = transformer_heads or count_heads(width)
+        self.transformer = transformer(layers, width, heads, True, activation)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
         self.ln_final = nn.LayerNorm(width)
@@ -237,41 +262,18 @@ class CLIP(nn.Module):
 
 
 # Weights ------------------------------------------------------------------------------------------
-def build_clip(state_dict):
+def build_clip(state_dict, said=None):
     """CLIP from tensors in OpenAI's layout, all sizes read from their shapes: float32, eval mode,
-    copies throughout. Raises ValueError for an image tower of unknown kind and for a tensor that is
-    missing, unknown or of a wrong shape."""
-    state = {}
+    copies throughout. said: arguments of CLIP by name, of which heads and activation, which shapes
+    do not tell, are taken, and the others must agree. Raises ValueError where they do not, for an
+    image tower of unknown kind, and for a tensor that is missing, unknown or of a wrong shape."""
+    state, said = {}, said or {}
     for name, tensor in state_dict.items():
-        if name not in ("input_resolution", "context_length", "vocab_size"):  # in OpenAI's archives
+        if name not in clip_layout.ARCHIVE:
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
             state[name] = tensor.to(dtype, copy=True)
-
-    def shape(name, dims):
-        if name not in state or state[name].ndim != dims or 0 in state[name].shape:
-            raise ValueError(f"no CLIP in OpenAI's layout: no {dims}-dimensional tensor {name!r}")
-        return state[name].shape
-
-    def count(prefix):  # of blocks; at least 1, so that load_state_dict names what is missing
-        names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
-        return max(1, len({name.split(".")[0] for name in names}))
-
-    if "visual.proj" in state:
-        vision_width, _, _, patch = shape("visual.conv1.weight", 4)
-        vision_layers = count("visual.transformer.resblocks.")
-        resolution = patch * math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
-    elif "visual.layer1.0.conv1.weight" in state:
-        vision_width, patch = shape("visual.layer1.0.conv1.weight", 4)[0], None
-        vision_layers = [count(f"visual.layer{number}.") for number in (1, 2, 3, 4)]
-        resolution = 32 * math.isqrt(shape("visual.attnpool.positional_embedding", 2)[0] - 1)
-    else:
-        raise ValueError("a vision tower of unknown kind: neither OpenAI's ViT ('visual.proj') nor "
-                         "its ModifiedResNet")
-    context_length, width = shape("positional_embedding", 2)
-    vocab_size, embed_dim = shape("token_embedding.weight", 2)[0], shape("text_projection", 2)[1]
     with torch.device("meta"):  # shapes only: the tensors themselves are assigned
-        clip = CLIP(embed_dim, resolution, vision_layers, vision_width, patch, context_length,
-                    vocab_size, width, width // 64, count("transformer.resblocks."))
+        clip = CLIP(**{"transformer_heads": None, **said, **clip_layout.read_sizes(state, said)})
     try:
         clip.load_state_dict(state, assign=True)
     except RuntimeError as error:  # names all that does not fit, on many lines
@@ -281,39 +283,17 @@ def build_clip(state_dict):
     return clip.eval()
 
 
-# OpenAI's storage, and what stands before it: the address in its own code, which often fails.
-HOSTS = ("https://openaipublic.blob.core.windows.net/clip",
-         "https://openaipublic.azureedge.net/clip")
-PUBLIC_CLIPS = {  # name: SHA-256 (openai/CLIP, clip/clip.py)
-    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
-    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
-    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
-    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
-    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-}
-
-
-def load_clip(name_or_path, cache_dir=None):
-    """CLIP from a public name, downloaded once to `files.cache_folder(cache_dir)`, or from a file:
-    float32, eval mode, on the CPU. Raises FileNotFoundError for a missing file, or one that cannot
-    be downloaded; ValueError for an unknown name, and a file not wholly CLIP in OpenAI's layout."""
-    name, path = str(name_or_path), Path(name_or_path)
-    if name in PUBLIC_CLIPS:
-        digest, file = PUBLIC_CLIPS[name], name.replace("/", "-").replace("@", "-") + ".pt"
-        urls = [f"{host}/models/{digest}/{file}" for host in HOSTS]
-        path = files.cache_folder(cache_dir) / file
-        files.fetch(urls, path, f"sha256:{digest}", "pass --clip PATH")
-    elif not path.exists():
-        kind = FileNotFoundError if path.suffix else ValueError
-        raise kind(f"{name!r} is neither a file nor a public CLIP; these are "
-                   f"{', '.join(PUBLIC_CLIPS)}")
+def load_clip(name_or_path, cache_dir=None, activation=None):
+    """CLIP by what `clip_weights.find` takes, such as a public name or a file: float32, eval mode,
+    on the CPU. activation: one of ACTIVATIONS; None: see `clip_layout.find_activation`. Raises
+    FileNotFoundError for a missing file, or one that cannot be downloaded; ValueError for an
+    unknown name, and a file not wholly a CLIP."""
+    path, said = clip_weights.find(str(name_or_path), cache_dir)
     tensors = checkpoints.read_state_dict(path)
     try:
-        return build_clip(tensors)
+        state = clip_layout.to_openai_layout(tensors)
+        activation = clip_layout.find_activation(path, state, said, activation)
+        return build_clip(state, {**said, "activation": activation})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -389,10 +369,6 @@ class Tokenizer:
         return tokens
 
 
-BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
-BPE_DIGEST = "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-BPE_URLS = (f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{BPE_FILE}",
-            f"{HOSTS[0]}/{BPE_FILE}")
 NUM_MERGES = 49152 - 256 - 2  # CLIP uses the first 48,894 of the 262,144 in the file
 
 
@@ -400,9 +376,7 @@ def load_merges(path=None, cache_dir=None):
     """The merges of a BPE file, plain or .gz, as (left, right) symbols; without a path the public
     one's, downloaded once to `files.cache_folder(cache_dir)`. Raises ValueError for another kind of
     file, FileNotFoundError where there is none."""
-    if path is None:
-        path = files.cache_folder(cache_dir) / BPE_FILE
-        files.fetch(BPE_URLS, path, BPE_DIGEST, "pass --bpe PATH")
+    path = clip_weights.fetch_bpe(cache_dir) if path is None else path
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -415,9 +389,6 @@ def load_merges(path=None, cache_dir=None):
 
 
 # Images -------------------------------------------------------------------------------------------
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
 def resize_axis(x, axis, size, kept):
     """The middle `kept` of the `size` lines to which Pillow's antialiased bicubic resizes an axis
     of uint8 (B, 3, H, W). Its weights are integers in units of 2**-22, and it rounds half up, once
@@ -454,27 +425,58 @@ def preprocess(images, resolution):
         axes.reverse()
     for axis, size in axes:
         x = resize_axis(x, axis, size, resolution)
-    mean, std = (255 * torch.tensor(value, device=x.device)[:, None, None] for value in (MEAN, STD))
+    mean, std = (255 * torch.tensor(value, device=x.device)[:, None, None]
+                 for value in (clip_layout.MEAN, clip_layout.STD))
     return (x.float() - mean) / std
 
 
 # Prompts ------------------------------------------------------------------------------------------
 def load_templates(path):
     """The prompt templates of a file: one a line, `{}` for the class name; empty lines and `#`
-    comments are skipped. Raises ValueError for a line without `{}`, and for a file without any."""
-    with files.undamaged(path, "expected text in UTF-8"):
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    comments are skipped, a second copy is said. Raises ValueError for a line without `{}`, and for
+    a file without any."""
+    lines = [line.strip() for line in files.read_text(path).splitlines()]
     templates = {n: line for n, line in enumerate(lines, 1) if line and not line.startswith("#")}
     for number, template in (templates or {1: ""}).items():
         if "{}" not in template:
             raise ValueError(f"{path}:{number}: expected a template with {{}} for the class name, "
                              f"found {template[:80]!r}")
+        if lines.index(template) < number - 1:
+            files.note(f"{path}:{number}: {template[:80]!r} is there again, and counts twice")
     return list(templates.values())
 
 
-def clean_class_name(name):
-    """A data set's class name as words: the first of a comma list, spaces for underscores."""
-    return " ".join(name.split(",")[0].replace("_", " ").split())
+def prompt_names(class_names, tokenizer):
+    """K class names as prompts have them: spaces for underscores, of a comma list the first; but
+    classes that have its token ids in common take their next name that no other has. Classes that
+    even so cannot be told apart, and names that are no words, are said."""
+    names = [[" ".join(part.split()) for part in name.replace("_", " ").split(",") if part.strip()]
+             or [""] for name in class_names]
+    ids = [[tuple(tokenizer.encode(part)) for part in parts] for parts in names]
+    place, before = [0] * len(ids), None  # which of its names a class has
+    while place != before:
+        before, classes = list(place), {}  # classes: {token ids: who has them}
+        for k, each in enumerate(ids):
+            classes.setdefault(each[place[k]], []).append(k)
+        shared = [same for same in classes.values() if len(same) > 1]
+        for same in shared:
+            for k in same:
+                taken = {each[i] for each, i in zip(ids, place)}
+                taken = taken.union(*(ids[j] for j in same if j != k))
+                free = (i for i in range(place[k], len(ids[k])) if ids[k][i] not in taken)
+                place[k] = next(free, place[k])
+    found = [parts[i] for parts, i in zip(names, place)]
+    advice = "name the classes, one a line, by --class-names FILE"
+    if shared:
+        pairs = "; ".join(f"{class_names[i]!r} and {class_names[j]!r}" for i, j, *_ in shared[:3])
+        files.note(f"{len(shared)} prompts belong to several classes each, which CLIP cannot tell "
+                   f"apart: {pairs}; {advice}")
+    codes = [name for name in found if regex.fullmatch(r"n\d{8}|\d+", name)]
+    if codes:
+        files.note(f"{len(codes)} of {len(found)} class names are no words: CLIP is asked for 'a "
+                   f"photo of a {codes[0]}'; put words.txt (id<tab>name) or LOC_synset_mapping.txt "
+                   f"beside train/, or {advice}")
+    return found
 
 
 @torch.no_grad()
@@ -487,8 +489,8 @@ def class_features(clip, tokenizer, class_names, templates, batch_size=256, prog
     if tokenizer.vocab_size != clip.vocab_size:
         raise ValueError(f"{tokenizer.vocab_size} token ids, this CLIP has {clip.vocab_size}: "
                          "another BPE file")
-    prompts = [template.replace("{}", clean_class_name(name))
-               for name in class_names for template in templates]
+    prompts = [template.replace("{}", name)
+               for name in prompt_names(class_names, tokenizer) for template in templates]
     tokens = tokenizer(prompts, clip.context_length).to(clip.logit_scale.device)  # (K M, L)
     features = []
     for batch in tokens.split(batch_size):
