@@ -28,12 +28,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import clip_model
 import command
 import data
 import files
 import models
 import richkd
+import runs
+import shifts
 import targets
 import train
 from command import setting
@@ -89,6 +92,9 @@ def ece(logits, target, bins=15, equal_mass=False):
     return (count / len(target) * (accuracy - confidence).abs()).sum().item()
 
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
+
+
 def fit_temperature(logits, target):
     """The T in 0.001 ... 1000 at which logits / T have the least NLL (Guo 2017, section 4.2).
 
@@ -96,7 +102,7 @@ def fit_temperature(logits, target):
     mean(E_p[z] - z[target]): its sign tells on which side of T the one minimum lies."""
     logits = logits.double()
     of_target = logits.gather(1, target[:, None]).mean()
-    low, high = 1e-3, 1e3
+    low, high = LEAST_TEMPERATURE, MOST_TEMPERATURE
     for _ in range(60):
         temperature = math.sqrt(low * high)
         expected = ((logits / temperature).softmax(dim=1) * logits).sum(dim=1).mean()
@@ -156,8 +162,9 @@ def mean_corruption_error(errors, clean_error=None, alexnet=False):
 
 
 # Runs and reports ---------------------------------------------------------------------------------
-# A report: {"of", "settings", "teachers", "weights", "how": what it is about; then "test" and each
-# shift set: `scores` with "calibration"; "corruptions"; "fused"}.
+# A report: {"of", "settings", "inputs", "teachers", "weights", "how": what it is about; then "test"
+# and each shift set: `scores` with "calibration"; "corruptions"; "fused"}. Images are known by
+# their content, wherever they lie.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,14 +186,16 @@ class Config:
     compare: tuple = setting(None, "only compare the methods of these reports, or lists of them",
                              nargs="+", metavar="FILE")
     zero_shot: bool = setting(False, "only --clip itself on --dataset, by each template and all")
+    class_names: str = setting(None, "as in train.py; without, the run's own", type=str)
     clip: str = setting("ViT-L/14", "as in train.py", type=str)
+    clip_activation: str = setting(None, "as in train.py", choices=("quickgelu", "gelu"))
     bpe: str = setting(None, "as in train.py", type=str)
     prompts: str = setting(None, "as in train.py", type=str)
     seed: int = setting(0, "of generated corruptions and intervals", within=(0, 2**31))
     amp: bool = setting(False, "bfloat16 autocast")
     device: str = setting(train.Config.device, "cpu, cuda, cuda:1")
-    workers: int = setting(8, "loader processes where images stream", within=(0, math.inf))
-    cache_dir: str = setting(train.Config.cache_dir, "as in train.py", type=str)
+    workers: int = setting(train.Config.workers, "as in train.py", within=(0, math.inf))
+    cache_dir: str = setting(None, "as in train.py", type=str)
 
 
 ANEW = "train.py --overwrite makes the run anew"
@@ -211,36 +220,59 @@ def newest_run(root="runs"):
 
 
 def read_run(folder, config):
-    """A finished run's `train.Config`, in the places of this evaluation."""
+    """-> a finished run's `train.Config`, in the places of this evaluation, and its config.json."""
     if not (folder / "summary.json").is_file():
         raise FileNotFoundError(f"no finished run in {folder}: python train.py makes one, and "
                                 "finishes one that it began")
     about = files.read_own(folder / "config.json", ANEW)
     with files.undamaged(folder / "config.json", ANEW):
-        return train.Config(
+        own = train.Config(
             **about["settings"], data_dir=config.data_dir or about["places"]["data_dir"],
             device=config.device, workers=config.workers, cache_dir=config.cache_dir)
+    return own, about
 
 
-def load_run(folder, own, class_names):
-    """The Subject of a finished run, `own` its train.Config. Raises ValueError for a damaged one,
-    and where its classes are others."""
+def load_run(folder, own, about, test, identity):
+    """The Subject of a finished run, own and about as `read_run` has them. Raises ValueError for a
+    damaged one, and where its classes are others; says where it was tested on other images."""
     summary = files.read_own(folder / "summary.json", ANEW)
     of = ("dataset", "method", "teacher", "student", "seed", "epochs")
-    report = {"of": {name: summary[name] for name in of}, "settings": train.settings(own),
+    report = {"of": {name: summary[name] for name in of}, "settings": runs.settings(own),
               "teachers": {who: row for who, row in summary["accuracies"].items()
                            if row and who != "student"}}
+    if "inputs" in about:  # else it is of an earlier version
+        with files.undamaged(folder / "config.json", ANEW):
+            found = about["inputs"]
+            report["inputs"] = {"train": found["data"]["train"]["content"], "files": found["files"]}
+            other = data.difference(found["data"]["test"], identity)
+        if other:
+            files.note(f"{folder} was tested on another test split while training: {other}")
     path = folder / "student.pt"
     student = files.read_own(path, ANEW)
     with files.undamaged(path, ANEW):
         model = models.load_weights(student["model_name"], path)
         classifier = train.Classifier(model, student["mean"], student["std"], student["image_size"])
-        names = list(student["class_names"])
-    for k, (there, here) in enumerate(itertools.zip_longest(names, class_names)):
-        if there != here:
-            raise ValueError(f"{folder}: class {k} is {there!r} there and {here!r} here")
+        differ = runs.class_difference(student, test)
+    if differ:
+        raise ValueError(f"{folder}: {differ}")
     report["weights"] = files.file_digest(path)
     return Subject(classifier, folder / "report.json", report)
+
+
+def load_bare(config, test):
+    """The Subject of a bare checkpoint, by what it says of itself (`checkpoints.read_about`) or by
+    what is known of the data set. Raises ValueError where its classes are others."""
+    path, info = Path(config.checkpoint), data.DATASETS[config.dataset]
+    model = models.load_weights(config.model, path, len(test.class_names))
+    about = {**info._asdict(), **checkpoints.read_about(path)}
+    with files.undamaged(path, "expected what train.py leaves"):
+        classifier = train.Classifier(model, about["mean"], about["std"], about["image_size"])
+        differ = runs.class_difference(about, test)
+    if differ:
+        raise ValueError(f"{path}: {differ}")
+    of = {"checkpoint": str(path), "dataset": config.dataset, "student": config.model}
+    report = {"of": of, "weights": files.file_digest(path)}
+    return Subject(classifier, path.with_suffix(".report.json"), report)
 
 
 def is_taught(subject):
@@ -254,28 +286,31 @@ def prepare(config):
         raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if config.checkpoint and not (config.model and config.dataset):
         raise ValueError("--checkpoint takes --model NAME and --dataset NAME with it")
-    runs = {}
+    owns = {}
     if not config.checkpoint:
         folders = [Path(folder) for folder in config.run or [newest_run()]]
-        runs = {folder: read_run(folder, config) for folder in folders}
-    datasets = sorted({own.dataset for own in runs.values()})
+        owns = {folder: read_run(folder, config) for folder in folders}
+    datasets = sorted({own.dataset for own, _ in owns.values()})
     if not config.dataset and len(datasets) > 1:
         raise ValueError(f"these runs are on {', '.join(datasets)}: evaluate one after another")
-    first = next(iter(runs.values()), train.Config())
+    first, _ = next(iter(owns.values()), (train.Config(), {}))
     config = dataclasses.replace(config, dataset=config.dataset or first.dataset,
-                                 data_dir=config.data_dir or first.data_dir)
+                                 data_dir=config.data_dir or first.data_dir,
+                                 class_names=config.class_names or first.class_names)
     if config.shift == [] and not data.DATASETS[config.dataset].shifts:
         raise ValueError(f"{config.dataset} has no shift split of its own: --shift DIR names one")
-    test = data.load_dataset(config.dataset, config.data_dir, "test")
-    found = [load_run(folder, own, test.class_names) for folder, own in runs.items()]
+    test = train.load_split(config, "test")
+    identity = data.identity(test)
+    found = [load_run(folder, *own, test, identity) for folder, own in owns.items()]
     if config.checkpoint:
-        path, info = Path(config.checkpoint), data.DATASETS[config.dataset]
-        model = models.load_weights(config.model, path, len(test.class_names))
-        classifier = train.Classifier(model, info.mean, info.std, info.image_size)
-        of = {"checkpoint": str(path), "dataset": config.dataset, "student": config.model}
-        report = {"of": of, "weights": files.file_digest(path)}
-        found = [Subject(classifier, path.with_suffix(".report.json"), report)]
-    how = {"seed": config.seed, "amp": config.amp, "images": data.fingerprint(test.images)}
+        found = [load_bare(config, test)]
+    if config.dataset == "folder":  # no size of its own: corruptions are made at the classifiers'
+        sizes = sorted({classifier.image_size for classifier, _, _ in found})
+        if len(sizes) > 1:
+            raise ValueError(f"these runs have images of {', '.join(map(str, sizes))} pixels: "
+                             "evaluate one after another")
+        test = train.resized(test, sizes[0], config)
+    how = {"seed": config.seed, "amp": config.amp, "test": identity}
     subjects = []
     for classifier, path, report in found:
         model = models.freeze(classifier.model).to(config.device)
@@ -330,34 +365,65 @@ def device_blocks(images, config):
 
 def evaluate_sets(config, test, subjects):
     """Add to the reports the test split and, with --shift, shift splits and folders."""
-    sets = {"test": None}
-    if config.shift is not None:
-        sets |= dict.fromkeys(data.DATASETS[config.dataset].shifts)
-        folders = [Path(folder).resolve() for folder in config.shift]
-        sets |= {f"shift {folder.name}": str(folder) for folder in folders}
-    for name, folder in sets.items():
-        todo = [subject for subject in subjects if name not in subject.report
-                or subject.report[name].get("folder") != folder]
-        if not todo:
-            continue
-        split, columns = test, slice(None)
-        if folder:
-            split, columns = data.load_shift(folder, config.dataset, test)
+    folders = {f"shift {Path(folder).name}": folder for folder in config.shift or ()}
+    if len(folders) < len(config.shift or ()):
+        raise ValueError("--shift: two folders have one name; evaluate one after another")
+    own = data.DATASETS[config.dataset].shifts if config.shift is not None else ()
+    for name in ("test", *own, *folders):
+        split, columns, key = test, slice(None), {}  # the whole report is of one test split
+        if name in folders:
+            split, columns = shifts.load_shift(folders[name], config.dataset, test)
+            key["columns"] = columns.tolist()
         elif name != "test":
-            split = data.load_dataset(config.dataset, config.data_dir, name)
+            split = train.load_split(config, name)
+        if name != "test":
+            key["content"] = data.identity(split)["content"]
+        todo = [subject for subject in subjects if name not in subject.report
+                or not key.items() <= subject.report[name].items()]
         sizes = sorted({subject.classifier.image_size for subject in todo})
         progress = files.Progress(name, len(split.labels) * len(sizes))
         for size in sizes:
             same = [subject for subject in todo if subject.classifier.image_size == size]
-            images = data.resize(split.images, size)  # as train.py does, to the pixel
+            images = train.resized(split, size, config).images
             found = train.predict([subject.classifier for subject in same],
                                   device_blocks(images, config), config, progress)
             for (_, _, report), logits in zip(same, found):
                 logits = logits[:, columns]
                 fitted = None if name == "test" else report["test"]["calibration"]["temperature"]
-                report[name] = {**scores(logits, split.labels), "folder": folder,
+                report[name] = {**scores(logits, split.labels), **key,
                                 "calibration": calibration(logits, split.labels, fitted)}
         save_reports(todo)
+
+
+def published(test, name, severity, config):
+    """The published images of one corruption and severity, of either kind, and their labels."""
+    if config.dataset.startswith("cifar"):
+        images, labels = shifts.read_cifar_c(config.corruptions, name, severity)
+        if len(labels) == len(test.labels) and not labels.equal(test.labels):
+            raise ValueError(f"{config.corruptions}/labels.npy has other labels than the test "
+                             f"split of {config.dataset}")
+        return images, labels
+    root = shifts.imagenet_c_folder(config.corruptions, name, severity)
+    paths, labels, columns = shifts.list_classes(root, data.ids_of(test), test.class_names)
+    if len(columns) != len(test.class_names):
+        raise ValueError(f"{root} has {len(columns)} classes, {config.dataset} "
+                         f"{len(test.class_names)}: expected a folder for each")
+    size = data.DATASETS[config.dataset].image_size  # the published images have it already
+    return data.Stream(paths, size, size), labels
+
+
+def corruption_source(config, test):
+    """What tells one set of corrupted test images from another: {"source", "content"}. Raises as
+    reading them where one of the published is missing."""
+    if config.corruptions == "generated":
+        return {"source": "generated", "content": None}
+    if config.dataset.startswith("cifar"):
+        paths = [Path(config.corruptions) / f"{name}.npy" for name in (*COMMON, "labels")]
+    else:
+        streams = (published(test, name, severity, config)[0]
+                   for name, severity in itertools.product(COMMON, range(1, 6)))
+        paths = itertools.chain.from_iterable(stream.paths for stream in streams)
+    return {"source": "published", "content": data.digest_files(paths)}
 
 
 def corrupted(test, name, severity, config):
@@ -369,20 +435,8 @@ def corrupted(test, name, severity, config):
         generator = torch.Generator().manual_seed(seed)
         clean = device_blocks(test.images, config)
         return (corrupt(images, name, severity, generator) for images in clean), test.labels
-    if config.dataset.startswith("cifar"):
-        images, labels = data.read_cifar_c(config.corruptions, name, severity)
-        if len(labels) == len(test.labels) and not labels.equal(test.labels):
-            raise ValueError(f"{config.corruptions}/labels.npy has other labels than the test "
-                             f"split of {config.dataset}")
-        return device_blocks(images, config), labels
-    root = data.imagenet_c_folder(config.corruptions, name, severity)
-    class_ids = data.folder_names(test) or sorted(path.name for path in root.iterdir())
-    paths, labels, columns = data.list_folder(root, class_ids, {})
-    if len(columns) != len(test.class_names):
-        raise ValueError(f"{root} has {len(columns)} classes, {config.dataset} "
-                         f"{len(test.class_names)}: expected a folder for each")
-    size = data.DATASETS[config.dataset].image_size  # the published images have it already
-    return device_blocks(data.Stream(paths, size, size), config), labels
+    images, labels = published(test, name, severity, config)
+    return device_blocks(images, config), labels
 
 
 def corruption_errors(table, clean, alexnet):
@@ -431,9 +485,7 @@ def evaluate(config):
     evaluate_sets(config, test, subjects)
     source = {}  # of the corrupted images
     if config.corruptions:
-        source = {"source": "generated", "folder": None}
-        if config.corruptions != "generated":
-            source = {"source": "published", "folder": str(Path(config.corruptions).resolve())}
+        source = corruption_source(config, test)
         evaluate_corruptions(config, test, subjects, source)
     for subject in subjects:
         if config.fused and is_taught(subject):
@@ -447,13 +499,15 @@ def evaluate(config):
 
 def zero_shot(config):
     """CLIP itself on a test split: {"all M templates": top-1 in percent, then one a template}."""
-    places = ("clip", "bpe", "prompts", "amp", "device", "workers", "cache_dir")
+    places = ("class_names", "clip", "clip_activation", "bpe", "prompts", "amp", "device",
+              "workers", "cache_dir")
     own = train.Config(dataset=config.dataset or "shapes", data_dir=config.data_dir or "data",
                        **{name: getattr(config, name) for name in places})
-    test = data.load_dataset(own.dataset, own.data_dir, "test")
+    test = train.load_split(own, "test")
     templates = clip_model.load_templates(own.prompts or targets.PROMPTS)
     clip, tokenizer, scale = targets.load_clip_teacher(own)
-    _, features = targets.load_targets(own, clip, tokenizer, {"test": test})["test"]  # (N,D)
+    _, features = targets.load_targets(own, clip, tokenizer, {"test": test},  # (N,D)
+                                       {"test": data.identity(test)})["test"]
     text = clip_model.class_features(clip, tokenizer, test.class_names, templates).cpu()  # (K,M,D)
     classes = {f"all {len(templates)} templates": richkd.ensemble_text_features(text)}
     classes |= {template: text[:, m] for m, template in enumerate(templates)}  # (K,D) each
@@ -469,16 +523,26 @@ def describe(report):
 
 
 def table(corner, columns, rows):
-    """Lines of at most 100 columns; a row is (label, numbers), a number a column, at most seven."""
-    lines = [f"{corner:28}" + "".join(f"{name:>10}" for name in columns)]
+    """Lines of at most 100 columns where labels have up to 28; a row is (label, numbers), a number
+    a column, at most seven."""
+    width = max([28, *(len(label) for label, _ in rows)])
+    lines = [f"{corner:{width}}" + "".join(f" {name:>9}" for name in columns)]
     for label, numbers in rows:
-        line = f"{label:28}"
+        line = f"{label:{width}}"
         for column, number in zip(columns, numbers):
             digits = 3 if column in ("NLL", "Brier") else 2
             cell = f"{number:10.{digits}f}"
-            line += cell if cell[0] == " " else f"{number:10.2e}"
+            line += cell if cell[0] == " " else f" {number:9.2e}"
         lines.append(line)
     return lines
+
+
+def temperature_text(temperature):
+    """ "T = 1.23", and where `fit_temperature` met its bound, so that the best lies beyond it,
+    "T >= 1e+03"."""
+    beyond = {temperature < 1.001 * LEAST_TEMPERATURE: "<=",
+              temperature > 0.999 * MOST_TEMPERATURE: ">="}
+    return f"T {beyond.get(True, '=')} {temperature:.3g}"
 
 
 def sets_table(report):
@@ -490,7 +554,8 @@ def sets_table(report):
             rows.append((name, row))
             if half:
                 rows.append((f"  {half}T = 1", before))
-            rows.append((f"  {half}T = {row['calibration']['temperature']:.3g}", after))
+            fitted = temperature_text(row["calibration"]["temperature"])
+            rows.append((f"  {half}{fitted}", after))
     metrics = ("top1", "top5", "nll", "brier", "ece", "ece_equal_mass")
     return table("", ("top-1 %", "top-5 %", "NLL", "Brier", "ECE %", "mass-ECE"),
                  [(label, [row[metric] for metric in metrics]) for label, row in rows])

@@ -1,18 +1,14 @@
 """CLIP as the second teacher: what it says of every plain image, computed once and kept.
 
     clip, tokenizer, scale = load_clip_teacher(config)
-    targets = load_targets(config, clip, tokenizer, splits)     # {split: (cosines, features)}
+    targets = load_targets(config, clip, tokenizer, splits, identities)  # {split: (cosines, ...)}
     clip_logits = scale * cosines[index].float()                # z_C of equation (2) in richkd.py
 
 `config` is train.py's: CLIP's own flags, dataset, amp, device, workers and cache_dir are read.
 """
 
-import contextlib
 import functools
 import hashlib
-import itertools
-import json
-import math
 from pathlib import Path
 
 import torch
@@ -27,7 +23,6 @@ import shapes
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # the authors' templates
 PART = 10_000       # images whose targets are kept together: what an interruption can cost
-MAX_HEADER = 2**24  # bytes of a target file's first line: the names of classes and templates
 
 
 def load_clip_teacher(config):
@@ -35,8 +30,8 @@ def load_clip_teacher(config):
     in the cache. Raises as `clip_model.load_clip`."""
     path = config.clip
     if path == "tiny":
-        path = shapes.tiny_clip(config.cache_dir, config.device)
-    clip = clip_model.load_clip(path, config.cache_dir)
+        path = shapes.tiny_clip(files.cache_folder(config.cache_dir), config.device)
+    clip = clip_model.load_clip(path, config.cache_dir, config.clip_activation)
     tokenizer = clip_model.Tokenizer()  # bytes alone, as the tiny one has it
     if clip.vocab_size != tokenizer.vocab_size:
         tokenizer = clip_model.Tokenizer(clip_model.load_merges(config.bpe, config.cache_dir))
@@ -67,13 +62,19 @@ def clip_view(config, clip, classes, images):
     return sum(cosines) / len(classes), features
 
 
-def load_targets(config, clip, tokenizer, splits):
+def load_targets(config, clip, tokenizer, splits, identities):
     """CLIP's view of every plain image of each split, from the cache or computed now: {split name:
-    (cosines (N,K), unit-length features (N,D))}, float16 on the CPU."""
-    weights = hashlib.sha256()
+    (cosines (N,K), unit-length features (N,D))}, float16 on the CPU. identities: {split name:
+    `data.identity`}."""
+    # What the tensors do not tell: QuickGELU or GELU, and into how many heads a width is split.
+    kinds = [[type(module).__name__, getattr(module, "heads", 0)] for module in clip.modules()]
+    weights = hashlib.sha256(files.json_digest(kinds).encode())
     for name, tensor in sorted(clip.state_dict().items()):
         weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     class_names = next(iter(splits.values())).class_names
+    asked = {"names": clip_model.prompt_names(class_names, tokenizer),
+             "templates": clip_model.load_templates(config.prompts or PROMPTS),
+             "merges": files.json_digest([*tokenizer.priority]), "average": config.average}
     # The prompts are encoded once for all splits, and only where one is not in the cache.
     classes = functools.cache(lambda: class_embeddings(config, clip, tokenizer, class_names))
 
@@ -86,44 +87,40 @@ def load_targets(config, clip, tokenizer, splits):
             for block in data.blocks(part, workers=config.workers, device=config.device):
                 yield clip_view(config, clip, classes(), block)
 
-        key = {"checkpoint": weights.hexdigest(), "class_names": split.class_names,
-               "templates": clip_model.load_templates(config.prompts or PROMPTS),
-               "average": config.average, "amp": config.amp, "dataset": config.dataset,
-               "split": name, "images": data.fingerprint(split.images)}
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        path = Path(config.cache_dir) / f"targets-{config.dataset}-{name}-{digest[:8]}.bin"
-        shape = (len(split.labels), len(split.class_names), clip.embed_dim)
-        targets[name] = cached_targets(path, key, shape, views)
+        key = {"clip": weights.hexdigest(), **asked, "amp": config.amp, "split": name,
+               "images": identities[name]["content"]}
+        file = f"targets-{config.dataset}-{name}-{files.json_digest(key)[:16]}.bin"
+        shape = (len(split.labels), len(class_names), clip.embed_dim)
+        targets[name] = cached_targets(files.cache_folder(config.cache_dir) / file, key, shape,
+                                       views)
     return targets
 
 
 def cached_targets(path, key, shape, views):
-    """(cosines (N,K), features (N,D)) float16, memory-mapped from the file `path`, so that ranks
-    share them and memory does not grow with N; made first where there is no file.
+    """(cosines (N,K), features (N,D)) float16, memory-mapped from the file `path`, as
+    `data.mapped`: made first where there is none, and anew where it is damaged.
 
     key: a dict of JSON values, all that the targets depend on. shape: (N, K, D). views: (start,
     stop) -> iterator of (cosines (b,K), features (b,D)). An interruption costs at most PART images.
-    Raises ValueError for a damaged file, and for one made with another key.
-
-    The file: one line of JSON, padded by spaces to a multiple of 4096 bytes, then N rows of K + D.
     """
     path, (N, K, D) = Path(path), shape
-    header = json.dumps({"format": files.FORMAT, "key": key, "shape": [N, K, D]}, sort_keys=True)
-    header = header.encode().ljust(math.ceil((len(header) + 1) / 4096) * 4096 - 1) + b"\n"
-    if not path.is_file():
-        make_targets(path, header, N, views, key.get("split", ""))
-    for part in path.parent.glob(f"{path.name}.*"):  # joined by now
+
+    def table():
+        rows = functools.partial(target_rows, path, N, views, key.get("split", ""))
+        return data.mapped(path, key, [N, K + D], torch.float16, rows)
+
+    try:
+        numbers = table()
+    except FileNotFoundError:  # another process has joined the parts meanwhile, and removed them
+        numbers = table()
+    for part in path.parent.glob(f"{path.name}.*"):
         part.unlink(missing_ok=True)
-    with open(path, "rb") as file:
-        found = file.readline(MAX_HEADER)
-    if found != header or path.stat().st_size != len(header) + N * 2 * (K + D):
-        raise ValueError(f"{path} holds other targets than its name says, or is damaged; delete it")
-    numbers = torch.from_file(str(path), size=len(header) // 2 + N * (K + D), dtype=torch.float16)
-    return numbers[len(header) // 2 :].view(N, K + D).split([K, D], 1)
+    return numbers.split([K, D], 1)
 
 
-def make_targets(path, header, N, views, label):
-    """Write the file of `cached_targets`: part by part, then joined. Two processes may do so."""
+def target_rows(path, N, views, label):
+    """Yield the bytes of N rows, after they were made part by part in files beside `path`, from
+    which another process, or the next run, goes on."""
     starts = range(0, N, PART)
     parts = [path.with_name(f"{path.name}.{start}") for start in starts]
     progress = files.Progress(f"CLIP's targets ({label})", N)
@@ -139,5 +136,5 @@ def make_targets(path, header, N, views, label):
             progress.start = progress.done = min(N, start + PART)
         else:
             files.write_atomically(part, rows(start))
-    with contextlib.suppress(FileNotFoundError):  # the other process has joined and removed them
-        files.write_atomically(path, itertools.chain([header], (p.read_bytes() for p in parts)))
+    for part in parts:
+        yield part.read_bytes()

@@ -12,24 +12,23 @@ one reported is the last epoch's.
 """
 
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import math
 import os
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+import checkpoints
 import command
 import data
 import files
 import models
 import richkd
+import runs
 import targets
 from command import autocast, flag, rank, rank_zero_first, setting, world
 
@@ -55,7 +54,8 @@ RECIPES = {
     # A quarter of its 1,000 images as negatives, where the paper's 16384 are a third of CIFAR's.
     "shapes": {**CIFAR, "teacher": ("resnet20",), "student": "resnet8", "clip": "tiny",
                "num_negatives": 256, "epochs": 30},
-    "cifar10": CIFAR, "cifar100": CIFAR, "tiny-imagenet": CIFAR, "imagenet": IMAGENET,
+    "cifar10": CIFAR, "cifar100": CIFAR, "tiny-imagenet": CIFAR, "folder": CIFAR,
+    "imagenet": IMAGENET,
 }
 
 # Settings -----------------------------------------------------------------------------------------
@@ -80,7 +80,11 @@ class Config:
     teacher_shares: tuple = setting(None, "each teacher's share of the mean logits; default: equal",
                                     nargs="+", type=float, metavar="SHARE")
     student: str = setting(None, "the student's architecture", type=str)
+    class_names: str = setting(None, "a file of the names that CLIP is asked for, one a line in "
+                               "the order of the classes; default: the data set's", type=str)
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint", type=str)
+    clip_activation: str = setting(None, "CLIP's, where its file does not tell; default: OpenAI's "
+                                   "quickgelu", choices=("quickgelu", "gelu"))
     bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded", type=str)
     prompts: str = setting(None, "templates, {} for the name; default: the twelve", type=str)
     average: str = setting("embeddings", "what is averaged over the templates",
@@ -107,15 +111,23 @@ class Config:
     amp: bool = setting(False, "bfloat16 autocast, for student, frozen teacher and CLIP alike")
     deterministic: bool = setting(False, "always the same numbers on CUDA, slower; a CPU has them")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
-    workers: int = setting(8, "loader processes where images stream", within=(0, math.inf))
-    cache_dir: str = setting(str(files.cache_folder()), "for teachers, CLIP's weights and targets")
+    workers: int = setting(min(8, data.cores()), "loader processes where images stream",
+                           within=(0, math.inf))
+    cache_dir: str = setting(None, "for teachers, CLIP's weights and targets; default: "
+                             "$RICHKD_CACHE, or ~/.cache/richkd", type=str)
     out: str = setting(None, "run folder; default: runs/<data set>-<method>-...", type=str)
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
     tensorboard: bool = setting(False, "log for tensorboard, too, into the run folder")
 
 
-# What does not change a result; the other fields are a run's settings.
-PLACES = ("data_dir", "device", "workers", "cache_dir", "out", "overwrite", "tensorboard")
+def for_size(name, image_size):
+    """`resnet18` and `resnet50` as the zoo calls them: at more than 64 pixels ImageNet's networks,
+    else those that papers on CIFAR call so."""
+    small, large = {"resnet18": "resnet18_cifar"}, {"resnet50": "resnet50_imagenet"}
+    found = (small if image_size <= 64 else large).get(name, name)
+    if found != name:
+        files.note(f"{name} for images of {image_size} x {image_size} is {found} here")
+    return found
 
 
 def resolve(config):
@@ -131,20 +143,22 @@ def resolve(config):
     student = config.student or recipe["student"]
     if student.startswith(("mobilenet", "shufflenet")) and not imagenet:
         recipe["lr"] = 0.01  # as in RepDistiller's train_student.py
+    if config.lr is None and config.batch_size not in (None, recipe["batch_size"]):
+        files.note(f"--batch-size {config.batch_size}: the learning rate was tuned for "
+                   f"{recipe['batch_size']}; --lr sets another")
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing, **fixed)
 
-    names = {"resnet50": "resnet50_imagenet"} if imagenet else {}  # the zoo's is for 32x32 images
     logit, feature = config.logit_weight > 0, config.feature_weight > 0
     needs_teacher = logit and config.alpha > 0 or feature and config.lam > 0
     needs_clip = logit and config.alpha < 1 or feature and config.lam < 1
+    unused = () if needs_teacher else ("teacher_weights", "teacher_shares")
+    unused += () if needs_clip else ("clip", "clip_activation", "bpe", "prompts")
     teacher = config.teacher if needs_teacher else ()
-    config = dataclasses.replace(
-        config, student=names.get(student, student),
-        teacher=tuple(names.get(name, name) for name in teacher),
-        teacher_weights=config.teacher_weights if teacher else None,
-        teacher_shares=config.teacher_shares if teacher else None,
-        clip=config.clip if needs_clip else None)
+    if not config.teacher_weights:  # else the file has what it has
+        teacher = tuple(for_size(name, config.image_size) for name in teacher)
+    config = dataclasses.replace(config, student=for_size(student, config.image_size),
+                                 teacher=teacher, **dict.fromkeys(unused))
     for name in ("teacher_weights", "teacher_shares"):
         values = getattr(config, name)
         if values and len(values) != len(teacher):
@@ -159,55 +173,19 @@ def resolve(config):
     return config
 
 
-def settings(config):
-    """The settings that decide the result, as JSON has them."""
-    everything = dataclasses.asdict(config)
-    return json.loads(json.dumps({k: v for k, v in everything.items() if k not in PLACES}))
-
-
-def open_run(config):
-    """The run's folder, nothing changed in it; --overwrite empties it of its run. Raises ValueError
-    where it holds something else than this run."""
-    teacher = "+".join(config.teacher) or "none"
-    name = f"{config.dataset}-{config.method}-{teacher}-{config.student}-s{config.seed}"
-    folder = Path(config.out or Path("runs") / name)
-    names = os.listdir(folder) if folder.is_dir() else []
-    if "config.json" not in names and any(name[0] != "." for name in names):
-        raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names "
-                         "another folder")
-    if not {"last.pt", "summary.json"} & {*names}:
-        return folder
-    if config.overwrite:
-        for name in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json"):
-            (folder / name).unlink(missing_ok=True)
-        return folder
-    advice = "--overwrite starts the run anew"
-    with files.undamaged(folder / "config.json", advice):
-        there = files.read_own(folder / "config.json", advice)["settings"]
-        here = settings(config)
-        differ = [f"{flag(name)} {there.get(name)} there, {here.get(name)} here"
-                  for name in {**there, **here} if there.get(name) != here.get(name)]
-    if differ:
-        raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}; --out "
-                         "names another folder, --overwrite starts anew")
-    return folder
-
-
-def write_config(config, folder):
-    here = Path(__file__).resolve().parent
-    source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py"))))
-    files.write_json(folder / "config.json", {
-        "settings": settings(config), "places": {name: getattr(config, name) for name in PLACES},
-        "torch": torch.__version__, "source": source.hexdigest()})
-
-
 # Data and teachers --------------------------------------------------------------------------------
+
+
+def load_split(config, name):
+    """A split of the config's data set, with --class-names; train.py's config or evaluate.py's."""
+    split = data.load_dataset(config.dataset, config.data_dir, name, config.cache_dir)
+    return data.rename_classes(split, config.class_names) if config.class_names else split
 
 
 def load_splits(config):
     """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
     names = ("train", "test", *data.DATASETS[config.dataset].shifts)
-    splits = {name: data.load_dataset(config.dataset, config.data_dir, name) for name in names}
+    splits = {name: load_split(config, name) for name in names}
     kept = 1 - config.holdout
     if config.holdout:
         splits["test"] = data.subset(splits["train"], kept, 1)
@@ -216,12 +194,32 @@ def load_splits(config):
     return splits
 
 
-def resized(split, config):
-    """A split as the classifiers see it: at --image-size, on the device where it fits in memory."""
-    images = data.resize(split.images, config.image_size)
+def resized(split, image_size, config):
+    """A split as the classifiers see it, in training and in evaluation alike: at image_size, on the
+    device where it fits in memory. config: train.py's or evaluate.py's."""
+    if config.dataset == "folder":
+        images = data.in_memory(split.images, image_size, config.cache_dir, config.workers)
+    else:
+        images = data.resize(split.images, image_size)
     if isinstance(images, torch.Tensor):
         images = images.to(config.device)
     return split._replace(images=images)
+
+
+class OwnInput(torch.nn.Module):
+    """A teacher that was trained with another mean and std of images in 0..1 than `shared`, those
+    by which its input (B,3,H,W) is normalised."""
+
+    def __init__(self, teacher, own, shared):
+        super().__init__()
+        self.teacher, self.num_features = teacher, teacher.num_features
+        (mean, std), (shared_mean, shared_std) = (
+            [torch.tensor(value).view(3, 1, 1) for value in pair] for pair in (own, shared))
+        self.register_buffer("scale", shared_std / std)
+        self.register_buffer("shift", (shared_mean - mean) / std)
+
+    def forward(self, images):
+        return self.teacher(images * self.scale + self.shift)
 
 
 class Teachers(torch.nn.Module):
@@ -240,25 +238,61 @@ class Teachers(torch.nn.Module):
         return mean, torch.cat(features, 1).float()                                # (B,K), (B,C)
 
 
-def load_teachers(config, splits):
+def load_teachers(config, splits, inputs):
     """The conventional teachers, frozen, on the device; None if there are none. One without a
-    checkpoint is trained first, in the cache, the same for every student, method and seed."""
-    teachers = []
+    checkpoint is trained first, in the cache, the same for every student, method and seed. inputs:
+    `runs.inputs` of the splits."""
     given = config.teacher_weights or [None] * len(config.teacher)
-    for name, weights in zip(config.teacher, given):
-        if weights is None:
-            shared = ("dataset", "data_dir", "image_size", "fraction", "holdout", "epochs",
-                      "batch_size", "weight_decay", "amp", "device", "workers")
-            own = resolve(Config(method="scratch", student=name,
-                                 **{field: getattr(config, field) for field in shared}))
-            digest = hashlib.sha256(json.dumps(settings(own), sort_keys=True).encode()).hexdigest()
-            folder = Path(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest[:8]}"
-            if not (folder / "summary.json").is_file():
-                fit(own, folder, splits)
-            weights = folder / "student.pt"
-        model = models.load_weights(name, weights, len(splits["train"].class_names))
-        teachers.append(models.freeze(model))
+    teachers = [given_teacher(config, name, path, splits["train"]) if path else
+                models.freeze(cached_teacher(config, name, splits, inputs))
+                for name, path in zip(config.teacher, given)]
     return Teachers(teachers, config).to(config.device) if teachers else None
+
+
+def given_teacher(config, name, path, split):
+    """A teacher from its checkpoint, or from "imagenet", frozen, that reads what the student reads.
+    Raises ValueError where the file says that its classes or the side of its images are others."""
+    model = models.freeze(models.load_weights(name, path, len(split.class_names)))
+    info, imagenet = data.DATASETS[config.dataset], data.DATASETS["imagenet"]
+    about = {"mean": imagenet.mean, "std": imagenet.std}
+    if path != "imagenet":
+        about = checkpoints.read_about(path)
+    with files.undamaged(path, "expected what train.py leaves"):
+        differ = runs.class_difference(about, split)
+        size = about.get("image_size", config.image_size)
+        own = tuple(about.get("mean", info.mean)), tuple(about.get("std", info.std))
+        if own != (info.mean, info.std):
+            model = OwnInput(model, own, (info.mean, info.std))
+    if differ:
+        raise ValueError(f"{path} knows other classes: {differ}")
+    if size != config.image_size:
+        raise ValueError(f"{path} reads images of {size} x {size}, here they are of "
+                         f"{config.image_size}: --image-size {size}, or another teacher")
+    return model
+
+
+def cached_teacher(config, name, splits, inputs):
+    """The network of a teacher in the cache, trained first where there is none of these settings
+    and training images, or a damaged one."""
+    shared = ("dataset", "data_dir", "image_size", "fraction", "holdout", "epochs", "batch_size",
+              "weight_decay", "amp", "device", "workers", "cache_dir")
+    own = resolve(Config(method="scratch", student=name,
+                         **{field: getattr(config, field) for field in shared}))
+    # The names of the classes are CLIP's: whatever they are, the teacher is the same.
+    images = {key: value for key, value in inputs["data"]["train"].items() if key != "class_names"}
+    digest = files.json_digest({"settings": runs.settings(own), "train": images})[:16]
+    folder = files.cache_folder(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest}"
+    for anew in (False, True):
+        try:
+            if anew or not (folder / "summary.json").is_file():
+                own = dataclasses.replace(own, overwrite=anew)
+                fit(own, folder, splits, {"data": inputs["data"], "files": {}})
+            return models.load_weights(name, folder / "student.pt",
+                                       len(splits["train"].class_names))
+        except (ValueError, FileNotFoundError) as error:
+            if anew or str(folder) not in str(error):
+                raise
+            files.note(f"{folder} is damaged: this teacher is trained anew")
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -393,17 +427,17 @@ def train_epoch(training, epoch, progress, caught):
     return dict(zip(means, (total / world() / steps).tolist()))
 
 
-def prepare(config, splits):
+def prepare(config, splits, inputs):
     """-> the `Training` of a new student, and CLIP's targets of every split."""
     # What can be missing comes before what takes long: given teachers, CLIP, teachers to train.
-    teachers = load_teachers(config, splits) if config.teacher_weights else None
+    teachers = load_teachers(config, splits, inputs) if config.teacher_weights else None
     clip_targets, clip_scale = {}, None
     if config.clip:
         clip, tokenizer, clip_scale = rank_zero_first(lambda: targets.load_clip_teacher(config))
         clip_targets = rank_zero_first(
-            lambda: targets.load_targets(config, clip, tokenizer, splits))
-    teachers = teachers or load_teachers(config, splits)
-    train = resized(splits["train"], config)
+            lambda: targets.load_targets(config, clip, tokenizer, splits, inputs["data"]))
+    teachers = teachers or load_teachers(config, splits, inputs)
+    train = resized(splits["train"], config.image_size, config)
     tables = clip_targets.get("train", ())
     if isinstance(train.images, torch.Tensor):  # the images are on the device, so can these be
         tables = tuple(table.to(config.device) for table in tables)
@@ -429,9 +463,8 @@ def restore(path, stateful):
     Raises ValueError where it is damaged."""
     if not path.is_file():
         return []
-    advice = "--overwrite starts the run anew"
-    last = files.read_own(path, advice)
-    with files.undamaged(path, advice):
+    last = files.read_own(path, runs.ANEW)
+    with files.undamaged(path, runs.ANEW):
         for name, part in stateful.items():
             part.load_state_dict(last[name])
         return list(last["log"])
@@ -455,20 +488,21 @@ def keep_epoch(config, folder, log, stateful, progress):
                 writer.add_scalar(name, value, row["epoch"])
 
 
-def fit(config, folder, splits):
+def fit(config, folder, splits, inputs):
     """Train config.student, from folder/last.pt on where there is one; write student.pt and
     summary.json. -> the summary. A signal raises KeyboardInterrupt within a step, on a GPU 50."""
-    training, clip_targets = prepare(config, splits)
-    splits = {name: resized(split, config) for name, split in splits.items() if name != "train"}
+    training, clip_targets = prepare(config, splits, inputs)
+    splits = {name: resized(split, config.image_size, config)
+              for name, split in splits.items() if name != "train"}
     model, N = training.model, len(training.split.labels)
     stateful = {"student": model.student, "criterion": model.criterion,
                 "optimizer": training.optimizer}
-    log = restore(folder / "last.pt", stateful)
+    log = [] if config.overwrite else restore(folder / "last.pt", stateful)
     if world() > 1:  # BatchNorm statistics are each rank's own; the memory keeps itself equal
         ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         training = training._replace(model=ddp)
     if rank() == 0 and not log:
-        write_config(config, folder)
+        runs.begin_run(config, folder, inputs)
     if rank() == 0 and log:
         print(f"{folder}: going on after epoch {len(log)}", file=sys.stderr)
     progress = files.Progress(f"{config.method} {config.student}", config.epochs * N,
@@ -499,7 +533,8 @@ def fit(config, folder, splits):
         weights = {name: tensor.cpu() for name, tensor in model.student.state_dict().items()}
         files.save(folder / "student.pt", {
             "model_name": config.student, "model": weights, "dataset": config.dataset,
-            "class_names": training.split.class_names, "mean": list(info.mean),
+            "class_names": list(training.split.class_names),
+            "class_ids": data.ids_of(training.split), "mean": list(info.mean),
             "std": list(info.std), "image_size": config.image_size})
         files.write_json(folder / "summary.json", summary)
     if world() > 1:
@@ -562,11 +597,20 @@ def run(config):
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)  # what has none is named
-    folder = rank_zero_first(lambda: open_run(config))
-    path = folder / "summary.json"
-    if not path.is_file():
-        return fit(config, folder, rank_zero_first(lambda: load_splits(config)))
-    summary = files.read_own(path, "--overwrite trains anew")
+    folder = runs.open_run(config)
+    finished = (folder / "summary.json").is_file() and not config.overwrite
+    try:
+        splits = rank_zero_first(lambda: load_splits(config))
+        inputs = rank_zero_first(lambda: runs.inputs(config, splits))
+    except (OSError, ValueError) as error:
+        if finished:
+            raise ValueError(f"{folder} holds a finished run, but what it depends on cannot be "
+                             f"compared: {files.one_line(error)}") from None
+        raise
+    runs.check_inputs(folder, config, inputs)
+    if not finished:
+        return fit(config, folder, splits, inputs)
+    summary = files.read_own(folder / "summary.json", "--overwrite trains anew")
     command.show(f"{folder} holds this run, finished; --overwrite trains anew")
     return summary
 

@@ -53,11 +53,12 @@ def statistics(values):
 
 class Run(NamedTuple):
     """What is compared of a report."""
-    group: dict      # dataset, student and epochs: what runs in one table have in common
+    group: dict      # dataset, test split, student, epochs: what runs in one table have in common
     teacher: str     # or None
     method: str
     seed: int
     settings: dict
+    inputs: dict     # "train": content of the training images; "files": {setting: of its file}
     figures: dict    # {column: number} of the student
     teaching: dict   # {row of TEACHER_ROWS: {column: number}}
 
@@ -80,9 +81,12 @@ def run_of(report):
         if corrupted:
             column = f"{corrupted['source']} corruptions top-1 %"
             teaching[name][column] = float(corrupted[who])
-    return Run({name: of.get(name) for name in ("dataset", "student", "epochs")}, of.get("teacher"),
-               of.get("method") or of["checkpoint"], of.get("seed"),
-               dict(report.get("settings", {})), figures, teaching)
+    found = report.get("inputs") or {}
+    inputs = {"train": found.get("train"), "files": dict(found.get("files", {}))}
+    group = {name: of.get(name) for name in ("dataset", "student", "epochs")}
+    group["test"] = report.get("how", {}).get("test", {}).get("content")
+    return Run(group, of.get("teacher"), of.get("method") or of["checkpoint"], of.get("seed"),
+               dict(report.get("settings", {})), inputs, figures, teaching)
 
 
 def read_reports(path):
@@ -104,20 +108,24 @@ def read_reports(path):
 
 
 def by_method(runs):
-    """{(method, flag, ...): {seed: figures}}: the method's name and the settings, save the seed,
-    that differ from those of its first run. Raises ValueError where two have method and seed in
-    common."""
+    """{(method, flag, ...): {seed: Run}}: the method's name and the settings, save the seed, that
+    differ from those of its first run; where the settings are the same and data or files are not,
+    these by their digest. Raises ValueError where two have all of it and the seed in common."""
     methods, first = {}, {}
     for run in runs:
-        usual = first.setdefault(run.method, run.settings)
+        usual = first.setdefault(run.method, run)
+        named, there = run.inputs["files"], usual.inputs["files"]
         flags = [f"--{name.replace('_', '-')} {value}" for name, value in run.settings.items()
-                 if name != "seed" and value not in (None, []) and usual.get(name) != value]
+                 if name != "seed" and value not in (None, []) and usual.settings.get(name) != value
+                 and not (name in named and named[name] == there.get(name))]  # one file, two places
         method = (run.method, *flags)
+        if run.inputs != first.setdefault(method, run.inputs):
+            method = (*method, f"(other data or files: {files.json_digest(run.inputs)[:8]})")
         seeds = methods.setdefault(method, {})
         if run.seed in seeds:
             raise ValueError(f"two reports are of {' '.join(method)} with seed {run.seed}; "
                              "expected each run once")
-        seeds[run.seed] = run.figures
+        seeds[run.seed] = run
     return methods
 
 
@@ -126,8 +134,8 @@ def groups(runs):
 
     runs: as `read_reports` returns them. rows: {method: {column: cell}}, a cell being `statistics`
     of the method's runs, with "difference" the same of what they have more than the `kd` run of
-    their seed. Runs without a teacher join every group of their student. The first rows are the
-    group's own CLIP, teacher and fused teacher, where its runs know them.
+    their seed and training images. Runs without a teacher join every group of their student. The
+    first rows are the group's own CLIP, teacher and fused teacher, where its runs know them.
     """
     found, seen = [], []
     for run in runs:
@@ -161,11 +169,13 @@ def method_rows(runs):
                      if other[0] == "kd" and other != method and set(other[1:]) <= set(method[1:])]
         baseline = methods[max(baselines, key=len)] if baselines else {}
         rows[" ".join(method)] = row = {}
-        for column in dict.fromkeys(column for figures in seeds.values() for column in figures):
-            values = {seed: figures[column] for seed, figures in seeds.items() if column in figures}
+        for column in dict.fromkeys(column for run in seeds.values() for column in run.figures):
+            values = {seed: run.figures[column] for seed, run in seeds.items()
+                      if column in run.figures}
             row[column] = statistics(list(values.values()))
-            more = [value - baseline[seed][column] for seed, value in values.items()
-                    if column in baseline.get(seed, {})]
+            more = [value - baseline[seed].figures[column] for seed, value in values.items()
+                    if seed in baseline and column in baseline[seed].figures
+                    and baseline[seed].inputs["train"] == seeds[seed].inputs["train"]]
             if more:
                 row[column]["difference"] = statistics(more)
     return rows
@@ -178,7 +188,9 @@ def as_markdown(groups):
         columns = list(dict.fromkeys(column for row in group["rows"].values() for column in row))
         columns.sort(key=lambda column: column in ("NLL", "ECE %"))  # these last
         networks = " → ".join(filter(None, (group["teacher"], group["student"])))
-        lines += [f"{group['dataset']}, {networks}, {group['epochs']} epochs. Mean ± "
+        alike = {other["test"] for other in groups if other["dataset"] == group["dataset"]}
+        images = f" (test split {str(group['test'])[:8]})" if len(alike) > 1 else ""
+        lines += [f"{group['dataset']}{images}, {networks}, {group['epochs']} epochs. Mean ± "
                   "standard deviation over seeds; in brackets the paired difference to kd (the one "
                   "with most of a row's flags) and its 95 % interval (Student's t).", "",
                   "| | runs | " + " | ".join(columns) + " |",

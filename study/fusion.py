@@ -17,6 +17,7 @@ import data
 import evaluate
 import files
 import richkd
+import runs
 import targets
 import train
 
@@ -137,24 +138,30 @@ def superclasses(dataset, class_names, class_ids=(), is_a="wordnet.is_a.txt"):
 
 class RunTeachers:
     """What taught a run's student, as train.py makes it again from its cache. own: the run's
-    train.Config."""
+    train.Config; about: its config.json. Raises ValueError where data or files are others now."""
 
-    def __init__(self, own):
+    def __init__(self, own, about):
         self.own, self.splits, info = own, train.load_splits(own), data.DATASETS[own.dataset]
-        self.teacher = train.Classifier(train.load_teachers(own, self.splits), info.mean, info.std,
-                                        own.image_size)
+        inputs = runs.inputs(own, self.splits)
+        differ = runs.difference(about, own, inputs) if "inputs" in about else None
+        if differ:
+            raise ValueError(f"--fused: what taught this run is not here: it has {differ}")
+        self.identities = inputs["data"]
+        self.teacher = train.Classifier(train.load_teachers(own, self.splits, inputs), info.mean,
+                                        info.std, own.image_size)
         self.clip, self.tokenizer, self.scale = targets.load_clip_teacher(own)
 
     def analyse(self, seed):
         """`fusion_table` on the run's test split, and CLIP's scale."""
         own, test = self.own, self.splits["test"]
-        images = data.resize(test.images, own.image_size)
+        images = train.resized(test, own.image_size, own).images
         teacher_logits, = train.predict([self.teacher], evaluate.device_blocks(images, own), own)
-        cosines, _ = targets.load_targets(own, self.clip, self.tokenizer, {"test": test})["test"]
+        cosines, _ = targets.load_targets(own, self.clip, self.tokenizer, {"test": test},
+                                          self.identities)["test"]
         templates = clip_model.load_templates(own.prompts or targets.PROMPTS)
         names = clip_model.class_features(self.clip, self.tokenizer, test.class_names, templates)
         names = richkd.ensemble_text_features(names).cpu()  # (K, M, D) -> (K, D)
-        groups = superclasses(own.dataset, test.class_names, data.folder_names(test),
+        groups = superclasses(own.dataset, test.class_names, test.class_ids,
                               Path(own.data_dir) / "wordnet.is_a.txt")
         found = fusion_table(teacher_logits, self.scale * cosines.float().cpu(), test.labels,
                              own.alpha, names @ names.T, groups,
@@ -166,7 +173,8 @@ class RunTeachers:
         is evaluated on, the mean over corruptions and severities. CLIP sees them at the data set's
         own size."""
         own = self.own
-        classes = targets.class_embeddings(own, self.clip, self.tokenizer, test.class_names)
+        classes = targets.class_embeddings(own, self.clip, self.tokenizer,
+                                           self.splits["test"].class_names)
         tasks = list(itertools.product(evaluate.COMMON, range(1, 6)))
         found = {"teacher": 0.0, "clip": 0.0, "fused": 0.0}
         progress = files.Progress("teacher, CLIP and fused", len(tasks) * len(test.labels))
@@ -192,7 +200,7 @@ def evaluate_fused(config, test, subject, source):
     fused = subject.report.get("fused", {})
     if fused and source.items() <= fused.get("corruptions", {}).items():
         return
-    teaching = RunTeachers(evaluate.read_run(subject.path.parent, config))
+    teaching = RunTeachers(*evaluate.read_run(subject.path.parent, config))
     if not fused:
         fused = subject.report["fused"] = teaching.analyse(config.seed)
         evaluate.save_reports([subject])

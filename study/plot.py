@@ -51,8 +51,9 @@ def pictures(report, title):
 def reliability(axes, report):
     table = report["test"]["calibration"]
     axes.plot([0, 100], [0, 100], color="0.7", label="calibrated")
+    fitted = evaluate.temperature_text(table["temperature"])
     for part, style, shade, label in (("before", "o-", "k", "T = 1"),
-                                      ("after", "s--", "0.5", f"T = {table['temperature']:.3g}")):
+                                      ("after", "s--", "0.5", fitted)):
         bins = table[part]["bins"]
         points = [(100 * confidence, 100 * accuracy) for confidence, accuracy, count
                   in zip(bins["confidence"], bins["accuracy"], bins["count"]) if count]

@@ -10,6 +10,12 @@ import files
 import shapes
 
 
+@pytest.fixture(autouse=True)
+def unsaid():
+    """What is said once a process is said once a test."""
+    files.note.said.clear()
+
+
 @pytest.fixture(scope="session")
 def shared():
     """Optional real data (`../shared` beside the repository); its tests skip where it is absent."""

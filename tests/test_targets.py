@@ -20,11 +20,16 @@ def config(clip_file, tmp_path):
     return train.resolve(train.Config(clip=clip_file, cache_dir=str(tmp_path), device="cpu"))
 
 
+def load_targets(config, clip, tokenizer, splits):
+    identities = {name: data.identity(split) for name, split in splits.items()}
+    return targets.load_targets(config, clip, tokenizer, splits, identities)
+
+
 def test_load_targets_are_the_scores_of_each_image(config):
     clip, tokenizer, scale = targets.load_clip_teacher(config)
     assert scale == clip.logit_scale.exp().item()
     splits = {name: data.load_dataset("shapes", "", name) for name in ("train", "test")}
-    found = targets.load_targets(config, clip, tokenizer, splits)
+    found = load_targets(config, clip, tokenizer, splits)
     names = splits["train"].class_names
     templates = clip_model.load_templates(targets.PROMPTS)
     text = clip_model.class_features(clip, tokenizer, names, templates)  # (K,M,D), unit length
@@ -49,8 +54,8 @@ def test_class_embeddings_average_embeddings_or_logits(config, tmp_path):
                                      clip_model.load_templates(prompts))
     cosines = {}
     for how, rows in ((config, normalize(each.mean(1), dim=1)), (logits, each.mean(1))):
-        cosines[how.average], features = targets.load_targets(how, clip, tokenizer,
-                                                              {"test": test})["test"]
+        cosines[how.average], features = load_targets(how, clip, tokenizer,
+                                                      {"test": test})["test"]
         expected = features.float() @ rows.T
         torch.testing.assert_close(cosines[how.average].float(), expected, rtol=0, atol=1e-3)
     assert (cosines["embeddings"] - cosines["logits"]).abs().max() > 2e-3
@@ -61,8 +66,8 @@ def test_load_targets_are_made_anew_where_they_depend_on_it(config, change, tmp_
     clip, tokenizer, _ = targets.load_clip_teacher(config)
     test, calls, view = data.load_dataset("shapes", "", "test"), [], targets.clip_view
     monkeypatch.setattr(targets, "clip_view", lambda *args: calls.append(1) or view(*args))
-    targets.load_targets(config, clip, tokenizer, {"test": test})
-    targets.load_targets(config, clip, tokenizer, {"test": test})
+    load_targets(config, clip, tokenizer, {"test": test})
+    load_targets(config, clip, tokenizer, {"test": test})
     assert len(calls) == 1
     if change == "clip":
         clip.visual.proj.data[0, 0] += 1
@@ -76,7 +81,7 @@ def test_load_targets_are_made_anew_where_they_depend_on_it(config, change, tmp_
     else:
         value = "logits" if change == "average" else True
         config = dataclasses.replace(config, **{change: value})
-    targets.load_targets(config, clip, tokenizer, {"test": test})
+    load_targets(config, clip, tokenizer, {"test": test})
     assert len(calls) == 2
 
 
@@ -146,15 +151,16 @@ def test_cached_targets_of_two_processes_at_once(tmp_path, monkeypatch):
     check(targets.cached_targets(path, {}, (N, K, D), rows))
 
 
-def test_cached_targets_of_another_key_or_damaged_are_refused(tmp_path):
+def test_cached_targets_of_another_key_or_damaged_are_made_anew(tmp_path, capsys):
     path = tmp_path / "targets-shapes-test-1.bin"
     targets.cached_targets(path, {"a": 1}, (N, K, D), rows)
     whole = path.read_bytes()
-    with pytest.raises(ValueError, match="holds other targets"):
-        targets.cached_targets(path, {"a": 2}, (N, K, D), never)
-    with pytest.raises(ValueError, match="holds other targets"):
-        targets.cached_targets(path, {"a": 1}, (N, K, D - 1), never)
-    for damaged in (whole[:-1], whole[:100], b"", b"x" + whole[1:], whole + b"\0"):
+    targets.cached_targets(path, {"a": 1}, (N, K, D), never)
+    targets.cached_targets(path, {"a": 2}, (N, K, D), rows)
+    assert capsys.readouterr().err.count(f"{path} is damaged, and made anew") == 1
+    again = path.read_bytes()
+    assert again != whole and len(again) == len(whole)
+    for damaged in (whole, again[:-1], again[:100], b"", b"x" + again[1:], again + b"\0"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="or is damaged; delete it"):
-            targets.cached_targets(path, {"a": 1}, (N, K, D), never)
+        check(targets.cached_targets(path, {"a": 2}, (N, K, D), rows))
+        assert path.read_bytes() == again

@@ -19,6 +19,7 @@ import evaluate
 import files
 import models
 import richkd
+import runs
 import shapes
 import train
 
@@ -54,6 +55,12 @@ def with_(config, **changes):
 
 def weights(folder):
     return checkpoints.read_state_dict(Path(folder) / "student.pt")
+
+
+def loaded(config):
+    """What a resolved config trains on: its splits, and its `runs.inputs`."""
+    splits = train.load_splits(config)
+    return splits, runs.inputs(config, splits)
 
 
 def equal(a, b):
@@ -157,7 +164,8 @@ def test_run_uses_the_function_that_bears_an_equations_number(config, number, mo
     name, changes = EQUATIONS[number]
     changed = with_(config, epochs=1, average="logits" if number < 3 else "embeddings", **changes)
     if number < 3:  # CLIP's targets are not in the cache, so that they are computed
-        monkeypatch.setattr(data, "fingerprint", lambda images: f"other images {number}")
+        identity = data.identity
+        monkeypatch.setattr(data, "identity", lambda split: {**identity(split), "content": "other"})
     monkeypatch.setattr(richkd, name, stop)
     with pytest.raises(Called):
         train.run(changed)
@@ -197,14 +205,14 @@ def test_open_run_refuses_other_settings_by_name(config):
 
 def test_open_run_names_the_folder(config):
     config = with_(config, out=None, seed=3, teacher=("resnet14", "resnet8"), teacher_weights=None)
-    folder = train.open_run(train.resolve(config))
+    folder = runs.open_run(train.resolve(config))
     assert folder == Path("runs/shapes-richkd-resnet14+resnet8-resnet8-s3") and not folder.exists()
 
 
 def test_resolve_lets_methods_differ_in_their_loss_alone(config):
-    scratch = train.settings(train.resolve(with_(config, method="scratch")))
+    scratch = runs.settings(train.resolve(with_(config, method="scratch")))
     for method, fixed in train.METHODS.items():
-        own = train.settings(train.resolve(with_(config, method=method)))
+        own = runs.settings(train.resolve(with_(config, method=method)))
         differ = {name for name in own if own[name] != scratch[name]}
         teachers = {"teacher", "teacher_weights", "clip"}
         assert differ <= {*fixed, *train.METHODS["scratch"], "method", *teachers}, method
@@ -239,7 +247,7 @@ def test_teachers_say_what_the_teacher_says(config, teacher_file, amp, bound):
     """Folded BatchNorm and channels_last to rounding; bfloat16 to what its 8 bits allow; outputs
     that a graph may hold."""
     resolved = train.resolve(config)
-    teachers = train.load_teachers(resolved, train.load_splits(resolved))
+    teachers = train.load_teachers(resolved, *loaded(resolved))
     plain = models.load_weights("resnet8", teacher_file).eval()
     test = data.load_dataset("shapes", "", "test")
     inputs = data.to_input(test.images, 32, (0.5,) * 3, (0.25,) * 3)
@@ -253,7 +261,7 @@ def test_teachers_say_what_the_teacher_says(config, teacher_file, amp, bound):
 
 def test_train_epoch_leaves_the_teachers_as_they_were(config):
     resolved = train.resolve(config)
-    training, _ = train.prepare(resolved, train.load_splits(resolved))
+    training, _ = train.prepare(resolved, *loaded(resolved))
     student = training.model.student
     before, after = ({key: value.clone() for key, value in module.state_dict().items()}
                      for module in (training.teachers, student))
@@ -266,7 +274,7 @@ def test_train_epoch_leaves_the_teachers_as_they_were(config):
 
 def test_train_epoch_ends_after_the_step_of_a_signal(config):
     resolved = train.resolve(with_(config, method="scratch"))
-    training, _ = train.prepare(resolved, train.load_splits(resolved))
+    training, _ = train.prepare(resolved, *loaded(resolved))
     assert train.train_epoch(training, 0, files.Progress("", 150), [15]) is None
 
 
@@ -292,7 +300,7 @@ def test_run_asks_for_tensorboard_before_any_work(config, monkeypatch):
     with pytest.raises(ValueError, match="--tensorboard needs the package.*pip install"):
         train.run(with_(config, tensorboard=True))
     assert not Path(config.out).exists()
-    assert train.settings(config) == train.settings(with_(config, tensorboard=True))
+    assert runs.settings(config) == runs.settings(with_(config, tensorboard=True))
 
 
 def test_keep_epoch_gives_tensorboard_every_column_of_the_log(config, monkeypatch):
@@ -509,7 +517,7 @@ def test_train_py_is_a_command_that_leaves_nothing_behind_when_refused(tmp_path)
     done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: nowhere/train holds no folders")
+    assert done.stderr.startswith("error: nowhere is no folder; --data-dir names one")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,149 @@
+"""A run's folder, and what a run depends on: its settings, its data and the files that it names.
+
+    found = inputs(config, splits)       # digests of data and files, wherever these lie
+    folder = open_run(config)            # ValueError where it holds a run of other settings,
+    check_inputs(folder, config, found)  # of other data or files
+    begin_run(config, folder, found)     # config.json: all of it
+
+The same data and files in another place are no difference; others in the same place are one.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from pathlib import Path
+
+import torch
+
+import clip_model
+import clip_weights
+import data
+import files
+import models
+import targets
+from command import flag
+
+# What does not change a result; the other fields are a run's settings.
+PLACES = ("data_dir", "device", "workers", "cache_dir", "out", "overwrite", "tensorboard")
+# Settings that name files: what is in these decides, not where they lie. The names of the classes
+# are part of the data.
+FILES = ("teacher_weights", "clip", "bpe", "prompts", "class_names")
+ANEW = "--overwrite starts the run anew"
+OTHERWISE = "--out names another folder, --overwrite starts anew"
+
+
+def settings(config):
+    """The settings that decide the result, as JSON has them."""
+    everything = dataclasses.asdict(config)
+    return json.loads(json.dumps({k: v for k, v in everything.items() if k not in PLACES}))
+
+
+def inputs(config, splits):
+    """What a run depends on beside its settings, as config.json has it: {"data": {split:
+    `data.identity`}, "files": {setting: digest of what it names}}, of a method without a teacher or
+    without CLIP nothing that only these read. config: a resolved train.Config. Raises OSError and
+    ValueError for files that cannot be read."""
+    found = {}
+    if config.teacher_weights:
+        paths = [models.imagenet_file(name) if path == "imagenet" else path
+                 for name, path in zip(config.teacher, config.teacher_weights)]
+        found["teacher_weights"] = [files.file_digest(path) for path in paths]
+    if config.clip:
+        templates = clip_model.load_templates(config.prompts or targets.PROMPTS)
+        found["clip"] = config.clip
+        if config.clip not in ("tiny", *clip_weights.PUBLIC_CLIPS):  # of these it says all
+            path, listing = clip_weights.find(config.clip, config.cache_dir)
+            found["clip"] = files.json_digest([files.file_digest(path), listing])
+        found["prompts"] = files.json_digest(templates)
+        found["bpe"] = (files.file_digest(config.bpe) if config.bpe
+                        else clip_weights.BPE_DIGEST.removeprefix("sha256:"))
+    return {"data": {name: data.identity(split) for name, split in splits.items()},
+            "files": found}
+
+
+def difference(about, config, here):
+    """What a run's config.json, `about`, and a config with its `inputs`, `here`, differ in besides
+    settings, in words; None where in nothing. A split that only one of them has is not compared."""
+    there, before = about["inputs"], about["settings"]
+    for name in here["data"]:
+        differ = name in there["data"] and data.difference(there["data"][name], here["data"][name])
+        if differ:
+            return f"other data in its {name} split: {differ}"
+    for name in FILES:
+        if there["files"].get(name) != here["files"].get(name):
+            was, now = before.get(name), settings(config)[name]
+            return (f"other content of {flag(name)} {now}" if was == now
+                    else f"{flag(name)} {was} there, {now} here")
+    return None
+
+
+def holds_run(folder):
+    """Whether there is a run to go on with, or a finished one."""
+    return any((folder / name).is_file() for name in ("last.pt", "summary.json"))
+
+
+def open_run(config):
+    """The run's folder, nothing changed in it. Raises ValueError where it holds something else than
+    a run of these settings, which --overwrite starts anew."""
+    teacher = "+".join(config.teacher) or "none"
+    name = f"{config.dataset}-{config.method}-{teacher}-{config.student}-s{config.seed}"
+    folder = Path(config.out or Path("runs") / name)
+    names = os.listdir(folder) if folder.is_dir() else []
+    if "config.json" not in names and any(name[0] != "." for name in names):
+        raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names "
+                         "another folder")
+    if config.overwrite or not holds_run(folder):
+        return folder
+    with files.undamaged(folder / "config.json", ANEW):
+        there = files.read_own(folder / "config.json", ANEW)["settings"]
+        here = settings(config)
+        differ = [f"{flag(name)} {there.get(name)} there, {here.get(name)} here"
+                  for name in {**there, **here}
+                  if name not in FILES and there.get(name) != here.get(name)]
+    if differ:
+        raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}; "
+                         f"{OTHERWISE}")
+    return folder
+
+
+def check_inputs(folder, config, here):
+    """Raises ValueError, naming what differs, where the folder holds a run of other data or files
+    than `here`, the config's `inputs`."""
+    if config.overwrite or not holds_run(folder):
+        return
+    path = folder / "config.json"
+    about = files.read_own(path, ANEW)
+    if "inputs" not in about:
+        raise ValueError(f"{folder} holds a run of an earlier version, which did not note its data "
+                         f"and files; {OTHERWISE}")
+    with files.undamaged(path, ANEW):
+        differ = difference(about, config, here)
+    if differ:
+        raise ValueError(f"{folder} holds a run with {differ}; {OTHERWISE}")
+
+
+def begin_run(config, folder, found):
+    """Empty the folder of its run, if it holds one, and write config.json. found: `inputs`."""
+    for name in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json"):
+        (folder / name).unlink(missing_ok=True)
+    here = Path(__file__).resolve().parent
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py"))))
+    files.write_json(folder / "config.json", {
+        "settings": settings(config), "inputs": found,
+        "places": {name: getattr(config, name) for name in PLACES},
+        "torch": torch.__version__, "source": source.hexdigest()})
+
+
+def class_difference(about, split):
+    """What the classes of a checkpoint, by `checkpoints.read_about`, and of a split differ in, in
+    words; None where in nothing, or where the file does not say."""
+    ids, names = data.ids_of(split), list(split.class_names)
+    there = list(about.get("class_ids") or about.get("class_names") or ids)
+    if there in (ids, names):
+        return None
+    here = ids if about.get("class_ids") else names
+    pairs = enumerate(itertools.zip_longest(there, here))
+    return next(f"class {k} is {before!r} there and {now!r} here"
+                for k, (before, now) in pairs if before != now)
