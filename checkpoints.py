@@ -24,14 +24,11 @@ def note(text):
     rank = torch.distributed.get_rank() if ranks else os.environ.get("RANK") or 0
     if int(rank) == 0 and text not in note.said:
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
-        print(clear + text, file=sys.stderr)
+        print(clear + " ".join(text.splitlines()), file=sys.stderr)
     note.said.add(text)
 
 
 note.said = set()
-
-
-# One file -----------------------------------------------------------------------------------------
 
 
 class Shell(dict):
@@ -244,20 +241,22 @@ def states(content, keys=()):
     for key in KEYS if len(keys) < 5 else ():  # a pickle may hold itself
         if isinstance(content.get(key), dict):
             yield from states(content[key], (*keys, key))
-    state = {str(name): value for name, value in content.items() if torch.is_tensor(value)}
+    state = {name: value for name, value in content.items()
+             if isinstance(name, str) and torch.is_tensor(value)}
     if state:
         yield keys, state
 
 
 def unwrapped(state, path):
-    """{name: tensor} without what wraps the network, in any order and depth: a prefix of all names
-    (`module.` of DataParallel, ...), `_orig_mod.` of torch.compile anywhere, `student.` beside any
-    names, and `module.`, `model.` or `net.` beside those of no layers."""
+    """{name: tensor} without what wraps the network, in any order and depth: `_orig_mod.` of
+    torch.compile anywhere, `student.` beside any names, and what all names begin with but those
+    of no layers: `module.` of DataParallel, `model.`, `backbone.`, ..."""
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while True:
         heads = sorted({name.partition(".")[0] for name in state})
-        taken = next((head for head in heads if len(heads) == 1 or head == "student" or (
-            head in ("module", "model", "net") and {head, *BESIDE}.issuperset(heads))), None)
+        modules = any(name.count(".") > 1 for name in state)  # else one head is that of a layer
+        taken = next((head for head in heads if head == "student" or (
+            {head, *BESIDE}.issuperset(heads) and (head in KEYS or modules))), None)
         if taken is None or taken in state:  # the latter is a tensor's whole name
             return state
         say_taken(path, taken, [head for head in heads if head != taken])
@@ -270,10 +269,12 @@ def read_state_dict(path):
     prefixes of what wrapped the network; one of several networks is taken in the order of `KEYS`,
     and `note` says which. Raises as `read_checkpoint`, and ValueError where there is none."""
     content = read_checkpoint(path)
-    found = list(states(content)) if isinstance(content, dict) else []
+    content = content if isinstance(content, dict) else {}
+    found = list(states(content))
     if not found:
+        there = textwrap.shorten(str([key for key in content if isinstance(key, str)]), 80)
         raise ValueError(f"{path}: no tensors in it: expected a state dict, bare or under "
-                         "'state_dict', 'model' or 'net'")
+                         f"'state_dict', 'model' or 'net', found {there}")
     keys, state = found[0]
     others = [".".join(other) for other, _ in found if other != keys[: len(other)]]
     say_taken(path, ".".join(keys), others)
@@ -283,7 +284,7 @@ def read_state_dict(path):
 def read_about(path):
     """What this project's own student.pt says of itself beside its tensors; {} for a file that says
     none of it. Raises as `read_checkpoint`."""
-    content = read_checkpoint(path)
-    known = content if isinstance(content, dict) and "model_name" in content else {}
     about = ("model_name", "dataset", "class_names", "class_ids", "mean", "std", "image_size")
-    return {key: known[key] for key in about if key in known}
+    content = read_checkpoint(path)
+    ours = isinstance(content, dict) and "model_name" in content
+    return {key: content[key] for key in about if ours and key in content}

@@ -27,7 +27,7 @@ from checkpoints import note, read_about, read_checkpoint, read_state_dict
 
 
 def test_note_is_said_once_and_by_rank_0(monkeypatch, capsys):
-    for text in ("a is guessed", "b is left out", "a is guessed"):
+    for text in ("a is guessed", "b is\nleft out", "a is guessed"):
         note(text)
     assert capsys.readouterr().err == "a is guessed\nb is left out\n"
     note.said.clear()
@@ -127,6 +127,7 @@ def test_read_state_dict_takes_prefixes_off(prefix, tmp_path, capsys):
      "student and scale, teacher; student"),
     ("module.", ["n_averaged"], "module and n_averaged; module"),
     ("model.", ["teacher.conv.weight", "criterion.weight"], "model and criterion, teacher; model"),
+    ("_orig_mod.backbone.", ["loss.centers"], "backbone and loss; backbone"),
 ])
 def test_read_state_dict_says_what_it_leaves_out(prefix, others, said, tmp_path, capsys):
     state = some_state()
@@ -141,6 +142,7 @@ def test_read_state_dict_says_what_it_leaves_out(prefix, others, said, tmp_path,
 
 @pytest.mark.parametrize("names", [
     ["model.0.weight", "fc.weight"], ["conv1.weight", "module.weight"], ["weight"],
+    ["conv1.weight"], ["fc.weight", "fc.bias"], ["conv1.weight", "loss"],
     ["student.weight", "student"], [".", "..", "a."], [""]])
 def test_read_state_dict_keeps_the_names_of_layers(names, tmp_path):
     torch.save({name: torch.zeros(1) for name in names}, tmp_path / "file.pt")
@@ -409,11 +411,16 @@ def test_read_checkpoint_of_a_folder(tmp_path):
         read_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[1], 3, {}, {"model": {}}, {"epoch": 3}, {"a": {"b": 1}}])
-def test_read_state_dict_without_tensors(content, tmp_path):
+@pytest.mark.parametrize("content, there", [
+    ([1], "[]"), (3, "[]"), ({}, "[]"), ({"model": {}}, "['model']"), ({"a": {"b": 1}}, "['a']"),
+    ({0: torch.zeros(1), "a\n": torch.zeros(1).numpy()}, r"['a\n']"),
+    ({f"layer{i}": {} for i in range(30)}, "['layer0', 'layer1', 'layer2', 'layer3', 'layer4', "
+                                           "'layer5', 'layer6', [...]")])
+def test_read_state_dict_without_tensors(content, there, tmp_path):
     torch.save(content, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match="file.pt: no tensors in it: expected a state dict"):
+    with pytest.raises(ValueError, match="file.pt: no tensors in it: expected a state") as error:
         read_state_dict(tmp_path / "file.pt")
+    assert str(error.value).endswith(f", found {there}")
     with pytest.raises(FileNotFoundError, match="absent.pt"):
         read_state_dict(tmp_path / "absent.pt")
 

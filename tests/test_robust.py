@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import checkpoints  # noqa: E402
 import clip_model  # noqa: E402
 import command  # noqa: E402
 import data  # noqa: E402
@@ -307,6 +309,10 @@ def test_readers_of_mutated_files_read_or_refuse_in_one_line(tmp_path, monkeypat
              "criterion": train.richkd.RichKD(64, 0, 0, 100, logit_weight=0, feature_weight=0)}
     torch.save(files.read_own("run/student.pt", "")["model"], "legacy.pt",
                _use_new_zipfile_serialization=False)
+    header = json.dumps({"__metadata__": {"format": "pt"},
+                         "a.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+                         "a.n": {"dtype": "I64", "shape": [], "data_offsets": [24, 32]}}).encode()
+    Path("a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
     archive("t.zip", tiny_imagenet())
     Path("prompts.txt").write_text("# no\na photo of a {}\nä sketch of a {}\n", encoding="utf-8")
     merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a in "abcdeé" for b in ("f", "g</w>"))
@@ -342,6 +348,7 @@ def test_readers_of_mutated_files_read_or_refuse_in_one_line(tmp_path, monkeypat
         ("run/student.pt", lambda path: models.load_weights("resnet8", path, 25), 300),
         ("run/student.pt", evaluate_run, 40),
         ("legacy.pt", lambda path: models.load_weights("resnet8", path), 300),
+        ("a.safetensors", checkpoints.read_state_dict, 3000),
         ("run/last.pt", lambda path: train.restore(Path(path), parts), 300),
         ("clip.pt", fit_clip, 150), ("targets-a-b-c.bin", cached, 300), ("t.zip", tiny, 300),
         ("prompts.txt", templates, 150), ("bpe.txt", tokenize, 150), ("bpe.gz", tokenize, 150),
