@@ -215,7 +215,7 @@ def find_activation(path, state, said, asked):
     said or the layout tells, else QuickGELU. A guess and a contradiction are said."""
     bytes_alone = state.get("token_embedding.weight", torch.empty(0)).shape[:1] == (514,)
     known = said.get("activation")
-    if state.keys() >= ARCHIVE or bytes_alone:  # OpenAI's archive; made by this program
+    if not known and (state.keys() >= ARCHIVE or bytes_alone):  # OpenAI's; this program's own
         known = "quickgelu"
     if asked and known and asked != known:
         files.note(f"{path} has the activation {known}; {asked} is used, as asked")

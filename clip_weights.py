@@ -58,11 +58,10 @@ def sources(name, folder):
     if name in PUBLIC_CLIPS:
         digest, file = PUBLIC_CLIPS[name], name.replace("/", "-").replace("@", "-") + ".pt"
         found.append((folder / file, [f"{host}/models/{digest}/{file}" for host in HOSTS], digest))
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     for public, repository, revision, file, digest in MIRRORS:
         if name in (public, repository):
             path = folder / (repository.split("/")[1] + Path(file).suffix)
-            url = f"{endpoint}/{repository}/resolve/{revision}/{file}"
+            url = f"https://huggingface.co/{repository}/resolve/{revision}/{file}"
             found.append((path, [url], digest))
     return found
 

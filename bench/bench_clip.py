@@ -5,9 +5,10 @@
     python bench/bench_clip.py --parity         largest relative difference of features
     python bench/bench_clip.py --golden FILE    rewrite tests/golden_clip.json;
                                                 FILE: openai-clip's simple_tokenizer.py
+    python bench/bench_clip.py --layouts        rewrite tests/golden_clip_layout.json
 
 Needs open_clip_torch, which the project itself does not use; --parity compares with transformers,
-too, where that is installed. Weights are random; nothing is downloaded.
+too, where that is installed, and --layouts needs it. Weights are random; nothing is downloaded.
 """
 
 import argparse
@@ -25,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import test_clip_model as tests  # noqa: E402
 
+import clip_layout  # noqa: E402
 from clip_model import CLIP, build_clip  # noqa: E402
 
 try:
@@ -69,59 +71,35 @@ def random_state(sizes):
 
 # Parity -------------------------------------------------------------------------------------------
 
-TRANSFORMERS = {  # OpenAI's names and those of transformers
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.ln_post.": "vision_model.post_layernorm.",
-    "visual.proj": "visual_projection.weight",
-    "text_projection": "text_projection.weight",
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
-    "transformer.resblocks.": "text_model.encoder.layers.",
-    "ln_final.": "text_model.final_layer_norm.",
-    "token_embedding.": "text_model.embeddings.token_embedding.",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "logit_scale": "logit_scale",
-}
-INNER = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
-         "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
-
-def transformers_model(state, sizes):
-    """transformers' CLIPModel (ViT only) with the same weights."""
+def transformers_model(sizes, activation="quick_gelu", vision_heads=None):
+    """transformers' CLIPModel (ViT only) of these sizes, random."""
     from transformers import CLIPConfig, CLIPModel
 
     embed, resolution, layers, width, patch, context, vocabulary = sizes[:7]
     text_width, text_heads, text_layers = sizes[7:]
-    common = {"hidden_act": "quick_gelu", "projection_dim": embed}
-    model = CLIPModel(CLIPConfig(
+    common = {"hidden_act": activation, "projection_dim": embed}
+    torch.manual_seed(0)
+    return CLIPModel(CLIPConfig(
         projection_dim=embed,
         text_config={
             "vocab_size": vocabulary, "hidden_size": text_width,
             "intermediate_size": 4 * text_width, "num_hidden_layers": text_layers,
-            "num_attention_heads": text_heads, "eos_token_id": vocabulary - 1,
-            "max_position_embeddings": context, **common},
+            "num_attention_heads": text_heads, "max_position_embeddings": context,
+            "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, **common},
         vision_config={
             "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-            "num_attention_heads": width // 64, "image_size": resolution, "patch_size": patch,
-            **common}))
-    mapped = {}
-    for name, tensor in state.items():
-        ours, theirs = next(pair for pair in TRANSFORMERS.items() if name.startswith(pair[0]))
-        rest = name.removeprefix(ours)
-        for old, new in INNER.items():
-            rest = rest.replace(old, new)
-        if "in_proj" in rest:
-            for letter, part in zip("qkv", tensor.chunk(3)):
-                mapped[theirs + rest.replace("attn.in_proj_", f"self_attn.{letter}_proj.")] = part
-        else:
-            turned = name in ("visual.proj", "text_projection")
-            mapped[theirs + rest] = tensor.T if turned else tensor
-    missing = model.load_state_dict(mapped, strict=False)
-    assert not missing.unexpected_keys, missing
-    assert all("position_ids" in key for key in missing.missing_keys), missing
-    return model.eval()
+            "num_attention_heads": vision_heads or width // 64, "image_size": resolution,
+            "patch_size": patch, **common})).eval()
+
+
+def features(model, images, tokens):
+    """(image, text) features of a model of open_clip, transformers or this project."""
+    if hasattr(model, "encode_image"):
+        return model.encode_image(images), model.encode_text(tokens)
+    outputs = (model.get_image_features(pixel_values=images),
+               model.get_text_features(input_ids=tokens))
+    return tuple(getattr(output, "pooler_output", output) for output in outputs)
 
 
 @torch.no_grad()
@@ -136,16 +114,16 @@ def parity():
         tokens = torch.randint(1, 49406, (4, 77))
         for row, end in enumerate((76, 5, 1, 40)):
             tokens[row, 0], tokens[row, end], tokens[row, end + 1 :] = 49406, 49407, 0
-        found = clip.encode_image(images), clip.encode_text(tokens)
-        model = open_clip_model(state)
-        expected = {"open_clip": (model.encode_image(images), model.encode_text(tokens))}
+        pairs = {"open_clip": (clip, open_clip_model(state))}
         if isinstance(sizes[2], int) and importlib.util.find_spec("transformers"):
-            model = transformers_model(state, sizes)
-            outputs = (model.get_image_features(pixel_values=images),
-                       model.get_text_features(input_ids=tokens))
-            expected["transformers"] = [getattr(o, "pooler_output", o) for o in outputs]
-        for other, features in expected.items():
-            image, text = (tests.relative(*pair) for pair in zip(found, features))
+            model = transformers_model(sizes)
+            model.load_state_dict({name: tensor + 0.02 * torch.randn_like(tensor)
+                                   for name, tensor in model.state_dict().items()})
+            ours = build_clip(clip_layout.to_openai_layout(model.state_dict()))
+            pairs["transformers"] = (ours, model)
+        for other, models in pairs.items():
+            found, expected = (features(model, images, tokens) for model in models)
+            image, text = map(tests.relative, found, expected)
             print(f"{name:31}{image:9.1e}{text:9.1e}   {other}", flush=True)
 
 
@@ -163,6 +141,47 @@ def golden(tokenizer_file):
         numbers[kind] = {key: [[round(value, 7) for value in row] for row in rows.tolist()]
                          for key, rows in features.items()}
     (ROOT / "tests/golden_clip.json").write_text(json.dumps(numbers))
+
+
+def layouts():
+    """{name: (model, its listing)}: small models as other programs write them."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    def of_open_clip(kind, vision, **more):
+        config = {"embed_dim": 32, "vision_cfg": vision, **more,
+                  "text_cfg": {"context_length": 12, "vocab_size": 514, "width": 128, "heads": 2,
+                               "layers": 1}}
+        towers = CLIPVisionCfg(**vision), CLIPTextCfg(**config["text_cfg"])
+        return kind(32, *towers, **more).eval(), {"model_cfg": config}
+
+    plain = {"layers": 2, "width": 128, "patch_size": 8, "image_size": 32}
+    huge = {"layers": 1, "width": 1280, "head_width": 80, "patch_size": 14, "image_size": 28}
+    narrow = (32, 32, 2, 96, 8, 12, 514, 64, 4, 1)
+    models = {"transformers": transformers_model(tests.SMALL["vit"]),
+              "transformers, GELU, other heads": transformers_model(narrow, "gelu", 3)}
+    return {
+        **{name: (model, json.loads(model.config.to_json_string())) for name, model in
+           models.items()},
+        "open_clip": of_open_clip(open_clip.CLIP, plain, quick_gelu=True),
+        "open_clip, CustomTextCLIP": of_open_clip(open_clip.CustomTextCLIP, plain),
+        "open_clip, ViT-H": of_open_clip(open_clip.CLIP, huge),
+        "open_clip, ViT-g": of_open_clip(open_clip.CLIP, {
+            **huge, "width": 1408, "head_width": 88, "mlp_ratio": 4.3637})}
+
+
+@torch.no_grad()
+def golden_layouts():
+    """What other programs' models give with their tensors filled by name, in their own layout."""
+    numbers = {}
+    for name, (model, listing) in layouts().items():
+        shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+        model.load_state_dict(tests.filled(shapes))
+        side = 28 if "ViT" in name else 32
+        images = 4 * tests.noise((3, 3, side, side), 1)
+        found = features(model, images, tests.small_tokens())
+        rows = [[[round(value, 7) for value in row] for row in each.tolist()] for each in found]
+        numbers[name] = {"listing": listing, "tensors": shapes, "image": rows[0], "text": rows[1]}
+    (ROOT / "tests/golden_clip_layout.json").write_text(json.dumps(numbers))
 
 
 # Speed --------------------------------------------------------------------------------------------
@@ -203,11 +222,14 @@ def main():
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--parity", action="store_true")
     parser.add_argument("--golden", metavar="FILE")
+    parser.add_argument("--layouts", action="store_true")
     arguments = parser.parse_args()
     if arguments.parity:
         parity()
     elif arguments.golden:
         golden(arguments.golden)
+    elif arguments.layouts:
+        golden_layouts()
     else:
         print(f"torch {torch.__version__}, open_clip {open_clip.__version__}, "
               f"{torch.get_num_threads()} threads")

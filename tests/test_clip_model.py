@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import random
 import zipfile
 from pathlib import Path
@@ -60,19 +61,24 @@ def noise(shape, seed):
     return (i / 2147483647 - 0.5).float().view(shape)
 
 
-def small_state(kind):
-    """A state dict in OpenAI's layout whose every tensor is filled and exact in float16."""
-    torch.manual_seed(0)
-    state = CLIP(*SMALL[kind]).state_dict()
-    for seed, (name, tensor) in enumerate(sorted(state.items())):
-        if name.endswith("num_batches_tracked"):
-            continue
-        bound = 2 * tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.4
-        fill = noise(tensor.shape, seed) * bound
-        if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+def filled(shapes):
+    """{name: shape} -> a state dict whose every tensor is filled and exact in float16."""
+    state = {}
+    for seed, (name, shape) in enumerate(sorted(shapes.items())):
+        bound = 2 * math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.4
+        fill = noise(shape, seed) * bound
+        if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
             fill = 1 + fill
-        state[name] = (torch.tensor(2.5) if name == "logit_scale" else fill).half().float()
+        fill = torch.tensor(2.5) if name == "logit_scale" else fill
+        state[name] = fill.half().float()
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(0)
     return state
+
+
+def small_state(kind):
+    """A state dict in OpenAI's layout, `filled`."""
+    return filled({name: tensor.shape for name, tensor in CLIP(*SMALL[kind]).state_dict().items()})
 
 
 def small_images(kind):
