@@ -41,10 +41,7 @@ class Shell(dict):
     def __setstate__(self, state):
         vars(self).update(state if isinstance(state, dict) else {})  # a NumPy dtype's is a tuple
 
-    def append(self, item):
-        """Items of a list are left out."""
-
-    extend = append
+    append = extend = lambda self, item: None  # items of a list are left out
 
 
 def rebuild_tensor(data, offset, size, stride, *_):
@@ -87,7 +84,7 @@ class TensorUnpickler(pickle.Unpickler):
             return self.KNOWN[name]
         if name.startswith(self.SHELLS):
             return Shell
-        raise pickle.UnpicklingError(f"it asks for {name}, which is refused")
+        raise pickle.UnpicklingError(f"it asks for {name}, which is refused; save a state dict")
 
 
 def read_zip(file):
@@ -110,11 +107,13 @@ def read_zip(file):
 
     archive = zipfile.ZipFile(file)
     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+    names = archive.namelist()
+    pickled = next((name for name in names if name.endswith("/data.pkl")), None)
     if pickled is None:
-        raise ValueError(f"it is an archive of other files ({', '.join(archive.namelist()[:3])}): "
-                         "unpack it")
+        raise ValueError(f"it is an archive of other files ({', '.join(names[:3])}): unpack it")
     folder = pickled.removesuffix("data.pkl")
+    if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
     unpickler = TensorUnpickler(archive.open(pickled), encoding="latin1")  # of Python 2's strings
     unpickler.persistent_load = storage
     content = unpickler.load()

@@ -1,4 +1,4 @@
-"""Files: written whole, read without executing anything, downloaded and checked; the progress line.
+"""Files: written whole, downloaded and checked; what is said of them, the progress line.
 
 Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file."""
 
@@ -260,7 +260,7 @@ def duration(seconds):
 class Progress:
     """One line on stderr: what, how much of it, rate, time left. On a terminal it rewrites itself;
     elsewhere (in a log) the lines to keep are printed. `start` was done before and does not count
-    into the rate."""
+    into the rate. MB have a digit behind the point."""
 
     def __init__(self, label, total, unit="images", start=0):
         self.label, self.total, self.unit = label, total, unit

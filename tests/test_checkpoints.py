@@ -189,6 +189,15 @@ def test_read_about_of_a_student_and_of_others(tmp_path):
 
 
 
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_read_checkpoint_of_every_protocol(protocol, tmp_path, readable):
+    state = some_state()
+    for kind in WRAPPINGS:
+        torch.save(WRAPPINGS[kind](state), tmp_path / "file.pt", pickle_protocol=protocol)
+        found = read_state_dict(tmp_path / "file.pt")
+        assert found.keys() == state.keys(), kind
+
+
 def test_read_state_dict_beside_numbers_of_numpy_1(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"model": some_state(), "best": np.float64(70)}, path,
@@ -360,6 +369,8 @@ def damaged_files():
         "zip, short record": repacked(
             good, lambda name, data: data[:-4] if "/data/" in name else data),
         "zip, no record": repacked(good, lambda name, data: data).replace(b"data/0", b"data/9"),
+        "zip, of another machine": repacked(
+            good, lambda name, data: b"big" if name.endswith("/byteorder") else data),
         "zip, packed": deflated.getvalue(), "zip, of other files": others.getvalue(),
         "zip, larger tensor": repacked(  # of 5 elements in a storage of 4
             small, lambda name, data: data.replace(b"K\x04\x85", b"K\x05\x85")),
