@@ -106,7 +106,7 @@ def fit_temperature(logits, target):
     for _ in range(60):
         temperature = math.sqrt(low * high)
         expected = ((logits / temperature).softmax(dim=1) * logits).sum(dim=1).mean()
-        if expected < of_target:
+        if expected <= of_target:  # equal: in rounding, where all are right already
             high = temperature
         else:
             low = temperature
@@ -251,7 +251,7 @@ def load_run(folder, own, about, test, identity):
     student = files.read_own(path, ANEW)
     with files.undamaged(path, ANEW):
         model = models.load_weights(student["model_name"], path)
-        classifier = train.Classifier(model, student["mean"], student["std"], student["image_size"])
+        classifier = train.Classifier(model, *runs.input_of(student, data.DATASETS[own.dataset]))
         differ = runs.class_difference(student, test)
     if differ:
         raise ValueError(f"{folder}: {differ}")
@@ -264,9 +264,9 @@ def load_bare(config, test):
     what is known of the data set. Raises ValueError where its classes are others."""
     path, info = Path(config.checkpoint), data.DATASETS[config.dataset]
     model = models.load_weights(config.model, path, len(test.class_names))
-    about = {**info._asdict(), **checkpoints.read_about(path)}
+    about = checkpoints.read_about(path)
     with files.undamaged(path, "expected what train.py leaves"):
-        classifier = train.Classifier(model, about["mean"], about["std"], about["image_size"])
+        classifier = train.Classifier(model, *runs.input_of(about, info))
         differ = runs.class_difference(about, test)
     if differ:
         raise ValueError(f"{path}: {differ}")

@@ -136,6 +136,15 @@ def begin_run(config, folder, found):
         "torch": torch.__version__, "source": source.hexdigest()})
 
 
+def input_of(about, info):
+    """mean, std and side of the images that a checkpoint reads: what it says of itself
+    (`checkpoints.read_about`), or else `info`, a data set's. Raises for values of another kind."""
+    found = {**info._asdict(), **about}
+    mean, std = (tuple(torch.tensor(found[name], dtype=torch.float64).view(3).tolist())
+                 for name in ("mean", "std"))
+    return mean, std, int(found["image_size"])
+
+
 def class_difference(about, split):
     """What the classes of a checkpoint, by `checkpoints.read_about`, and of a split differ in, in
     words; None where in nothing, or where the file does not say."""

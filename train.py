@@ -145,7 +145,7 @@ def resolve(config):
         recipe["lr"] = 0.01  # as in RepDistiller's train_student.py
     if config.lr is None and config.batch_size not in (None, recipe["batch_size"]):
         files.note(f"--batch-size {config.batch_size}: the learning rate was tuned for "
-                   f"{recipe['batch_size']}; --lr sets another")
+                   f"{recipe['batch_size']}; --lr sets the student's")
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing, **fixed)
 
@@ -259,9 +259,8 @@ def given_teacher(config, name, path, split):
         about = checkpoints.read_about(path)
     with files.undamaged(path, "expected what train.py leaves"):
         differ = runs.class_difference(about, split)
-        size = about.get("image_size", config.image_size)
-        own = tuple(about.get("mean", info.mean)), tuple(about.get("std", info.std))
-        if own != (info.mean, info.std):
+        *own, size = runs.input_of(about, info._replace(image_size=config.image_size))
+        if own != [info.mean, info.std]:
             model = OwnInput(model, own, (info.mean, info.std))
     if differ:
         raise ValueError(f"{path} knows other classes: {differ}")
@@ -534,7 +533,7 @@ def fit(config, folder, splits, inputs):
         files.save(folder / "student.pt", {
             "model_name": config.student, "model": weights, "dataset": config.dataset,
             "class_names": list(training.split.class_names),
-            "class_ids": data.ids_of(training.split), "mean": list(info.mean),
+            "class_ids": list(training.split.class_ids), "mean": list(info.mean),
             "std": list(info.std), "image_size": config.image_size})
         files.write_json(folder / "summary.json", summary)
     if world() > 1:

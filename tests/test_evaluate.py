@@ -470,7 +470,8 @@ def test_corrupted_reads_imagenet_c_with_the_data_sets_classes(tmp_path):
                    "C/fog/3/n02"):
         write_image(tmp_path / folder / "0.png", 0, size=(224, 224))
     paths = sorted(str(path) for path in (tmp_path / "val").glob("*/*"))
-    test = data.Split(data.Stream(paths), torch.tensor([0, 1]), ["cat", "dog"])
+    test = data.Split(data.Stream(paths), torch.tensor([0, 1]), ["cat", "dog"],
+                      ["n01", "n02"])
     own = evaluate.Config(dataset="imagenet", corruptions=str(tmp_path / "C"), device="cpu",
                           workers=0)
     blocks, labels = evaluate.corrupted(test, "fog", 2, own)
@@ -482,9 +483,9 @@ def test_corrupted_reads_imagenet_c_with_the_data_sets_classes(tmp_path):
         evaluate.corrupted(test, "fog", 1, own)
     with pytest.raises(ValueError, match="3 has 1 classes, imagenet 2: expected a folder for each"):
         evaluate.corrupted(test, "fog", 3, own)
-    unnamed = test._replace(images=torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-    own = dataclasses.replace(own, dataset="tiny-imagenet")  # in memory: folders in their order
-    assert evaluate.corrupted(unnamed, "fog", 1, own)[1].tolist() == [0, 1]
+    in_memory = test._replace(images=torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    own = dataclasses.replace(own, dataset="tiny-imagenet")
+    assert evaluate.corrupted(in_memory, "fog", 2, own)[1].tolist() == [0, 1]
 
 
 def test_evaluate_sets_masks_the_logits_of_a_shift_folder(tmp_path):
@@ -507,7 +508,7 @@ def test_evaluate_sets_masks_the_logits_of_a_shift_folder(tmp_path):
     with torch.no_grad():
         logits = model(data.normalize(images, info.mean, info.std))[0][:, 1:]  # n02 and n03 alone
     row = report["shift set"]
-    assert row["images"] == 4 and row["folder"] == str(tmp_path / "set")
+    assert row["images"] == 4 and row["columns"] == [1, 2]
     expected = evaluate.nll(logits, torch.tensor([0, 0, 1, 1]))
     assert row["nll"] == pytest.approx(expected, rel=1e-4)
     shutil.copytree(tmp_path / "set", tmp_path / "other/set")
@@ -519,7 +520,7 @@ def test_evaluate_sets_masks_the_logits_of_a_shift_folder(tmp_path):
 
 
 def test_evaluate_sets_takes_a_folder_for_images_in_memory(copy, tmp_path):
-    images, labels, names = data.load_dataset("shapes", "", "shift")
+    images, labels, names, _ = data.load_dataset("shapes", "", "shift")
     for k in (3, 12):
         folder = tmp_path / "wild" / names[k].replace(" ", "_")
         folder.mkdir(parents=True)
@@ -591,7 +592,7 @@ def test_evaluate_fused_under_corruptions(rich, clip_file, monkeypatch):
             z_c = clip.logit_scale.exp().item() * x @ classes.T
             for who, z in (("teacher", z_t), ("clip", z_c), ("fused", 0.4 * z_t + 0.6 * z_c)):
                 right[who] += z.argmax(1).eq(test.labels).sum().item()
-    teaching = fusion.RunTeachers(evaluate.read_run(rich / "run", own))
+    teaching = fusion.RunTeachers(*evaluate.read_run(rich / "run", own))
     found = teaching.analyse_corrupted(test, own)
     total = 10 * len(test.labels)
     assert found == pytest.approx({who: 100 * n / total for who, n in right.items()})
@@ -619,6 +620,171 @@ def test_zero_shot_is_by_each_template_and_all(tmp_path, few_shapes, clip_file):
         right = (image @ classes.T).argmax(1) == test.labels
         expected = 100 * right.double().mean().item()
         assert table[name] == pytest.approx(expected, abs=2)  # float16: a tie may fall otherwise
+
+
+# What two reports must not share ------------------------------------------------------------------
+
+
+def coloured(root, names=("ant", "bee"), first=0, n=8, size=40):
+    for part in ("train", "val"):
+        for k, name in enumerate(names):
+            for i in range(n):
+                write_image(root / part / name / f"{i}.png", 1000 * first + 100 * k + i,
+                            size=(size + i, size + 8 - i))
+    return root
+
+
+def of_folders(place, **changes):
+    return train.Config(**{"dataset": "imagenet", "data_dir": str(place / "a"), "image_size": 32,
+                           "method": "scratch", "student": "resnet8", "epochs": 1, "lr": 0.05,
+                           "batch_size": 8, "workers": 0, "out": str(place / "run"),
+                           "cache_dir": str(place / "cache"), "device": "cpu", **changes})
+
+
+@pytest.mark.parametrize("dataset, size", [("folder", 48), ("folder", 32), ("imagenet", 48)])
+def test_evaluate_has_train_pys_accuracy_at_any_image_size(dataset, size, tmp_path):
+    coloured(tmp_path / "a", n=20)
+    train.run(of_folders(tmp_path, dataset=dataset, image_size=size))
+    report, = evaluate.evaluate(config(tmp_path / "run", workers=0, cache_dir=tmp_path / "cache"))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert report["test"]["top1"] == pytest.approx(summary["student_accuracy"])
+    bare = evaluate.Config(checkpoint=str(tmp_path / "run/student.pt"), model="resnet8", workers=0,
+                           dataset=dataset, data_dir=str(tmp_path / "a"), device="cpu",
+                           cache_dir=str(tmp_path / "cache"))
+    assert evaluate.evaluate(bare)[0]["test"] == report["test"]
+
+
+def test_evaluate_has_train_pys_accuracy_of_tensors_at_another_size(tmp_path, few_shapes):
+    train.run(train.Config(method="scratch", student="resnet8", epochs=1, image_size=24,
+                           out=str(tmp_path / "run"), device="cpu"))
+    report, = evaluate.evaluate(config(tmp_path / "run", shift=[]))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert report["test"]["top1"] == pytest.approx(summary["student_accuracy"])
+    assert report["shift"]["top1"] == pytest.approx(summary["shift_accuracy"])
+    images = data.resize(data.load_dataset("shapes", "", "test").images, 24)
+    logits = logits_of(tmp_path / "run", images)
+    labels = data.load_dataset("shapes", "", "test").labels
+    assert report["test"]["nll"] == pytest.approx(evaluate.nll(logits, labels), rel=1e-5)
+
+
+def test_evaluate_bare_checkpoint_is_what_it_says(copy, tmp_path):
+    """Mean, std and side are its own; classes are compared."""
+    about = files.read_own(copy / "student.pt", "")
+    own = evaluate.Config(checkpoint=str(tmp_path / "net.pt"), model="resnet8", dataset="shapes",
+                          device="cpu")
+    mean, std, size = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4], 40
+    files.save(tmp_path / "net.pt", {**about, "mean": mean, "std": std, "image_size": size})
+    report, = evaluate.evaluate(own)
+    test = data.load_dataset("shapes", "", "test")
+    model = models.load_weights("resnet8", copy / "student.pt")
+    with torch.no_grad():
+        logits = model(data.normalize(data.resize(test.images, size), mean, std))[0]
+    assert report["test"]["nll"] == pytest.approx(evaluate.nll(logits, test.labels), rel=1e-4)
+    names = ["red banana", *about["class_names"][1:]]
+    files.save(tmp_path / "net.pt", {**about, "class_names": names})
+    with pytest.raises(ValueError, match="net.pt: class 0 is 'red banana' there and 'red circle'"):
+        evaluate.evaluate(own)
+    files.save(tmp_path / "net.pt", {**about, "image_size": "large"})
+    with pytest.raises(ValueError, match="net.pt is damaged") as error:
+        evaluate.evaluate(own)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluate_says_that_a_run_was_tested_on_other_images(tmp_path, capsys):
+    coloured(tmp_path / "a")
+    train.run(of_folders(tmp_path))
+    own = config(tmp_path / "run", workers=0)
+    first, = evaluate.evaluate(own)
+    assert "tested on another" not in capsys.readouterr().err
+    coloured(tmp_path / "b", first=7)
+    second, = evaluate.evaluate(dataclasses.replace(own, data_dir=str(tmp_path / "b")))
+    said = f"{tmp_path}/run was tested on another test split while training: other images or labels"
+    assert said in capsys.readouterr().err
+    assert first["how"]["test"] != second["how"]["test"] and first["test"] != second["test"]
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    assert evaluate.evaluate(dataclasses.replace(own, data_dir=str(tmp_path / "moved"))) == [first]
+    coloured(tmp_path / "c", names=("ant", "cow"))
+    with pytest.raises(ValueError, match="run: class 1 is 'bee' there and 'cow' here"):
+        evaluate.evaluate(dataclasses.replace(own, data_dir=str(tmp_path / "c")))
+
+
+def test_evaluate_sets_knows_a_shift_folder_by_its_images(tmp_path, quick, counted):
+    coloured(tmp_path / "a")
+    train.run(of_folders(tmp_path))
+    shutil.copytree(tmp_path / "a/val", tmp_path / "set")
+    own = config(tmp_path / "run", workers=0, shift=[str(tmp_path / "set")])
+    evaluate.evaluate(own)
+    counted.clear()
+    shutil.copytree(tmp_path / "set", tmp_path / "moved/set")
+    evaluate.evaluate(dataclasses.replace(own, shift=[str(tmp_path / "moved/set")]))
+    assert not counted  # the same pictures in another place
+    write_image(tmp_path / "set/ant/0.png", 99)
+    evaluate.evaluate(own)
+    assert counted == ["shift set"]
+    counted.clear()
+    (tmp_path / "set/classes.json").write_text('{"ant": "bee", "bee": "ant"}')
+    evaluate.evaluate(own)
+    assert counted == ["shift set"]  # the same pictures are called otherwise
+    shutil.rmtree(tmp_path / "set/ant")
+    first = evaluate.evaluate(own)[0]["shift set"]
+    (tmp_path / "set/classes.json").write_text('{"bee": "bee"}')
+    assert evaluate.evaluate(own)[0]["shift set"]["columns"] != first["columns"]
+    with pytest.raises(ValueError, match="--shift: two folders have one name"):
+        evaluate.evaluate(dataclasses.replace(
+            own, shift=[str(tmp_path / "set"), str(tmp_path / "moved/set")]))
+
+
+def test_corruption_source_knows_published_files_by_their_content(tmp_path):
+    labels = np.array([3, 1, 4, 1] * 5, dtype=np.uint8)
+    for number, name in enumerate(corruptions.COMMON):
+        np.save(tmp_path / f"{name}.npy", np.full((20, 32, 32, 3), number, dtype=np.uint8))
+    np.save(tmp_path / "labels.npy", labels)
+    own = evaluate.Config(dataset="cifar10", corruptions=str(tmp_path), device="cpu", workers=0)
+    before = evaluate.corruption_source(own, None)
+    shutil.copytree(tmp_path, tmp_path.with_name("moved") / tmp_path.name)
+    moved = dataclasses.replace(own, corruptions=str(tmp_path.with_name("moved") / tmp_path.name))
+    assert evaluate.corruption_source(moved, None) == before
+    np.save(tmp_path / "fog.npy", np.full((20, 32, 32, 3), 99, dtype=np.uint8))
+    assert evaluate.corruption_source(own, None) != before
+    (tmp_path / "snow.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="snow.npy"):
+        evaluate.corruption_source(own, None)
+
+
+def test_evaluate_fused_refuses_what_did_not_teach_the_run(rich, tmp_path, counted):
+    folder = tmp_path / "run"
+    shutil.copytree(rich / "run", folder, ignore=shutil.ignore_patterns("report.json"))
+    shutil.copy(rich / "teacher.pt", tmp_path / "teacher.pt")
+    about = files.read_own(folder / "config.json", "")
+    about["settings"]["teacher_weights"] = [str(tmp_path / "teacher.pt")]  # in another place
+    files.write_json(folder / "config.json", about)
+    own = config(folder, cache_dir=str(rich / "cache"), fused=True)
+    report, = evaluate.evaluate(own)
+    torch.save(models.build_model("resnet8", 25).state_dict(), tmp_path / "teacher.pt")
+    assert evaluate.evaluate(own) == [report]  # nothing is made again
+    (folder / "report.json").unlink()
+    with pytest.raises(ValueError, match="--fused: what taught this run is not here: it has other "
+                                         "content of --teacher-weights"):
+        evaluate.evaluate(own)
+
+
+def test_temperature_text_marks_a_bound():
+    target = torch.zeros(4, dtype=torch.int64)
+    right = torch.tensor([[9.0, 0.0]] * 4)
+    wrong = evaluate.fit_temperature(-right, target)
+    assert evaluate.temperature_text(wrong) == "T >= 1e+03"
+    assert evaluate.temperature_text(evaluate.fit_temperature(right, target)) == "T <= 0.001"
+    assert evaluate.temperature_text(1.5) == "T = 1.5"
+
+
+@pytest.mark.parametrize("number", [1e300, -1e300, 12345678.9, -1234567.0, math.nan, math.inf, 0.0])
+def test_table_never_lets_columns_run_together(number):
+    lines = evaluate.table("", ("top-1 %", "NLL"), [("shift " + "x" * 40, [number, number]),
+                                                   ("test", [1, number])])
+    for line in lines[1:]:
+        cells = line.split()[-2:]
+        assert [float(cell) for cell in cells] == pytest.approx(
+            [1.0 if line.startswith("test") else number, number], rel=0.01, nan_ok=True)
 
 
 # The command --------------------------------------------------------------------------------------
