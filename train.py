@@ -94,6 +94,7 @@ class Config:
     alpha: float = setting(0.7, "the teacher's share of the fused logits", within=(0, 1))
     lam: float = setting(0.7, "the teacher's share of the fused features", within=(0, 1))
     temperature: float = setting(3.0, "of the logit loss", above=0)
+    ce_weight: float = setting(1.0, "of the cross-entropy; 0: none", within=(0, math.inf))
     logit_weight: float = setting(3.0, "of the logit loss; 0: none", within=(0, math.inf))
     feature_weight: float = setting(0.8, "of the feature loss; 0: none", within=(0, math.inf))
     logit_loss: str = setting("kd", "against the fused logits", choices=("kd", "dkd", "mlkd"))
@@ -446,10 +447,11 @@ def prepare(config, splits, inputs):
     criterion = richkd.RichKD(
         student.num_features, teachers.num_features if teachers else 0,
         tables[1].shape[1] if tables else 0, len(train.labels), alpha=config.alpha, lam=config.lam,
-        temperature=config.temperature, logit_weight=config.logit_weight,
-        feature_weight=config.feature_weight, logit_loss=config.logit_loss,
-        standardize=config.standardize, num_negatives=config.num_negatives,
-        labels=train.labels, negatives=config.negatives, seed=config.seed)
+        temperature=config.temperature, ce_weight=config.ce_weight,
+        logit_weight=config.logit_weight, feature_weight=config.feature_weight,
+        logit_loss=config.logit_loss, standardize=config.standardize,
+        num_negatives=config.num_negatives, labels=train.labels, negatives=config.negatives,
+        seed=config.seed)
     model = StudentAndLoss(student, criterion)
     model = model.to(config.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9,
