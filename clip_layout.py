@@ -95,7 +95,7 @@ PLAIN = {  # what changes results and not the tensors, with the values that are 
     "mean": (list(MEAN),), "std": (list(STD),), "image_mean": (list(MEAN),),
     "image_std": (list(STD),),
 }
-RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest", "resample": 3}  # bicubic
+RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest", "resample": 3}  # 3 is bicubic
 
 
 def read_json(path):
@@ -146,11 +146,12 @@ def read_listing(path):
             said, parts = open_clip_says(config)
         for name in ("vision_heads", "transformer_heads"):
             said[name] = said[name] and int(said[name])
-    for key, value in [item for part in parts for item in part.items() if item[1]]:
-        if value not in PLAIN.get(key, [value]):
+        items = [item for part in parts for item in part.items() if item[1]]
+    for key, value in items:
+        if key in PLAIN and value not in PLAIN[key]:
             raise ValueError(f"{listing}: {key} is {value!r} there or beside it; expected "
                              f"{' or '.join(map(str, PLAIN[key])) or 'none'}, as in OpenAI's CLIP")
-        if value != RESIZING.get(key, value):
+        if key in RESIZING and value != RESIZING[key]:
             files.note(f"{listing}: {key} is {value!r} there or beside it; images are resized as "
                        f"for OpenAI's CLIP, {RESIZING[key]}")
     return said

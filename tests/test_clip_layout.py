@@ -208,6 +208,17 @@ def test_read_listing_defaults_and_neighbours(tmp_path):
         clip_layout.read_listing(weights)
 
 
+@pytest.mark.parametrize("text", ["", "[1]", "{", "null", '{"model_cfg": []}', '{"model_cfg": {}}',
+    '{"model_cfg": {"vision_cfg": {"head_width": 0}, "text_cfg": {}}}',
+    '{"model_cfg": {"vision_cfg": {}, "text_cfg": {"heads": [8]}}}',
+    '{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": [1]}', "[" * 100_000])
+def test_read_listing_of_damage_is_one_line(text, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(text)
+    with pytest.raises(ValueError, match="open_clip_config.json is damaged; expected") as error:
+        clip_layout.read_listing(tmp_path / "open_clip_model.safetensors")
+    assert "\n" not in str(error.value)
+
+
 def test_read_listing_of_a_resnet(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {
         "embed_dim": 1024, "quick_gelu": True, "text_cfg": {},
