@@ -431,7 +431,7 @@ def test_prompt_names_says_what_cannot_be_told_apart():
     found = clip_model.prompt_names(names, Tokenizer())
     assert found == ["crane", "Crane", "dog", "a", "a", "B", "c", "c", "d", "d", "d"]
     (line,) = said()
-    assert line == ("4 prompts belong to several classes each, which CLIP cannot tell apart: "
+    assert line == ("CLIP cannot tell classes apart that have the same prompt, 4 times: "
                     "'crane' and 'Crane_'; 'a, b' and 'a, b'; 'c' and 'c'; name the classes, one a "
                     "line, by --class-names FILE")
 
