@@ -469,8 +469,8 @@ def prompt_names(class_names, tokenizer):
     advice = "name the classes, one a line, by --class-names FILE"
     if shared:
         pairs = "; ".join(f"{class_names[i]!r} and {class_names[j]!r}" for i, j, *_ in shared[:3])
-        files.note(f"CLIP cannot tell classes apart that have the same prompt, {len(shared)} times: "
-                   f"{pairs}; {advice}")
+        files.note("CLIP cannot tell classes apart that have the same prompt, "
+                   f"{len(shared)} times: {pairs}; {advice}")
     codes = [name for name in found if regex.fullmatch(r"n\d{8}|\d+", name)]
     if codes:
         files.note(f"{len(codes)} of {len(found)} class names are no words: CLIP is asked for 'a "
