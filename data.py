@@ -428,6 +428,11 @@ def tiny_imagenet(root, split, cache_dir):
     return Split(images, torch.tensor(list(labels.values())), class_names, wnids)
 
 
+SYNONYMS = {  # of ImageNet's thousand, for those whose names, as listed, are another's too
+    "n02012849": ["crane bird"], "n03126707": ["construction crane"],
+    "n02113186": ["Cardigan Welsh corgi"]}
+
+
 def class_words(root, ids):
     """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
     LOC_synset_mapping.txt, in `root` or up to three folders above, where Kaggle's lies."""
@@ -465,7 +470,8 @@ def class_folders(root, split, size, resize_to):
         files.note(f"{root} has no train/: the classes are those of {folder.name}/")
         ids = list(found)
     words = class_words(root, ids)
-    names = [words.get(id, id) for id in ids]
+    # A further synonym is for `clip_model.prompt_names`, where the first one is another's, too.
+    names = [", ".join([words.get(id, id), *SYNONYMS.get(id, ())]) for id in ids]
     matched = folders.match_classes(found, ids, names, folder)
     folders.say_absent(matched, ids, folder, "train/")
     paths = [path for name in found for path in found[name]]

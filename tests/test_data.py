@@ -22,6 +22,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torchvision.transforms import v2
 
+import clip_model
 import data
 import files
 import folders
@@ -552,6 +553,21 @@ def test_class_words_says_where_they_are_few(tmp_path, capsys):
     (tmp_path / "words.txt").write_text("n01\ttench\n")
     assert data.load_dataset("imagenet", tmp_path, "train").class_names == ["tench", "n02"]
     assert "words.txt names 1 of the 2 classes" in capsys.readouterr().err
+
+
+def test_class_folders_of_imagenet_have_names_that_prompts_tell_apart(tmp_path, capsys):
+    """torchvision's names, of which two are the same, with the byte tokenizer."""
+    meta = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
+    ids = ["n01440764", *(f"n9{k:07d}" for k in range(1, 1000))]
+    for k, id in ((134, "n02012849"), (517, "n03126707"), (264, "n02113186")):
+        ids[k] = id  # their places among the thousand
+    words = dict(zip(ids, meta))
+    class_pictures(tmp_path / "train", ["n02012849", "n03126707", "n02113186", ids[474]])
+    (tmp_path / "words.txt").write_text("".join(f"{id}\t{name}\n" for id, name in words.items()))
+    split = data.load_dataset("imagenet", tmp_path, "train")
+    names = clip_model.prompt_names(split.class_names, clip_model.Tokenizer())
+    assert len({name.lower() for name in names}) == 4 and "cannot be told" not in (
+        capsys.readouterr().err)
 
 
 def test_rename_classes(tmp_path):
