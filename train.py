@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-import checkpoints
 import command
 import data
 import files
@@ -31,6 +30,7 @@ import richkd
 import runs
 import targets
 from command import autocast, flag, rank, rank_zero_first, setting, world
+from teachers import Teachers, given_teacher
 
 # What a method fixes. All else is shared, so that methods differ in their loss alone.
 METHODS = {
@@ -207,38 +207,6 @@ def resized(split, image_size, config):
     return split._replace(images=images)
 
 
-class OwnInput(torch.nn.Module):
-    """A teacher that was trained with another mean and std of images in 0..1 than `shared`, those
-    by which its input (B,3,H,W) is normalised."""
-
-    def __init__(self, teacher, own, shared):
-        super().__init__()
-        self.teacher, self.num_features = teacher, teacher.num_features
-        (mean, std), (shared_mean, shared_std) = (
-            [torch.tensor(value).view(3, 1, 1) for value in pair] for pair in (own, shared))
-        self.register_buffer("scale", shared_std / std)
-        self.register_buffer("shift", (shared_mean - mean) / std)
-
-    def forward(self, images):
-        return self.teacher(images * self.scale + self.shift)
-
-
-class Teachers(torch.nn.Module):
-    """Frozen conventional teachers as one: mean logits, concatenated features, float32."""
-
-    def __init__(self, teachers, config):
-        super().__init__()
-        self.teachers, self.config = torch.nn.ModuleList(teachers), config
-        self.num_features = sum(teacher.num_features for teacher in teachers)
-
-    @torch.no_grad()
-    def forward(self, images):
-        with autocast(self.config):
-            logits, features = zip(*(teacher(images) for teacher in self.teachers))
-        mean = richkd.fuse_teachers(logits, self.config.teacher_shares)
-        return mean, torch.cat(features, 1).float()                                # (B,K), (B,C)
-
-
 def load_teachers(config, splits, inputs):
     """The conventional teachers, frozen, on the device; None if there are none. One without a
     checkpoint is trained first, in the cache, the same for every student, method and seed. inputs:
@@ -248,27 +216,6 @@ def load_teachers(config, splits, inputs):
                 models.freeze(cached_teacher(config, name, splits, inputs))
                 for name, path in zip(config.teacher, given)]
     return Teachers(teachers, config).to(config.device) if teachers else None
-
-
-def given_teacher(config, name, path, split):
-    """A teacher from its checkpoint, or from "imagenet", frozen, that reads what the student reads.
-    Raises ValueError where the file says that its classes or the side of its images are others."""
-    model = models.freeze(models.load_weights(name, path, len(split.class_names)))
-    info, imagenet = data.DATASETS[config.dataset], data.DATASETS["imagenet"]
-    about = {"mean": imagenet.mean, "std": imagenet.std}
-    if path != "imagenet":
-        about = checkpoints.read_about(path)
-    with files.undamaged(path, "expected what train.py leaves"):
-        differ = runs.class_difference(about, split)
-        *own, size = runs.input_of(about, info._replace(image_size=config.image_size))
-        if own != [info.mean, info.std]:
-            model = OwnInput(model, own, (info.mean, info.std))
-    if differ:
-        raise ValueError(f"{path} knows other classes: {differ}")
-    if size != config.image_size:
-        raise ValueError(f"{path} reads images of {size} x {size}, here they are of "
-                         f"{config.image_size}: --image-size {size}, or another teacher")
-    return model
 
 
 def cached_teacher(config, name, splits, inputs):

@@ -16,6 +16,7 @@ import clip_model
 import data
 import evaluate
 import files
+import metrics
 import richkd
 import runs
 import targets
@@ -26,9 +27,9 @@ import train
 
 def measures(logits, target, threshold):
     """{"top1", "nll", "ece", then the shares of the four `quadrants`}, all but NLL in percent."""
-    found = {"top1": 100 * evaluate.top_k_accuracy(logits, target),
-             "nll": evaluate.nll(logits, target), "ece": 100 * evaluate.ece(logits, target)}
-    for name, mask in evaluate.quadrants(logits, target, threshold).items():
+    found = {"top1": 100 * metrics.top_k_accuracy(logits, target),
+             "nll": metrics.nll(logits, target), "ece": 100 * metrics.ece(logits, target)}
+    for name, mask in metrics.quadrants(logits, target, threshold).items():
         found[name] = 100 * mask.double().mean().item()
     return found
 
@@ -47,12 +48,12 @@ def confident_changes(before, after, target, generator, threshold=0.7):
     """By how many of 100 images the confident and right, and the confident and wrong, become more
     from logits `before` to `after`: {name: [change, low, high]}, with the paired bootstrap's 95 %
     interval."""
-    old = evaluate.quadrants(before, target, threshold)
-    new = evaluate.quadrants(after, target, threshold)
+    old = metrics.quadrants(before, target, threshold)
+    new = metrics.quadrants(after, target, threshold)
     changes = {}
     for name in ("confident_right", "confident_wrong"):
         difference = 100 * (new[name].double() - old[name].double())  # (N,): -100, 0 or 100
-        interval = evaluate.bootstrap_interval(difference, generator)
+        interval = metrics.bootstrap_interval(difference, generator)
         changes[name] = [difference.mean().item(), *interval]
     return changes
 
@@ -189,7 +190,7 @@ class RunTeachers:
             logits = {"teacher": torch.cat(teacher_logits), "clip": torch.cat(clip_logits)}
             logits["fused"] = richkd.fuse_logits(logits["teacher"], logits["clip"], own.alpha)
             for who, z in logits.items():
-                found[who] += 100 * evaluate.top_k_accuracy(z, labels) / len(tasks)
+                found[who] += 100 * metrics.top_k_accuracy(z, labels) / len(tasks)
         progress.update(progress.total, keep=True)
         return found
 

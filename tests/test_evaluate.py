@@ -21,6 +21,7 @@ import corruptions
 import data
 import evaluate
 import files
+import metrics
 import models
 import shapes
 import targets
@@ -51,20 +52,20 @@ def probabilities_as_logits(rows):
 def test_top_k_accuracy_by_hand():
     logits = torch.tensor([[3.0, 2, 1], [1, 3, 2], [1, 2, 3], [3, 1, 2]])
     target = torch.tensor([0, 2, 0, 1])
-    found = [evaluate.top_k_accuracy(logits, target, k) for k in (1, 2, 3, 5)]
+    found = [metrics.top_k_accuracy(logits, target, k) for k in (1, 2, 3, 5)]
     assert found == [0.25, 0.5, 1.0, 1.0]
 
 
 def test_nll_and_brier_by_hand():
     logits = probabilities_as_logits([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]])
     target = torch.tensor([2, 1])
-    assert evaluate.nll(logits, target) == pytest.approx(-(math.log(0.2) + math.log(0.8)) / 2)
+    assert metrics.nll(logits, target) == pytest.approx(-(math.log(0.2) + math.log(0.8)) / 2)
     squares = (0.25 + 0.09 + 0.64) + (0.01 + 0.04 + 0.01)
-    assert evaluate.brier(logits, target) == pytest.approx(squares / 2)
+    assert metrics.brier(logits, target) == pytest.approx(squares / 2)
     certain = torch.tensor([[0.0, 1e4], [0.0, 1e4]])
-    assert evaluate.brier(certain, torch.tensor([1, 0])) == 1.0  # 0 and 2
-    assert evaluate.nll(logits.bfloat16(), target) == pytest.approx(
-        evaluate.nll(logits, target), rel=0.02)
+    assert metrics.brier(certain, torch.tensor([1, 0])) == 1.0  # 0 and 2
+    assert metrics.nll(logits.bfloat16(), target) == pytest.approx(
+        metrics.nll(logits, target), rel=0.02)
 
 
 def test_ece_by_hand():
@@ -72,11 +73,11 @@ def test_ece_by_hand():
     logits, target = probabilities_as_logits(rows), torch.tensor([0, 1, 0, 0, 1])
     # Width 0.1: {.95, .92} half right, {.65, .62} all right, {.55} right.
     expected = (2 * (0.935 - 0.5) + 2 * (1 - 0.635) + 0.45) / 5
-    assert evaluate.ece(logits, target, bins=10) == pytest.approx(expected)
+    assert metrics.ece(logits, target, bins=10) == pytest.approx(expected)
     # Mass 2, 2, 1: {.55, .62} {.65, .92} {.95}.
     expected = (2 * (1 - 0.585) + 2 * (0.785 - 0.5) + (1 - 0.95)) / 5
-    assert evaluate.ece(logits, target, bins=3, equal_mass=True) == pytest.approx(expected)
-    confidence, accuracy, count = evaluate.calibration_bins(logits, target, bins=10)
+    assert metrics.ece(logits, target, bins=3, equal_mass=True) == pytest.approx(expected)
+    confidence, accuracy, count = metrics.calibration_bins(logits, target, bins=10)
     assert count.tolist() == [0, 0, 0, 0, 0, 1, 2, 0, 0, 2]
     assert confidence[9].item() == pytest.approx(0.935) and accuracy[9] == 0.5
     assert confidence[0] == accuracy[0] == 0
@@ -84,11 +85,11 @@ def test_ece_by_hand():
 
 def test_calibration_bins_has_fifteen_and_an_edge_in_the_lower_one():
     target = torch.zeros(3, dtype=torch.int64)
-    _, _, count = evaluate.calibration_bins(torch.zeros(3, 2), target, bins=2)
+    _, _, count = metrics.calibration_bins(torch.zeros(3, 2), target, bins=2)
     assert count.tolist() == [3, 0]  # confidence exactly 0.5
-    assert len(evaluate.calibration_bins(torch.zeros(3, 2), target)[2]) == 15
+    assert len(metrics.calibration_bins(torch.zeros(3, 2), target)[2]) == 15
     logits, target = torch.randn(100, 5, generator=seeded()), torch.zeros(100, dtype=torch.int64)
-    _, _, count = evaluate.calibration_bins(logits, target, equal_mass=True)
+    _, _, count = metrics.calibration_bins(logits, target, equal_mass=True)
     assert count.tolist() == [7] * 10 + [6] * 5
 
 
@@ -98,70 +99,70 @@ def test_fit_temperature_recovers_the_one_that_was_applied(temperature):
     # undoes the scaling.
     logits = probabilities_as_logits([[0.5, 0.3, 0.2]] * 10) * temperature
     target = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
-    assert evaluate.fit_temperature(logits, target) == pytest.approx(temperature, rel=1e-6)
+    assert metrics.fit_temperature(logits, target) == pytest.approx(temperature, rel=1e-6)
 
 
 def test_fit_temperature_has_the_least_nll():
     logits = 4 * torch.randn(500, 10, generator=seeded(1))
     target = torch.randint(10, (500,), generator=seeded(2))
     target[:300] = logits[:300].argmax(dim=1)
-    best = evaluate.fit_temperature(logits, target)
+    best = metrics.fit_temperature(logits, target)
     for factor in (0.98, 1.02):
-        worse = evaluate.nll(logits / (best * factor), target)
-        assert evaluate.nll(logits / best, target) < worse
+        worse = metrics.nll(logits / (best * factor), target)
+        assert metrics.nll(logits / best, target) < worse
 
 
 def test_quadrants_by_hand():
     logits = probabilities_as_logits([[0.95, 0.05], [0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.2, 0.8]])
     target = torch.tensor([0, 1, 1, 1, 1])
-    found = evaluate.quadrants(logits, target, 0.75)
+    found = metrics.quadrants(logits, target, 0.75)
     assert {name: mask.nonzero().flatten().tolist() for name, mask in found.items()} == {
         "confident_right": [0, 4], "confident_wrong": [1], "unsure_right": [2], "unsure_wrong": [3]}
-    at_the_threshold = evaluate.quadrants(torch.zeros(1, 2), torch.tensor([0]), 0.5)
+    at_the_threshold = metrics.quadrants(torch.zeros(1, 2), torch.tensor([0]), 0.5)
     assert at_the_threshold["confident_right"].item()
 
 
 def test_bootstrap_interval_is_that_of_a_mean():
     values = (torch.arange(400) % 4 == 0).double()  # mean .25, its error sqrt(.25 * .75 / 400)
     error = 0.02165
-    low, high = evaluate.bootstrap_interval(values, seeded(), resamples=2000)
+    low, high = metrics.bootstrap_interval(values, seeded(), resamples=2000)
     assert (low, high) == pytest.approx((0.25 - 1.96 * error, 0.25 + 1.96 * error), abs=0.004)
-    assert evaluate.bootstrap_interval(values, seeded(), resamples=2000) == (low, high)
-    narrow = evaluate.bootstrap_interval(values, seeded(), resamples=2000, level=0.5)
+    assert metrics.bootstrap_interval(values, seeded(), resamples=2000) == (low, high)
+    narrow = metrics.bootstrap_interval(values, seeded(), resamples=2000, level=0.5)
     assert low < narrow[0] < narrow[1] < high
 
 
 def test_mean_corruption_error_has_alexnets_errors_under_their_names():
-    assert list(evaluate.ALEXNET_ERRORS) == list(corruptions.COMMON)
-    assert list(evaluate.ALEXNET_ERRORS.values()) == [
+    assert list(metrics.ALEXNET_ERRORS) == list(corruptions.COMMON)
+    assert list(metrics.ALEXNET_ERRORS.values()) == [
         0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572,
         0.819324, 0.564592, 0.853204, 0.646056, 0.717840, 0.606500]
 
 
 def test_mean_corruption_error_by_hand():
     flat = dict.fromkeys(corruptions.COMMON, 0.4)
-    alexnet = evaluate.ALEXNET_ERRORS
-    assert evaluate.mean_corruption_error(flat) == pytest.approx(0.4)
-    found = evaluate.mean_corruption_error({**flat, "fog": 0.7, "spatter": 1.0})
+    alexnet = metrics.ALEXNET_ERRORS
+    assert metrics.mean_corruption_error(flat) == pytest.approx(0.4)
+    found = metrics.mean_corruption_error({**flat, "fog": 0.7, "spatter": 1.0})
     assert found == pytest.approx(0.42)
-    assert evaluate.mean_corruption_error(flat, clean_error=0.1) == pytest.approx(0.3)
-    assert evaluate.mean_corruption_error(alexnet, alexnet=True) == pytest.approx(1)
+    assert metrics.mean_corruption_error(flat, clean_error=0.1) == pytest.approx(0.3)
+    assert metrics.mean_corruption_error(alexnet, alexnet=True) == pytest.approx(1)
     half = {name: error / 2 for name, error in alexnet.items()}
-    assert evaluate.mean_corruption_error(half, alexnet=True) == pytest.approx(0.5)
+    assert metrics.mean_corruption_error(half, alexnet=True) == pytest.approx(0.5)
     relative = {name: 0.2 + 2 * (error - 0.43478) for name, error in alexnet.items()}
-    found = evaluate.mean_corruption_error(relative, clean_error=0.2, alexnet=True)
+    found = metrics.mean_corruption_error(relative, clean_error=0.2, alexnet=True)
     assert found == pytest.approx(2)
     only_fog = {**dict.fromkeys(corruptions.COMMON, 0.0), "fog": 0.819324}
-    assert evaluate.mean_corruption_error(only_fog, alexnet=True) == pytest.approx(1 / 15)
+    assert metrics.mean_corruption_error(only_fog, alexnet=True) == pytest.approx(1 / 15)
     few = {name: 0.1 for name in corruptions.COMMON if name not in ("snow", "fog")}
     with pytest.raises(ValueError, match="missing are snow, fog$"):
-        evaluate.mean_corruption_error(few)
+        metrics.mean_corruption_error(few)
 
 
 def test_corruption_errors_are_in_percent():
-    table = {name: [100 - 100 * error] * 5 for name, error in evaluate.ALEXNET_ERRORS.items()}
+    table = {name: [100 - 100 * error] * 5 for name, error in metrics.ALEXNET_ERRORS.items()}
     errors = evaluate.corruption_errors(table, clean=56.522, alexnet=True)
-    mean = 100 * sum(evaluate.ALEXNET_ERRORS.values()) / 15
+    mean = 100 * sum(metrics.ALEXNET_ERRORS.values()) / 15
     assert errors == pytest.approx({"mean_error": mean, "relative_mean_error": mean - 43.478,
                                     "mce": 100, "relative_mce": 100})
     plain = evaluate.corruption_errors(table, 50, alexnet=False)
@@ -178,8 +179,8 @@ def test_calibration_reports_images_that_it_did_not_fit():
     table = evaluate.calibration(logits, target)
     order, matches = torch.randperm(400, generator=seeded(0)), []
     for reported, fitted in ((order[:200], order[200:]), (order[200:], order[:200])):
-        before = evaluate.nll(logits[reported], target[reported])
-        temperature = evaluate.fit_temperature(logits[fitted], target[fitted])
+        before = metrics.nll(logits[reported], target[reported])
+        temperature = metrics.fit_temperature(logits[fitted], target[fitted])
         matches.append(before == pytest.approx(table["before"]["nll"])
                        and temperature == pytest.approx(table["temperature"]))
     assert matches.count(True) == 1  # one half was fitted, the other reported
@@ -189,7 +190,7 @@ def test_calibration_reports_images_that_it_did_not_fit():
     assert table == evaluate.calibration(logits, target)
     given = evaluate.calibration(logits, target, temperature=2.0)
     assert given["after"]["images"] == 400
-    assert given["after"]["nll"] == pytest.approx(evaluate.nll(logits / 2, target))
+    assert given["after"]["nll"] == pytest.approx(metrics.nll(logits / 2, target))
 
 
 # Runs and their reports ---------------------------------------------------------------------------
@@ -238,8 +239,8 @@ def test_evaluate_reports_what_the_weights_say(copy):
     assert report["test"]["nll"] == pytest.approx(-log_p.mean().item(), rel=1e-5)
     place = (logits > right[:, None]).sum(1)
     assert report["test"]["top5"] == pytest.approx(100 * (place < 5).double().mean().item())
-    assert report["test"]["brier"] == pytest.approx(evaluate.brier(logits, test.labels), rel=1e-5)
-    mass = evaluate.ece(logits, test.labels, bins=15, equal_mass=True)
+    assert report["test"]["brier"] == pytest.approx(metrics.brier(logits, test.labels), rel=1e-5)
+    mass = metrics.ece(logits, test.labels, bins=15, equal_mass=True)
     assert report["test"]["ece_equal_mass"] == pytest.approx(100 * mass, rel=1e-4)
     temperature = report["test"]["calibration"]["temperature"]
     assert report["shift"]["calibration"]["temperature"] == temperature  # it is not fitted on
@@ -296,7 +297,7 @@ def test_evaluate_has_train_pys_transform_where_images_stream(tmp_path):
     with torch.no_grad():
         logits = model(data.normalize(images, info.mean, info.std))[0]
     labels = torch.arange(3).repeat_interleave(20)
-    assert report["test"]["nll"] == pytest.approx(evaluate.nll(logits, labels), rel=1e-4)
+    assert report["test"]["nll"] == pytest.approx(metrics.nll(logits, labels), rel=1e-4)
 
 
 @pytest.fixture
@@ -509,7 +510,7 @@ def test_evaluate_sets_masks_the_logits_of_a_shift_folder(tmp_path):
         logits = model(data.normalize(images, info.mean, info.std))[0][:, 1:]  # n02 and n03 alone
     row = report["shift set"]
     assert row["images"] == 4 and row["columns"] == [1, 2]
-    expected = evaluate.nll(logits, torch.tensor([0, 0, 1, 1]))
+    expected = metrics.nll(logits, torch.tensor([0, 0, 1, 1]))
     assert row["nll"] == pytest.approx(expected, rel=1e-4)
     shutil.copytree(tmp_path / "set", tmp_path / "other/set")
     shutil.rmtree(tmp_path / "other/set/n03")
@@ -532,7 +533,7 @@ def test_evaluate_sets_takes_a_folder_for_images_in_memory(copy, tmp_path):
     assert {"test", "shift", "shift wild"} <= report.keys()
     own = [i for k in (3, 12) for i in (labels == k).nonzero().flatten().tolist()]
     logits = logits_of(copy, images[own])[:, [3, 12]]
-    expected = evaluate.nll(logits, (labels[own] == 12).long())
+    expected = metrics.nll(logits, (labels[own] == 12).long())
     assert report["shift wild"]["nll"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -664,7 +665,7 @@ def test_evaluate_has_train_pys_accuracy_of_tensors_at_another_size(tmp_path, fe
     images = data.resize(data.load_dataset("shapes", "", "test").images, 24)
     logits = logits_of(tmp_path / "run", images)
     labels = data.load_dataset("shapes", "", "test").labels
-    assert report["test"]["nll"] == pytest.approx(evaluate.nll(logits, labels), rel=1e-5)
+    assert report["test"]["nll"] == pytest.approx(metrics.nll(logits, labels), rel=1e-5)
 
 
 def test_evaluate_bare_checkpoint_is_what_it_says(copy, tmp_path):
@@ -679,7 +680,7 @@ def test_evaluate_bare_checkpoint_is_what_it_says(copy, tmp_path):
     model = models.load_weights("resnet8", copy / "student.pt")
     with torch.no_grad():
         logits = model(data.normalize(data.resize(test.images, size), mean, std))[0]
-    assert report["test"]["nll"] == pytest.approx(evaluate.nll(logits, test.labels), rel=1e-4)
+    assert report["test"]["nll"] == pytest.approx(metrics.nll(logits, test.labels), rel=1e-4)
     names = ["red banana", *about["class_names"][1:]]
     files.save(tmp_path / "net.pt", {**about, "class_names": names})
     with pytest.raises(ValueError, match="net.pt: class 0 is 'red banana' there and 'red circle'"):
@@ -771,9 +772,9 @@ def test_evaluate_fused_refuses_what_did_not_teach_the_run(rich, tmp_path, count
 def test_temperature_text_marks_a_bound():
     target = torch.zeros(4, dtype=torch.int64)
     right = torch.tensor([[9.0, 0.0]] * 4)
-    wrong = evaluate.fit_temperature(-right, target)
+    wrong = metrics.fit_temperature(-right, target)
     assert evaluate.temperature_text(wrong) == "T >= 1e+03"
-    assert evaluate.temperature_text(evaluate.fit_temperature(right, target)) == "T <= 0.001"
+    assert evaluate.temperature_text(metrics.fit_temperature(right, target)) == "T <= 0.001"
     assert evaluate.temperature_text(1.5) == "T = 1.5"
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import evaluate
 import files
+import metrics
 from study import compare, fusion, plot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +115,41 @@ def test_by_method_names_settings_that_differ():
         compared(kd, kd)
 
 
+def of_images(report, test="t1", train="a1", **named):
+    return {**report, "how": {"test": {"content": test}},
+            "inputs": {"train": train, "files": named}}
+
+
+def test_groups_are_of_one_test_split():
+    reports = [of_images(report("kd", seed, 70 + seed), test=test)
+               for seed, test in ((0, "t1" * 32), (1, "t1" * 32), (2, "t2" * 32))]
+    groups = compared(*reports)
+    assert [group["rows"]["kd"]["test top-1 %"]["n"] for group in groups] == [2, 1]
+    assert "shapes (test split t1t1t1t1), resnet20" in compare.as_markdown(groups)
+    assert "shapes, resnet20" in compare.as_markdown(groups[:1])
+
+
+def test_by_method_never_averages_runs_of_other_data_or_files():
+    """All with the same settings: other training images, another teacher's or prompts file."""
+    same = [of_images(report("richkd", seed, 70), prompts="p1") for seed in (0, 1)]
+    others = [of_images(report("richkd", 2, 60), train="a2", prompts="p1"),
+              of_images(report("richkd", 3, 60), prompts="p2")]
+    group, = compared(*same, *others)
+    rows = {label: row["test top-1 %"]["n"] for label, row in group["rows"].items()}
+    labels = [f"richkd (other data or files: {files.json_digest(other['inputs'])[:8]})"
+              for other in others]
+    assert rows == {"teacher": 1, "richkd": 2, labels[0]: 1, labels[1]: 1}
+    # the same file in another place is no other method
+    moved = of_images(report("richkd", 1, 70, prompts="there/p.txt"), prompts="p1")
+    group, = compared(of_images(report("richkd", 0, 70, prompts="p.txt"), prompts="p1"), moved)
+    assert group["rows"]["richkd"]["test top-1 %"]["n"] == 2
+    # a difference to kd is one to kd on the same training images
+    group, = compared(of_images(report("kd", 0, 50)), same[0],
+                      {**others[0], "of": {**others[0]["of"], "seed": 0}})
+    assert group["rows"]["richkd"]["test top-1 %"]["difference"]["mean"] == 20
+    assert "difference" not in group["rows"][labels[0]]["test top-1 %"]
+
+
 def test_comparison_is_markdown():
     first = {**report("kd", 0, 70), "shift": report("kd", 0, 20)["test"]}
     groups = compared(first, report("kd", 1, 74), report("richkd", 0, 71), report("richkd", 1, 77))
@@ -162,10 +198,10 @@ def random_logits(N=200, K=5):
 
 def test_measures_are_the_metrics():
     logits, _, target = random_logits()
-    masks = evaluate.quadrants(logits, target, 0.7)
+    masks = metrics.quadrants(logits, target, 0.7)
     assert fusion.measures(logits, target, 0.7) == pytest.approx({
-        "top1": 100 * evaluate.top_k_accuracy(logits, target), "nll": evaluate.nll(logits, target),
-        "ece": 100 * evaluate.ece(logits, target),
+        "top1": 100 * metrics.top_k_accuracy(logits, target), "nll": metrics.nll(logits, target),
+        "ece": 100 * metrics.ece(logits, target),
         **{name: mask.sum().item() / 2 for name, mask in masks.items()}})
 
 
@@ -180,7 +216,7 @@ def test_sweep_alpha_goes_from_clip_to_the_teacher():
 
 def test_confident_changes_are_paired():
     teacher, clip, target = random_logits()
-    before, after = (evaluate.quadrants(z, target, 0.7) for z in (teacher, clip))
+    before, after = (metrics.quadrants(z, target, 0.7) for z in (teacher, clip))
     changes = fusion.confident_changes(teacher, clip, target, seeded())
     assert list(changes) == ["confident_right", "confident_wrong"]
     for name, (change, low, high) in changes.items():

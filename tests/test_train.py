@@ -228,6 +228,38 @@ def test_resolve_fits_the_negatives_of_shapes():
     assert cifar.num_negatives == 16384
 
 
+def test_resolve_says_that_the_rate_is_of_another_batch_size(config, capsys):
+    for _ in range(2):
+        train.resolve(with_(config, batch_size=32))
+    said = "--batch-size 32: the learning rate was tuned for 64; --lr sets the student's"
+    assert capsys.readouterr().err.splitlines() == [said]
+    files.note.said.clear()
+    train.resolve(with_(config, batch_size=32, lr=0.025))
+    train.resolve(with_(config, batch_size=64))
+    assert capsys.readouterr().err == ""
+
+
+def test_resolve_reads_resnet18_and_resnet50_by_the_images_side(config, capsys):
+    def names(size, **changes):
+        own = train.resolve(with_(config, dataset="imagenet", image_size=size, **changes))
+        return own.student, *own.teacher
+
+    free = {"teacher": ("resnet50", "resnet18"), "teacher_weights": None, "student": "resnet18"}
+    assert names(64, **free) == ("resnet18_cifar", "resnet50", "resnet18_cifar")
+    assert capsys.readouterr().err == "resnet18 for images of 64 x 64 is resnet18_cifar here\n"
+    assert names(65, **free) == names(224, **free) == ("resnet18", "resnet50_imagenet", "resnet18")
+    assert "resnet50 for images of 224 x 224 is resnet50_imagenet here" in capsys.readouterr().err
+    given = {**free, "teacher_weights": ("a.pth", "b.pth")}  # of which the files decide
+    assert names(64, **given) == ("resnet18_cifar", "resnet50", "resnet18")
+    shapes_own = train.resolve(with_(config, student="resnet18"))
+    assert shapes_own.student == "resnet18_cifar"
+
+
+def test_config_has_a_worker_for_each_core():
+    assert train.Config().workers == min(8, data.cores()) == evaluate.Config().workers
+    assert train.Config().cache_dir is None and evaluate.Config().cache_dir is None
+
+
 def test_learning_rate_is_the_papers_schedule():
     cifar = train.resolve(train.Config(dataset="cifar100", method="scratch"))
     rates = [round(train.learning_rate(cifar, epoch), 9) for epoch in range(240)]
