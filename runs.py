@@ -126,8 +126,10 @@ def check_inputs(folder, config, here):
 
 def begin_run(config, folder, found):
     """Empty the folder of its run, if it holds one, and write config.json. found: `inputs`."""
-    for name in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json"):
-        (folder / name).unlink(missing_ok=True)
+    left = ("summary.json", "last.pt", "student.pt", "log.csv", "report.json", "report.png",
+            "samples.png")
+    for path in (*(folder / name for name in left), *folder.glob("events.out.tfevents.*")):
+        path.unlink(missing_ok=True)
     here = Path(__file__).resolve().parent
     source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py"))))
     files.write_json(folder / "config.json", {

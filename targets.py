@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import clip_model
 import command
 import data
@@ -30,7 +31,14 @@ def load_clip_teacher(config):
     in the cache. Raises as `clip_model.load_clip`."""
     path = config.clip
     if path == "tiny":
-        path = shapes.tiny_clip(files.cache_folder(config.cache_dir), config.device)
+        folder = files.cache_folder(config.cache_dir)
+        path = shapes.tiny_clip(folder, config.device)
+        try:
+            checkpoints.read_state_dict(path)
+        except ValueError:
+            files.note(f"{path} is damaged: the tiny CLIP is trained anew")
+            path.unlink()
+            path = shapes.tiny_clip(folder, config.device)
     clip = clip_model.load_clip(path, config.cache_dir, config.clip_activation)
     tokenizer = clip_model.Tokenizer()  # bytes alone, as the tiny one has it
     if clip.vocab_size != tokenizer.vocab_size:

@@ -1,6 +1,7 @@
 """targets.py: CLIP's view of every image, its cache, and what both depend on."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn.functional import normalize
 import clip_model
 import data
 import files
+import shapes
 import targets
 import train
 
@@ -41,6 +43,40 @@ def test_load_targets_are_the_scores_of_each_image(config):
         image = normalize(image, dim=1)
         torch.testing.assert_close(features[few].float(), image, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(cosines[few].float(), image @ classes.T, atol=1e-3, rtol=1e-3)
+
+
+def test_load_clip_teacher_makes_a_damaged_tiny_clip_anew(config, clip_file, tmp_path, monkeypatch,
+                                                          capsys):
+    path = tmp_path / "clip-tiny.pt"
+
+    def tiny_clip(folder, device):
+        if not path.exists():
+            path.write_bytes(Path(clip_file).read_bytes())
+        return path
+
+    monkeypatch.setattr(shapes, "tiny_clip", tiny_clip)
+    path.write_bytes(Path(clip_file).read_bytes()[:1000])
+    targets.load_clip_teacher(dataclasses.replace(config, clip="tiny"))
+    assert f"{path} is damaged: the tiny CLIP is trained anew" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="clip-tiny.pt"):  # a file that the user named
+        targets.load_clip_teacher(dataclasses.replace(config, clip=str(path)))
+
+
+def test_load_targets_are_of_one_vocabulary_and_activation(config, monkeypatch):
+    """The same weights, names and templates: other merges or heads are other prompts and CLIPs."""
+    clip, tokenizer, _ = targets.load_clip_teacher(config)
+    test, calls, view = data.load_dataset("shapes", "", "test"), [], targets.clip_view
+    monkeypatch.setattr(targets, "clip_view", lambda *args: calls.append(1) or view(*args))
+    load_targets(config, clip, tokenizer, {"test": test})
+    tokenizer.priority = {("r", "e"): 0}
+    load_targets(config, clip, tokenizer, {"test": test})
+    assert len(calls) == 2
+    gelu = clip_model.load_clip(config.clip, None, "gelu")
+    load_targets(config, gelu, tokenizer, {"test": test})
+    assert len(calls) == 3
+    load_targets(config, gelu, tokenizer, {"test": test})
+    assert len(calls) == 3
 
 
 def test_class_embeddings_average_embeddings_or_logits(config, tmp_path):
