@@ -144,9 +144,6 @@ def resolve(config):
     student = config.student or recipe["student"]
     if student.startswith(("mobilenet", "shufflenet")) and not imagenet:
         recipe["lr"] = 0.01  # as in RepDistiller's train_student.py
-    if config.lr is None and config.batch_size not in (None, recipe["batch_size"]):
-        files.note(f"--batch-size {config.batch_size}: the learning rate was tuned for "
-                   f"{recipe['batch_size']}; --lr sets the student's")
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing, **fixed)
 
@@ -539,7 +536,7 @@ def summary_table(summary):
 
 def run(config):
     """Train, unless the run folder holds the finished run. -> the summary, a dict."""
-    config = command.join_ranks(resolve(config))
+    given, config = config, command.join_ranks(resolve(config))
     if config.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = not config.deterministic
         if config.deterministic:
@@ -557,6 +554,10 @@ def run(config):
         raise
     runs.check_inputs(folder, config, inputs)
     if not finished:
+        usual = RECIPES[config.dataset]["batch_size"]
+        if given.lr is None and config.batch_size != usual:
+            files.note(f"--batch-size {config.batch_size}: the learning rate was tuned for "
+                       f"{usual}; --lr sets another")
         return fit(config, folder, splits, inputs)
     summary = files.read_own(folder / "summary.json", "--overwrite trains anew")
     command.show(f"{folder} holds this run, finished; --overwrite trains anew")

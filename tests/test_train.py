@@ -228,14 +228,15 @@ def test_resolve_fits_the_negatives_of_shapes():
     assert cifar.num_negatives == 16384
 
 
-def test_resolve_says_that_the_rate_is_of_another_batch_size(config, capsys):
+def test_run_says_that_the_rate_is_of_another_batch_size(config, capsys, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *arguments: {})
     for _ in range(2):
-        train.resolve(with_(config, batch_size=32))
-    said = "--batch-size 32: the learning rate was tuned for 64; --lr sets the student's"
+        train.run(with_(config, batch_size=32))
+    said = "--batch-size 32: the learning rate was tuned for 64; --lr sets another"
     assert capsys.readouterr().err.splitlines() == [said]
     files.note.said.clear()
-    train.resolve(with_(config, batch_size=32, lr=0.025))
-    train.resolve(with_(config, batch_size=64))
+    train.run(with_(config, batch_size=32, lr=0.025))
+    train.run(with_(config, batch_size=64))
     assert capsys.readouterr().err == ""
 
 
