@@ -59,6 +59,8 @@ class Config:
         "a folder a class (classes.json: {folder: class})", nargs="*", metavar="DIR")
     corruptions: str = setting(None, "corrupted test images, too: generated, or DIR's published",
                                nargs="?", const="generated", metavar="DIR")
+    corrupted_share: float = setting(1.0, "share of the test images to corrupt, as much of every "
+                                     "class", above=0, within=(0, 1))
     fused: bool = setting(False, "the run's teacher, CLIP and both fused on the test split, too")
     plot: bool = setting(False, "draw report.png, of corruptions samples.png (needs matplotlib)")
     compare: tuple = setting(None, "only compare the methods of these reports, or lists of them",
@@ -292,17 +294,19 @@ def published(test, name, severity, config):
 
 
 def corruption_source(config, test):
-    """What tells one set of corrupted test images from another: {"source", "content"}. Raises as
-    reading them where one of the published is missing."""
+    """What tells one set of corrupted test images from another: {"source", "content", "share"}.
+    Raises as reading them where one of the published is missing."""
     if config.corruptions == "generated":
-        return {"source": "generated", "content": None}
+        return {"source": "generated", "content": None, "share": config.corrupted_share}
+    if config.corrupted_share < 1:
+        raise ValueError("--corrupted-share is for generated corruptions: published ones are whole")
     if config.dataset.startswith("cifar"):
         paths = [Path(config.corruptions) / f"{name}.npy" for name in (*COMMON, "labels")]
     else:
         streams = (published(test, name, severity, config)[0]
                    for name, severity in itertools.product(COMMON, range(1, 6)))
         paths = itertools.chain.from_iterable(stream.paths for stream in streams)
-    return {"source": "published", "content": data.digest_files(paths)}
+    return {"source": "published", "content": data.digest_files(paths), "share": 1.0}
 
 
 def corrupted(test, name, severity, config):
@@ -362,14 +366,16 @@ def evaluate(config):
     beside each run. What is in a report already is not done again."""
     config, test, subjects = prepare(config)
     evaluate_sets(config, test, subjects)
-    source = {}  # of the corrupted images
+    source, part = {}, test  # of the corrupted images
     if config.corruptions:
         source = corruption_source(config, test)
-        evaluate_corruptions(config, test, subjects, source)
+        if config.corrupted_share < 1:
+            part = data.subset(test, 0, config.corrupted_share)
+        evaluate_corruptions(config, part, subjects, source)
     for subject in subjects:
         if config.fused and is_taught(subject):
             from study import fusion
-            fusion.evaluate_fused(config, test, subject, source)
+            fusion.evaluate_fused(config, part, subject, source)
         if config.plot:
             from study import plot
             plot.draw(config, test, subject)
@@ -449,7 +455,8 @@ def tables(reports):
         if "mean_error" in found:
             rows = [(name, [*row, sum(row) / 5]) for name, row in found["top1"].items()]
             lines += table("top-1 %, severity", (1, 2, 3, 4, 5, "mean"), rows)
-            lines.append(f"over the fifteen ({found['source']}): mean error "
+            share = f", {100 * found['share']:.3g} % of the images" if found["share"] < 1 else ""
+            lines.append(f"over the fifteen ({found['source']}{share}): mean error "
                          f"{found['mean_error']:.2f} %, less the clean error "
                          f"{found['relative_mean_error']:.2f} %")
         if "mce" in found:

@@ -6,13 +6,14 @@
 #   bash study/study.sh methods shapes 5 30     # part, data set, seeds, epochs, flags of train.py
 #   bash study/study.sh methods cifar100 3 240 --teacher resnet32x4 --student resnet8x4 --amp
 #
-# The parts: methods (the main table), sweeps (alpha, lam, templates, scale of RichKD), fraction (kd,
-# richkd, scratch) and pair (kd, richkd). With a number, as in fraction-30, a part sees that
-# percentage of the training images, and so does the teacher; give it more epochs. TAG=-name names
-# runs and results of other flags apart. JOBS runs at a time, 1 by default. Runs lie below
-# runs/study/<data set>-<epochs>; the same command skips those that are finished, and parts share
-# the runs that they have in common. The reports end in study/results/<data set>-<part><TAG>.json,
-# of which
+# The parts: methods (the main table), sweeps (alpha, lam, templates, scale of RichKD), core (kd,
+# richkd, richkd-l, scratch), fraction (kd, richkd, scratch), pair (kd, richkd) and published (the
+# baselines with the settings of study/published.py). With a number, as in fraction-30, a part sees
+# that percentage of the training images, and so does the teacher; give it more epochs. TAG=-name
+# names runs and results of other flags apart. JOBS runs at a time, 1 by default. EVALUATE are
+# evaluate.py's flags, --corruptions by default. Runs lie below runs/study/<data set>-<epochs>; the
+# same command skips those that are finished, and parts share the runs that they have in common. The
+# reports end in study/results/<data set>-<part><TAG>.json, of which
 #   python evaluate.py --compare study/results/<data set>-<part><TAG>.json
 # makes the tables again.
 set -euo pipefail
@@ -26,9 +27,11 @@ results=study/results/$dataset-$part${TAG:-}.json
 case $kind in
 methods) methods="kd richkd scratch crd dkd kd-ls richkd-l richkd-f" ;;
 sweeps | pair) methods="kd richkd" ;;
+core) methods="kd richkd richkd-l scratch" ;;
 fraction) methods="kd richkd scratch" ;;
+published) methods="scratch crd" ;;
 *)
-    echo "unknown part $part; known: methods, sweeps, fraction, pair; or one with a percentage, as pair-30" >&2
+    echo "unknown part $part; known: methods, sweeps, core, fraction, pair, published; or one with a percentage, as pair-30" >&2
     exit 2 ;;
 esac
 mkdir -p "$root" study/results
@@ -43,6 +46,10 @@ list=$(for seed in $(seq 0 $((seeds - 1))); do  # a line a run: the name of its 
     methods)
         echo "dkd-published$end --method dkd --temperature 4 --logit-weight 1"
         echo "clip-alone$end --alpha 0 --lam 0" ;;
+    published)
+        echo "kd-published$end --method kd --temperature 4 --ce-weight 0.1 --logit-weight 0.9"
+        echo "dkd-published$end --method dkd --temperature 4 --logit-weight 1"
+        echo "kd-ls-published$end --method kd-ls --temperature 2 --ce-weight 0.1 --logit-weight 9" ;;
     sweeps)
         for value in 0 0.3 0.5 0.9 1; do
             echo "alpha-$value$end --alpha $value"
@@ -53,13 +60,19 @@ list=$(for seed in $(seq 0 $((seeds - 1))); do  # a line a run: the name of its 
         echo "average-logits$end --average logits" ;;
     esac
 done)
+folders=$(cut -d " " -f 1 <<< "$list" | sed "s|^|$root/|")
+finished=$(for folder in $folders; do ls "$folder/summary.json" 2> /dev/null || true; done | wc -l)
+echo "$part: $finished of $(wc -l <<< "$list") runs are finished"
 FLAGS="--dataset $dataset $*" ROOT=$root xargs -P "${JOBS:-1}" -L 1 bash -c \
     'python train.py $FLAGS --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && tail -n 1 "$ROOT/$0.txt"' \
     <<< "$list"
-folders=$(cut -d " " -f 1 <<< "$list" | sed "s|^|$root/|")
-if [ "$dataset" = shapes ]; then shift=--shift; fi
-python evaluate.py --run $folders ${shift:-} --corruptions
-python evaluate.py --run "$(grep -m 1 richkd <<< "$folders")" ${shift:-} --corruptions --fused --plot
+flags=${EVALUATE---corruptions}
+if [ "$dataset" = shapes ]; then flags="--shift $flags"; fi
+places=$(grep -oE -- '--(data-dir|cache-dir|device|workers) [^ ]+' <<< "$*" || true)
+python evaluate.py --run $folders $places $flags
+fusing=$(grep -m 1 richkd <<< "$folders" || true)  # one run's teachers stand for all
+if python -c "import matplotlib" 2> /dev/null; then flags="$flags --plot"; fi
+if [ "$fusing" ]; then python evaluate.py --run "$fusing" $places $flags --fused; fi
 python - $folders > "$results" << 'END'
 import json, pathlib, sys
 reports = [json.loads(pathlib.Path(folder, "report.json").read_text()) for folder in sys.argv[1:]]
