@@ -26,8 +26,8 @@ from torchvision.transforms import v2
 
 import files
 import folders
+import keys
 import shapes
-from keys import difference, digest_files, identity, mapped  # noqa: F401
 
 
 class Split(NamedTuple):
@@ -157,7 +157,7 @@ def in_memory(images, size, cache_dir=None, workers=0):
         files.note(f"{N} images of {size} x {size} are {megabytes:.0f} MB, more than half of the "
                    "memory: they stream from their files, cropped as on ImageNet")
         return images
-    key = {"files": digest_files(images.paths), "geometry": [str(x) for x in images.geometry]}
+    key = {"files": keys.digest_files(images.paths), "geometry": [str(x) for x in images.geometry]}
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     path = files.cache_folder(cache_dir) / f"images-{N}x{size}-{digest[:16]}.bin"
     is_new = not path.is_file()
@@ -168,7 +168,7 @@ def in_memory(images, size, cache_dir=None, workers=0):
             yield block.numpy().tobytes()
             progress.update(progress.done + len(block), keep=progress.done + len(block) == N)
 
-    images = mapped(path, key, shape, torch.uint8, rows)
+    images = keys.mapped(path, key, shape, torch.uint8, rows)
     if is_new:
         files.note(f"{N} images of {size} x {size}: {megabytes:.3g} MB in memory, kept in {path}")
     return images

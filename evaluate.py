@@ -29,6 +29,7 @@ import clip_model
 import command
 import data
 import files
+import keys
 import metrics
 import models
 import richkd
@@ -124,7 +125,7 @@ def load_run(folder, own, about, test, identity):
         with files.undamaged(folder / "config.json", ANEW):
             found = about["inputs"]
             report["inputs"] = {"train": found["data"]["train"]["content"], "files": found["files"]}
-            other = data.difference(found["data"]["test"], identity)
+            other = keys.difference(found["data"]["test"], identity)
         if other:
             files.note(f"{folder} was tested on another test split while training: {other}")
     path = folder / "student.pt"
@@ -180,7 +181,7 @@ def prepare(config):
     if config.shift == [] and not data.DATASETS[config.dataset].shifts:
         raise ValueError(f"{config.dataset} has no shift split of its own: --shift DIR names one")
     test = train.load_split(config, "test")
-    identity = data.identity(test)
+    identity = keys.identity(test)
     found = [load_run(folder, *own, test, identity) for folder, own in owns.items()]
     if config.checkpoint:
         found = [load_bare(config, test)]
@@ -258,7 +259,7 @@ def evaluate_sets(config, test, subjects):
         elif name != "test":
             split = train.load_split(config, name)
         if name != "test":
-            key["content"] = data.identity(split)["content"]
+            key["content"] = keys.identity(split)["content"]
         todo = [subject for subject in subjects if name not in subject.report
                 or not key.items() <= subject.report[name].items()]
         sizes = sorted({subject.classifier.image_size for subject in todo})
@@ -306,7 +307,7 @@ def corruption_source(config, test):
         streams = (published(test, name, severity, config)[0]
                    for name, severity in itertools.product(COMMON, range(1, 6)))
         paths = itertools.chain.from_iterable(stream.paths for stream in streams)
-    return {"source": "published", "content": data.digest_files(paths), "share": 1.0}
+    return {"source": "published", "content": keys.digest_files(paths), "share": 1.0}
 
 
 def corrupted(test, name, severity, config):
@@ -392,7 +393,7 @@ def zero_shot(config):
     templates = clip_model.load_templates(own.prompts or targets.PROMPTS)
     clip, tokenizer, scale = targets.load_clip_teacher(own)
     _, features = targets.load_targets(own, clip, tokenizer, {"test": test},  # (N,D)
-                                       {"test": data.identity(test)})["test"]
+                                       {"test": keys.identity(test)})["test"]
     text = clip_model.class_features(clip, tokenizer, test.class_names, templates).cpu()  # (K,M,D)
     classes = {f"all {len(templates)} templates": richkd.ensemble_text_features(text)}
     classes |= {template: text[:, m] for m, template in enumerate(templates)}  # (K,D) each
@@ -455,7 +456,8 @@ def tables(reports):
         if "mean_error" in found:
             rows = [(name, [*row, sum(row) / 5]) for name, row in found["top1"].items()]
             lines += table("top-1 %, severity", (1, 2, 3, 4, 5, "mean"), rows)
-            share = f", {100 * found['share']:.3g} % of the images" if found["share"] < 1 else ""
+            share = found.get("share", 1)
+            share = f", {100 * share:.3g} % of the images" if share < 1 else ""
             lines.append(f"over the fifteen ({found['source']}{share}): mean error "
                          f"{found['mean_error']:.2f} %, less the clean error "
                          f"{found['relative_mean_error']:.2f} %")

@@ -462,8 +462,8 @@ def load_weights(model_name, path, num_classes=None):
     if not any(tensor.dim() == 2 for tensor in state.values()):
         raise ValueError(f"{path}: no classifier in it: expected one with a last linear layer")
     stem = state.get("conv1.weight", torch.empty(0)).shape[2:]
-    if model_name == "resnet50" and stem == (7, 7):  # the CIFAR network's has 3x3
-        model_name = "resnet50_imagenet"
+    by_stem = {("resnet50", (7, 7)): "resnet50_imagenet", ("resnet18", (3, 3)): "resnet18_cifar"}
+    model_name = by_stem.get((model_name, tuple(stem)), model_name)  # the networks for CIFAR: 3x3
     model = empty_like(model_name, state)
     found, problem = match(model, state)
     if problem:

@@ -21,6 +21,7 @@ import clip_model
 import clip_weights
 import data
 import files
+import keys
 import models
 import targets
 from command import flag
@@ -42,7 +43,7 @@ def settings(config):
 
 def inputs(config, splits):
     """What a run depends on beside its settings, as config.json has it: {"data": {split:
-    `data.identity`}, "files": {setting: digest of what it names}}, of a method without a teacher or
+    `keys.identity`}, "files": {setting: digest of what it names}}, of a method without a teacher or
     without CLIP nothing that only these read. config: a resolved train.Config. Raises OSError and
     ValueError for files that cannot be read."""
     found = {}
@@ -59,7 +60,7 @@ def inputs(config, splits):
         found["prompts"] = files.json_digest(templates)
         found["bpe"] = (files.file_digest(config.bpe) if config.bpe
                         else clip_weights.BPE_DIGEST.removeprefix("sha256:"))
-    return {"data": {name: data.identity(split) for name, split in splits.items()},
+    return {"data": {name: keys.identity(split) for name, split in splits.items()},
             "files": found}
 
 
@@ -68,7 +69,7 @@ def difference(about, config, here):
     settings, in words; None where in nothing. A split that only one of them has is not compared."""
     there, before = about["inputs"], about["settings"]
     for name in here["data"]:
-        differ = name in there["data"] and data.difference(there["data"][name], here["data"][name])
+        differ = name in there["data"] and keys.difference(there["data"][name], here["data"][name])
         if differ:
             return f"other data in its {name} split: {differ}"
     for name in FILES:

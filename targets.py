@@ -19,6 +19,7 @@ import clip_model
 import command
 import data
 import files
+import keys
 import richkd
 import shapes
 
@@ -73,7 +74,7 @@ def clip_view(config, clip, classes, images):
 def load_targets(config, clip, tokenizer, splits, identities):
     """CLIP's view of every plain image of each split, from the cache or computed now: {split name:
     (cosines (N,K), unit-length features (N,D))}, float16 on the CPU. identities: {split name:
-    `data.identity`}."""
+    `keys.identity`}."""
     # What the tensors do not tell: QuickGELU or GELU, and into how many heads a width is split.
     kinds = [[type(module).__name__, getattr(module, "heads", 0)] for module in clip.modules()]
     weights = hashlib.sha256(files.json_digest(kinds).encode())
@@ -106,7 +107,7 @@ def load_targets(config, clip, tokenizer, splits, identities):
 
 def cached_targets(path, key, shape, views):
     """(cosines (N,K), features (N,D)) float16, memory-mapped from the file `path`, as
-    `data.mapped`: made first where there is none, and anew where it is damaged.
+    `keys.mapped`: made first where there is none, and anew where it is damaged.
 
     key: a dict of JSON values, all that the targets depend on. shape: (N, K, D). views: (start,
     stop) -> iterator of (cosines (b,K), features (b,D)). An interruption costs at most PART images.
@@ -115,7 +116,7 @@ def cached_targets(path, key, shape, views):
 
     def table():
         rows = functools.partial(target_rows, path, N, views, key.get("split", ""))
-        return data.mapped(path, key, [N, K + D], torch.float16, rows)
+        return keys.mapped(path, key, [N, K + D], torch.float16, rows)
 
     try:
         numbers = table()

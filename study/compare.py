@@ -63,13 +63,20 @@ class Run(NamedTuple):
     teaching: dict   # {row of TEACHER_ROWS: {column: number}}
 
 
+def corruption_column(corruptions):
+    """The name of a column: figures of another share of the images are another one's."""
+    share = corruptions.get("share", 1)
+    part = f", {100 * share:.3g} % of the images," if share < 1 else ""
+    return f"{corruptions['source']} corruptions{part} top-1 %"
+
+
 def run_of(report):
     """The Run in a report, as evaluate.py makes it. Another dict raises what reading it raises."""
     of, corruptions = report["of"], report.get("corruptions", {})
     figures = {f"{name} top-1 %": float(row["top1"]) for name, row in report.items()
                if isinstance(row, dict) and "brier" in row}
     if "mean_error" in corruptions:
-        figures[f"{corruptions['source']} corruptions top-1 %"] = 100 - corruptions["mean_error"]
+        figures[corruption_column(corruptions)] = 100 - corruptions["mean_error"]
     figures["NLL"] = float(report["test"]["nll"])
     figures["ECE %"] = float(report["test"]["ece"])
 
@@ -79,8 +86,7 @@ def run_of(report):
             teaching[name][f"{split} top-1 %"] = float(top1)
         corrupted = report.get("fused", {}).get("corruptions")
         if corrupted:
-            column = f"{corrupted['source']} corruptions top-1 %"
-            teaching[name][column] = float(corrupted[who])
+            teaching[name][corruption_column(corrupted)] = float(corrupted[who])
     found = report.get("inputs") or {}
     inputs = {"train": found.get("train"), "files": dict(found.get("files", {}))}
     group = {name: of.get(name) for name in ("dataset", "student", "epochs")}

@@ -48,8 +48,8 @@ def config(folder, **changes):
     """RichKD (L+F), two epochs of five steps, below a folder; its teacher is trained there, too."""
     return train.Config(**{**dict(
         teacher=("resnet8",), student="resnet8", clip=str(folder.parent / "clip.pt"), epochs=2,
-        batch_size=20, num_negatives=64, cache_dir=str(folder / "cache"), out=str(folder / "run"),
-        device="cpu"), **changes})
+        batch_size=20, lr=0.05, num_negatives=64, cache_dir=str(folder / "cache"),
+        out=str(folder / "run"), device="cpu"), **changes})
 
 
 def scratch(folder, **changes):

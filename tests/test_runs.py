@@ -16,6 +16,7 @@ from PIL import Image
 
 import data
 import files
+import keys
 import models
 import runs
 import teachers
@@ -163,7 +164,7 @@ def test_check_inputs_refuses_other_data(place, finished):
     anew = dataclasses.replace(config, data_dir=str(place / "b"), overwrite=True)
     assert train.run(anew)["epochs"] == 2
     there = files.read_own(place / "run/config.json", "")["inputs"]["data"]["train"]
-    assert there == data.identity(data.load_dataset("imagenet", place / "b", "train"))
+    assert there == keys.identity(data.load_dataset("imagenet", place / "b", "train"))
 
 
 def test_run_whose_data_is_gone_is_not_taken_for_the_same(place):

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 import clip_model
 import data
 import files
+import keys
 import shapes
 import targets
 import train
@@ -23,7 +24,7 @@ def config(clip_file, tmp_path):
 
 
 def load_targets(config, clip, tokenizer, splits):
-    identities = {name: data.identity(split) for name, split in splits.items()}
+    identities = {name: keys.identity(split) for name, split in splits.items()}
     return targets.load_targets(config, clip, tokenizer, splits, identities)
 
 

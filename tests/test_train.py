@@ -17,6 +17,7 @@ import command
 import data
 import evaluate
 import files
+import keys
 import models
 import richkd
 import runs
@@ -164,8 +165,8 @@ def test_run_uses_the_function_that_bears_an_equations_number(config, number, mo
     name, changes = EQUATIONS[number]
     changed = with_(config, epochs=1, average="logits" if number < 3 else "embeddings", **changes)
     if number < 3:  # CLIP's targets are not in the cache, so that they are computed
-        identity = data.identity
-        monkeypatch.setattr(data, "identity", lambda split: {**identity(split), "content": "other"})
+        identity = keys.identity
+        monkeypatch.setattr(keys, "identity", lambda split: {**identity(split), "content": "other"})
     monkeypatch.setattr(richkd, name, stop)
     with pytest.raises(Called):
         train.run(changed)
