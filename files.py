@@ -179,7 +179,6 @@ def partial_file(path, expected):
     """The name of this process's own partial file of `path`: a new one, or the largest of those
     that another process left. A download writes at least every ten seconds, or ends; what ended by
     an exception is made old, so that the next one need not wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{expected[:8]}.{os.getpid()}.part")
     left = path.parent.glob(f"{glob.escape(path.name)}.{expected[:8]}.*.part")
     with contextlib.suppress(FileNotFoundError):  # yet another process was faster
@@ -230,6 +229,7 @@ def receive(answer, url, part, done):
     name, size = part.name.rsplit(".", 3)[0], f" ({total / 1e6:.1f} MB)" if length else ""
     note(f"downloading {name}{size} from {url}" + (f" behind {done / 1e6:.1f} MB" if done else ""))
     progress, said = Progress(name, total / 1e6, "MB", done / 1e6), time.time()
+    part.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to keep
     with open(part, "ab" if done else "wb") as file:
         while chunk:
             file.write(chunk)

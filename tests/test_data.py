@@ -304,8 +304,9 @@ def test_load_dataset_without_a_network_names_file_addresses_place_and_flag(
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    message = refused(data.load_dataset, name, tmp_path, "train")
-    assert all(part in message for part in (str(tmp_path / file), "--data-dir", *addresses))
+    message = refused(data.load_dataset, name, tmp_path / "new", "train")
+    assert all(part in message for part in (str(tmp_path / "new" / file), "--data-dir", *addresses))
+    assert not os.listdir(tmp_path)
     (tmp_path / file).write_bytes(b"half a file")
     message = refused(data.load_dataset, name, tmp_path, "train")
     assert str(tmp_path / file) in message and "md5 is" in message
