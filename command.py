@@ -99,7 +99,10 @@ def main(job):
         job()
         leave_ranks()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{clear}error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:  # without "[Errno 2]"
+            said = f"{error.filename}: {error.strerror}"
+        print(f"{clear}error: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         number, state = error.args or (signal.SIGINT, "")

@@ -189,6 +189,9 @@ def load_splits(config):
         splits["test"] = data.subset(splits["train"], kept, 1)
     if kept * config.fraction < 1:
         splits["train"] = data.subset(splits["train"], 0, kept * config.fraction)
+    N, least = len(splits["train"].labels), max(2, world())
+    if N < least:  # BatchNorm needs two, each rank one
+        raise ValueError(f"{config.data_dir}: {N} training images; expected at least {least}")
     return splits
 
 

@@ -328,6 +328,7 @@ def test_given_teacher_reads_images_as_it_was_trained(student, place):
     ({"class_names": "empty.txt"}, "empty.txt has 0 names"),
     ({"student": "resnet9"}, "unknown model"),
     ({"holdout": 0.01}, "no image lies between the shares 0.99 and 1 of any class"),
+    ({"data_dir": "one"}, "one: 1 training images; expected at least 2"),
     ({"device": "gpu"}, "--device gpu"),
 ])
 def test_begin_run_is_after_all_that_can_be_refused(place, clip_file, monkeypatch, changes,
@@ -336,6 +337,7 @@ def test_begin_run_is_after_all_that_can_be_refused(place, clip_file, monkeypatc
     monkeypatch.chdir(place)
     torch.save(models.build_model("resnet14", 2).state_dict(), "resnet14.pt")
     Path("empty.txt").write_text("")
+    folder(place / "one", WNIDS[:1], n=1)
     config = small(place, method="richkd", clip=clip_file, num_negatives=16)
     wrong = dataclasses.replace(config, **changes)
     before = {path.name for path in place.iterdir()} | {"cache"}
