@@ -128,10 +128,13 @@ def ids_of(split):
 
 
 def rename_classes(split, path):
-    """The split with the class names of a text file, one a line in the order of its classes. Raises
-    ValueError for another number of them."""
+    """The split with the class names of a text file, one a line in the order of its classes, or
+    id<tab>name. Raises ValueError where it does not name each class."""
     names = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
     ids = ids_of(split)
+    if names and all("\t" in name for name in names):  # as in words.txt: id<tab>name
+        words = folders.read_words(path)
+        names = [words[id] for id in ids if id in words]
     if len(names) != len(ids):
         raise ValueError(f"{path} has {len(names)} names, one a line; expected one for each of the "
                          f"{len(ids)} classes, from {ids[0]!r} to {ids[-1]!r}")
@@ -395,7 +398,13 @@ def list_tiny_imagenet(root, split):
     class_of = {name: name.split("/")[0] for name in found}  # <wnid>/images/<image>, <wnid>/<image>
     if split == "test" and below + listing in names:
         places = {name.split("/")[-1]: name for name in found}
-        annotated = {row[0]: row[1].strip() for row in table(f"val/{listing}")}
+        rows = [(row[0], row[1].strip()) for row in table(f"val/{listing}") if len(row) > 1]
+        annotated = dict(rows)
+        if len({*rows}) > len(annotated):
+            raise ValueError(f"{listing} has two classes for one image")
+        if len(annotated) < len(found):
+            files.note(f"{root}: {len(found) - len(annotated)} images in {below} are not in "
+                       f"{listing}, and left out")
         for file, wnid in annotated.items():
             if file not in places:
                 raise ValueError(f"it holds no {below}images/{file}")
@@ -445,7 +454,8 @@ def class_words(root, ids):
                     files.note(f"{folder / name} names {len(named)} of the {len(ids)} classes")
                 if named:
                     return named
-    if len(ids) == 1000 and ids[0] == "n01440764":
+    known = {0: "n01440764", 388: "n02510455", 999: "n15075141"}  # of ImageNet's thousand
+    if len(ids) == 1000 and all(ids[k] == id for k, id in known.items()):
         weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
         return dict(zip(ids, weights.meta["categories"]))
     return {}

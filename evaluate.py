@@ -124,10 +124,15 @@ def load_run(folder, own, about, test, identity):
     if "inputs" in about:  # else it is of an earlier version
         with files.undamaged(folder / "config.json", ANEW):
             found = about["inputs"]
-            report["inputs"] = {"train": found["data"]["train"]["content"], "files": found["files"]}
-            other = keys.difference(found["data"]["test"], identity)
+            report["inputs"] = {"train": found["data"]["train"]["content"],
+                                "files": dict(found["files"])}
+            if own.clip:  # which is asked for them
+                names = files.json_digest(found["data"]["train"]["class_names"])
+                report["inputs"]["files"]["class_names"] = names
+            other = keys.difference(found["data"]["test"], identity, names=False)
         if other:
             files.note(f"{folder} was tested on another test split while training: {other}")
+            report["teachers"] = {who: {} for who in report["teachers"]}  # of other images
     path = folder / "student.pt"
     student = files.read_own(path, ANEW)
     with files.undamaged(path, ANEW):
@@ -153,7 +158,7 @@ def load_bare(config, test):
         raise ValueError(f"{path}: {differ}")
     of = {"checkpoint": str(path), "dataset": config.dataset, "student": config.model}
     report = {"of": of, "weights": files.file_digest(path)}
-    return Subject(classifier, path.with_suffix(".report.json"), report)
+    return Subject(classifier, path.with_name(f"{path.name}.report.json"), report)
 
 
 def is_taught(subject):
@@ -191,6 +196,7 @@ def prepare(config):
             raise ValueError(f"these runs have images of {', '.join(map(str, sizes))} pixels: "
                              "evaluate one after another")
         test = train.resized(test, sizes[0], config)
+    del identity["class_names"]  # of no influence here
     how = {"seed": config.seed, "amp": config.amp, "test": identity}
     subjects = []
     for classifier, path, report in found:
@@ -284,14 +290,26 @@ def published(test, name, severity, config):
         if len(labels) == len(test.labels) and not labels.equal(test.labels):
             raise ValueError(f"{config.corruptions}/labels.npy has other labels than the test "
                              f"split of {config.dataset}")
+        if int(labels.max()) >= len(test.class_names):
+            raise ValueError(f"{config.corruptions}/labels.npy has the label {int(labels.max())}; "
+                             f"{config.dataset} has {len(test.class_names)} classes")
+        say_other_count(config.corruptions, labels, test)
         return images, labels
     root = shifts.imagenet_c_folder(config.corruptions, name, severity)
     paths, labels, columns = shifts.list_classes(root, data.ids_of(test), test.class_names)
     if len(columns) != len(test.class_names):
         raise ValueError(f"{root} has {len(columns)} classes, {config.dataset} "
                          f"{len(test.class_names)}: expected a folder for each")
-    size = data.DATASETS[config.dataset].image_size  # the published images have it already
+    say_other_count(root, labels, test)
+    images = test.images  # whose size the published images have already
+    size = images.geometry[0] if isinstance(images, data.Stream) else images.shape[-1]
     return data.Stream(paths, size, size), labels
+
+
+def say_other_count(where, labels, test):
+    if len(labels) != len(test.labels):
+        files.note(f"{where} has {len(labels)} images a severity, the test split "
+                   f"{len(test.labels)}")
 
 
 def corruption_source(config, test):
@@ -356,9 +374,13 @@ def evaluate_corruptions(config, test, subjects, source):
             top1.append(100 * metrics.top_k_accuracy(logits, labels))
         save_reports(todo)
     alexnet = config.dataset == "imagenet" and len(test.class_names) == 1000
-    for _, _, report in subjects:
-        report["corruptions"] |= corruption_errors(report["corruptions"]["top1"],
-                                                   report["test"]["top1"], alexnet)
+    for classifier, _, report in subjects:
+        clean = report["test"]["top1"]
+        if source["share"] < 1:  # of the same images
+            blocks = device_blocks(data.resize(test.images, classifier.image_size), config)
+            [logits] = train.predict([classifier], blocks, config)
+            clean = 100 * metrics.top_k_accuracy(logits, test.labels)
+        report["corruptions"] |= corruption_errors(report["corruptions"]["top1"], clean, alexnet)
     save_reports(subjects)
 
 

@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import stat
+import unicodedata
 import warnings
 import zipfile
 from collections import Counter
@@ -53,21 +54,27 @@ def open_zip(path):
 
 
 def list_files(root):
-    """The posix names, relative to `root`, of all files in a folder, or in a zip. Links are
+    """Yield the posix names, relative to `root`, of all files in a folder, or in a zip. Links are
     followed; of a folder that is no data (`is_data`) its own name stands for all in it."""
-    if not os.path.isdir(root):
-        return [name for name in open_zip(root).namelist() if not name.endswith("/")]
-
     def fail(error):
         raise error
 
-    names = []
+    if not os.path.isdir(root):
+        yield from (name for name in open_zip(root).namelist() if not name.endswith("/"))
+        return
     for folder, below, here in os.walk(root, onerror=fail, followlinks=True):
         prefix = Path(folder).relative_to(root).as_posix() + "/"
         prefix = "" if prefix == "./" else prefix
-        names += [prefix + name for name in here + [name for name in below if not is_data(name)]]
-        below[:] = [name for name in below if is_data(name)]
-    return names
+        yield from (prefix + name for name in here)
+        yield from (prefix + name for name in below if not is_data(name))
+        below[:] = [name for name in below
+                    if is_data(name) and not leads_back(os.path.join(folder, name))]
+
+
+def leads_back(path):
+    """Whether a folder is a link to one that it lies in."""
+    place = Path(path).parent.resolve() if os.path.islink(path) else None
+    return place is not None and place.is_relative_to(os.path.realpath(path))
 
 
 def read_bytes(root, name):
@@ -143,8 +150,7 @@ def by_class(root):
 def class_folders(root):
     """The sorted names of the class folders in `root` that hold a picture, if any."""
     def has_picture(folder):
-        return any(is_data(name) and name.lower().endswith(SUFFIXES)
-                   for _, _, names in os.walk(folder, followlinks=True) for name in names)
+        return any(is_data(name) and name.lower().endswith(SUFFIXES) for name in list_files(folder))
 
     return sorted(folder.name for folder in Path(root).glob("*")
                   if is_data(folder.name) and folder.is_dir() and has_picture(folder))
@@ -154,7 +160,9 @@ def class_folders(root):
 
 
 def alike(name):
-    return re.sub(r"[\s_-]+", " ", name.split(",")[0]).strip().lower()
+    name = unicodedata.normalize("NFC", name.split(",")[0])
+    name = re.sub(r"[\s_-]+", " ", name).strip().lower()
+    return str(int(name)) if name.isdecimal() else name  # 002 is 2
 
 
 def match_classes(found, class_ids, class_names, where, renamed=None, partial=False):
@@ -179,6 +187,7 @@ def match_classes(found, class_ids, class_names, where, renamed=None, partial=Fa
     numbers = [name for name in rest if name.isdecimal() and name not in renamed]
     places = {int(name) for name in numbers}
     by_place = (len(places) == len(rest) > 0 and max(places) < K
+                and not any(id.isdecimal() for id in class_ids)
                 and (partial or places == set(range(K))))
     for name in found:
         if name not in rest:

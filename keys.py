@@ -20,24 +20,35 @@ import folders
 
 
 def digest_files(paths):
-    """SHA-256 of files, given as a Stream has them: of each the last two parts of its name, its
-    size and its last 256 bytes, in which a JPEG ends its pixels and a PNG has its checksum; in a
-    zip its name, size and checksum. 100,000 files take a second."""
+    """SHA-256 of files, given as a Stream has them: of each the last two parts of its name and its
+    size; of a JPEG or PNG the last 256 bytes, in which the one ends its pixels and the other has
+    its checksum; in a zip its checksum; of any other file all of it. 100,000 JPEGs take a second.
+    """
     digest = hashlib.sha256()
     for path in paths:
+        name = path[1] if isinstance(path, tuple) else str(path)
         if isinstance(path, tuple) and not os.path.isdir(path[0]):
             entry = folders.open_zip(path[0]).getinfo(path[1])
             size, content = entry.file_size, b"%d" % entry.CRC
         else:
             path = os.path.join(*path) if isinstance(path, tuple) else path
-            file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            size = os.lseek(file, 0, os.SEEK_END)
-            os.lseek(file, max(0, size - 256), os.SEEK_SET)
-            content = os.read(file, 256)
-            os.close(file)
-        name = "/".join(str(path[1] if isinstance(path, tuple) else path).split(os.sep)[-2:])
-        digest.update(b"%d %d %b %b" % (len(name), size, name.encode(), content))
+            size, content = size_and_content(path)
+        name = os.fsencode("/".join(name.replace(os.sep, "/").split("/")[-2:]))
+        digest.update(b"%d %d %b %b" % (len(name), size, name, content))
     return digest.hexdigest()
+
+
+def size_and_content(path):
+    """A file's size, and bytes that change with its content; see `digest_files`."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # faster than a file object
+    try:
+        size = os.lseek(file, 0, os.SEEK_END)
+        if not str(path).lower().endswith((".jpeg", ".jpg", ".png")):
+            return size, files.file_digest(path).encode()
+        os.lseek(file, max(0, size - 256), os.SEEK_SET)
+        return size, os.read(file, 256)
+    finally:
+        os.close(file)
 
 
 def identity(split):
@@ -55,9 +66,10 @@ def identity(split):
             "content": digest.hexdigest()}
 
 
-def difference(there, here):
-    """What two `identity` differ in, in words; None where they are the same."""
-    for what in ("class_ids", "class_names"):
+def difference(there, here, names=True):
+    """What two `identity` differ in, in words; None where they are the same. Without `names` these,
+    which CLIP alone is asked for, are not compared."""
+    for what in ("class_ids", "class_names") if names else ("class_ids",):
         pairs = itertools.zip_longest(there[what], here[what])
         for k, (before, now) in enumerate(pairs):
             if before != now:

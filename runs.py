@@ -69,7 +69,8 @@ def difference(about, config, here):
     settings, in words; None where in nothing. A split that only one of them has is not compared."""
     there, before = about["inputs"], about["settings"]
     for name in here["data"]:
-        differ = name in there["data"] and keys.difference(there["data"][name], here["data"][name])
+        differ = name in there["data"] and keys.difference(
+            there["data"][name], here["data"][name], names=config.clip is not None)
         if differ:
             return f"other data in its {name} split: {differ}"
     for name in FILES:

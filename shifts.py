@@ -82,6 +82,9 @@ def list_classes(root, class_ids, class_names, renamed=None):
     for ImageNet-A and -R). Raises OSError, and ValueError for a folder of no known class.
     """
     found = folders.by_class(root)
+    absent = sorted({*(renamed or {})} - found.keys())
+    if absent:
+        files.note(f"{root} has no images in {', '.join(absent[:5])}, which classes.json names")
     matched = folders.match_classes(found, class_ids, class_names, root, renamed, partial=True)
     paths = [path for name in found for path in found[name]]
     classes = [matched[name] for name in found for _ in found[name]]

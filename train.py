@@ -25,6 +25,7 @@ import torch.distributed as dist
 import command
 import data
 import files
+import folders
 import models
 import richkd
 import runs
@@ -183,10 +184,13 @@ def load_split(config, name):
 def load_splits(config):
     """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
     names = ("train", "test", *data.DATASETS[config.dataset].shifts)
-    splits = {name: load_split(config, name) for name in names}
+    splits = {name: load_split(config, name if name != "test" or not config.holdout else "train")
+              for name in names}
     kept = 1 - config.holdout
     if config.holdout:
         splits["test"] = data.subset(splits["train"], kept, 1)
+        held = {k: k for k in splits["test"].labels.tolist()}
+        folders.say_absent(held, data.ids_of(splits["test"]), "--holdout", "the training images")
     if kept * config.fraction < 1:
         splits["train"] = data.subset(splits["train"], 0, kept * config.fraction)
     N, least = len(splits["train"].labels), max(2, world())

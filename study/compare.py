@@ -18,6 +18,9 @@ import torch
 
 import files
 
+# What every method has, so that it is said where it is not that of the first kd.
+SHARED = ("image_size", "lr", "weight_decay", "batch_size", "temperature", "ce_weight", "amp")
+UNSET = ("clip_scale", "clip_activation", "teacher_shares")  # in which None is a value
 TEACHER_ROWS = {"clip": "CLIP zero-shot", "teacher": "teacher", "fused": "fused teacher"}
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -61,6 +64,7 @@ class Run(NamedTuple):
     inputs: dict     # "train": content of the training images; "files": {setting: of its file}
     figures: dict    # {column: number} of the student
     teaching: dict   # {row of TEACHER_ROWS: {column: number}}
+    content: dict = {}  # {column: what tells its images from others}
 
 
 def corruption_column(corruptions):
@@ -90,9 +94,15 @@ def run_of(report):
     found = report.get("inputs") or {}
     inputs = {"train": found.get("train"), "files": dict(found.get("files", {}))}
     group = {name: of.get(name) for name in ("dataset", "student", "epochs")}
+    content = {f"{name} top-1 %": row["content"][:8] for name, row in report.items()
+               if isinstance(row, dict) and "brier" in row and "content" in row}
+    if "mean_error" in corruptions:
+        seed = f"seed {report.get('how', {}).get('seed')}"
+        digest = corruptions.get("content")
+        content[corruption_column(corruptions)] = digest[:8] if digest else seed
     group["test"] = report.get("how", {}).get("test", {}).get("content")
     return Run(group, of.get("teacher"), of.get("method") or of["checkpoint"], of.get("seed"),
-               dict(report.get("settings", {})), inputs, figures, teaching)
+               dict(report.get("settings", {})), inputs, figures, teaching, content)
 
 
 def read_reports(path):
@@ -118,11 +128,13 @@ def by_method(runs):
     differ from those of its first run; where the settings are the same and data or files are not,
     these by their digest. Raises ValueError where two have all of it and the seed in common."""
     methods, first = {}, {}
+    common = next((run for run in runs if run.method == "kd"), *runs[:1])
     for run in runs:
         usual = first.setdefault(run.method, run)
         named, there = run.inputs["files"], usual.inputs["files"]
         flags = [f"--{name.replace('_', '-')} {value}" for name, value in run.settings.items()
-                 if name != "seed" and value not in (None, []) and usual.settings.get(name) != value
+                 if name != "seed" and (value not in (None, []) or name in UNSET)
+                 and value != (common if name in SHARED else usual).settings.get(name)
                  and not (name in named and named[name] == there.get(name))]  # one file, two places
         method = (run.method, *flags)
         if run.inputs != first.setdefault(method, run.inputs):
@@ -135,6 +147,17 @@ def by_method(runs):
     return methods
 
 
+def told_apart(runs):
+    """The runs, with columns of one name and of other images renamed by the latters' digest."""
+    sets = {}
+    for run in runs:
+        for column, content in run.content.items():
+            sets.setdefault(column, set()).add(content)
+    return [run._replace(figures={
+        f"{column} ({run.content[column]})" if len(sets.get(column, ())) > 1 else column: value
+        for column, value in run.figures.items()}) for run in runs]
+
+
 def groups(runs):
     """Methods over seeds -> [{"dataset", "student", "epochs", "teacher", "rows"}], a group a table.
 
@@ -143,7 +166,7 @@ def groups(runs):
     their seed and training images. Runs without a teacher join every group of their student. The
     first rows are the group's own CLIP, teacher and fused teacher, where its runs know them.
     """
-    found, seen = [], []
+    found, seen, runs = [], [], told_apart(runs)
     for run in runs:
         group = {**run.group, "teacher": run.teacher}
         alike = [other for other in runs if other.group == run.group]

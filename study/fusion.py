@@ -128,7 +128,7 @@ def superclasses(dataset, class_names, class_ids=(), is_a="wordnet.is_a.txt"):
         keys["colour"] = [name.split()[0] for name in class_names]
         keys["form"] = [name.split()[1] for name in class_names]
     elif class_ids and Path(is_a).is_file():
-        lines = [line.split() for line in Path(is_a).read_text().splitlines()]
+        lines = [line.split() for line in files.read_text(is_a).splitlines() if line.strip()]
         parent = {child: above for above, child in lines}
         keys["WordNet parent"] = [parent.get(own, own) for own in class_ids]
     return {what: torch.tensor([row.index(key) for key in row]) for what, row in keys.items()}
@@ -162,7 +162,7 @@ class RunTeachers:
         templates = clip_model.load_templates(own.prompts or targets.PROMPTS)
         names = clip_model.class_features(self.clip, self.tokenizer, test.class_names, templates)
         names = richkd.ensemble_text_features(names).cpu()  # (K, M, D) -> (K, D)
-        groups = superclasses(own.dataset, test.class_names, test.class_ids,
+        groups = superclasses(own.dataset, data.ids_of(test), test.class_ids,
                               Path(own.data_dir) / "wordnet.is_a.txt")
         found = fusion_table(teacher_logits, self.scale * cosines.float().cpu(), test.labels,
                              own.alpha, names @ names.T, groups,

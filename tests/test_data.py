@@ -577,6 +577,8 @@ def test_rename_classes(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*names, "", ""]).encode())
     found = data.rename_classes(split, path)
     assert found.class_names == names and found.class_ids == list("0123456")
+    path.write_text("".join(f"{k}\tname of {k}\n" for k in (6, 2, 4, 0, 1, 3, 5)))
+    assert data.rename_classes(split, path).class_names == [f"name of {k}" for k in range(7)]
     path.write_text("one\ntwo\n")
     assert refused(data.rename_classes, split, path) == (
         f"{path} has 2 names, one a line; expected one for each of the 7 classes, from '0' to '6'")
@@ -732,13 +734,21 @@ def test_tiny_imagenet_with_its_validation_images_laid_otherwise(layout, tmp_pat
     assert ("left out" in capsys.readouterr().err) == (layout == "from a Mac")
 
 
-def test_tiny_imagenet_compares_folders_and_annotations(tmp_path):
+def test_tiny_imagenet_compares_folders_and_annotations(tmp_path, capsys):
     content, top = tiny_imagenet_files(), "tiny-imagenet-200/val/"
     for file, wnid in {"val_0.JPEG": "n01", "val_1.JPEG": "n01"}.items():
         content[f"{top}{wnid}/{file}"] = content.pop(f"{top}images/{file}")
     archive = write_zip(tmp_path / "t.zip", content.items())
     message = refused(data.load_dataset, "tiny-imagenet", archive, "test")
     assert "val/n01/val_0.JPEG is of class n02 in val_annotations.txt" in message
+    content[f"{top}val_annotations.txt"] += b"val_0.JPEG\tn01\t0\t0\t1\t1\n\nno tab\n"
+    archive = write_zip(tmp_path / "twice.zip", content.items())
+    message = refused(data.load_dataset, "tiny-imagenet", archive, "test")
+    assert "val_annotations.txt has two classes for one image" in message
+    content[f"{top}val_annotations.txt"] = b"val_0.JPEG\tn01\t0\t0\t1\t1\n"
+    archive = write_zip(tmp_path / "one.zip", content.items())
+    assert data.load_dataset("tiny-imagenet", archive, "test").labels.tolist() == [0]
+    assert "1 images in tiny-imagenet-200/val/ are not in" in capsys.readouterr().err
     del content[f"{top}n01/val_0.JPEG"]
     archive = write_zip(tmp_path / "u.zip", content.items())
     message = refused(data.load_dataset, "tiny-imagenet", archive, "test")

@@ -439,7 +439,7 @@ def test_evaluate_takes_a_bare_checkpoint(run, tmp_path):
     report, = evaluate.evaluate(own)
     summary = json.loads((run / "summary.json").read_text())
     assert report["test"]["top1"] == pytest.approx(summary["student_accuracy"])
-    assert (tmp_path / "bare.report.json").is_file()
+    assert (tmp_path / "bare.pt.report.json").is_file()
     with pytest.raises(ValueError, match="--model NAME and --dataset NAME"):
         evaluate.evaluate(evaluate.Config(checkpoint=str(path)))
     torch.save(models.build_model("resnet8", 7).state_dict(), path)
@@ -447,10 +447,40 @@ def test_evaluate_takes_a_bare_checkpoint(run, tmp_path):
         evaluate.evaluate(own)
 
 
+def test_evaluate_corruptions_of_a_share_compares_with_the_same_clean_images():
+    """Images of which the first fifth of each class is right, the others wrong."""
+    class Bright(torch.nn.Module):  # class 1 where an image is bright
+        def forward(self, images):
+            bright = images.mean((1, 2, 3)) > 0
+            return torch.stack([~bright, bright], 1).float(), images
+
+    labels = torch.tensor([0, 1] * 10)
+    test = data.Split(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), labels, ["dark", "bright"])
+    part = data.subset(test._replace(images=torch.arange(20)), 0, 0.2).images
+    shown = 1 - labels
+    shown[part] = labels[part]
+    images = (255 * shown).to(torch.uint8)[:, None, None, None].expand(20, 3, 8, 8).contiguous()
+    test = data.subset(test._replace(images=images), 0, 0.2)
+    own = evaluate.Config(dataset="shapes", corruptions="generated", corrupted_share=0.2,
+                          device="cpu", workers=0)
+    classifier = train.Classifier(Bright(), (0.5,) * 3, (0.5,) * 3, 8)
+    report = {"test": {"top1": 20.0}}
+    evaluate.save_reports, saved = lambda subjects: None, evaluate.save_reports
+    try:
+        source = evaluate.corruption_source(own, test)
+        evaluate.evaluate_corruptions(own, test, [evaluate.Subject(classifier, None, report)],
+                                      source)
+    finally:
+        evaluate.save_reports = saved
+    found = report["corruptions"]
+    assert found["share"] == 0.2
+    assert found["relative_mean_error"] == pytest.approx(found["mean_error"])  # clean: all right
+
+
 # Corrupted and shifted images ---------------------------------------------------------------------
 
 
-def test_corrupted_reads_cifar_c_with_the_test_splits_labels(tmp_path):
+def test_corrupted_reads_cifar_c_with_the_test_splits_labels(tmp_path, capsys):
     images = np.zeros((20, 32, 32, 3), dtype=np.uint8)
     images[:, 0, 0, 0] = [10 * severity + i for severity in range(1, 6) for i in range(4)]
     np.save(tmp_path / "fog.npy", images)
@@ -464,6 +494,12 @@ def test_corrupted_reads_cifar_c_with_the_test_splits_labels(tmp_path):
     other = test._replace(labels=torch.tensor([3, 1, 4, 2]))
     with pytest.raises(ValueError, match="other labels than the test split of cifar10"):
         evaluate.corrupted(other, "fog", 2, own)
+    few = test._replace(images=test.images[:3], labels=test.labels[:3])
+    evaluate.corrupted(few, "fog", 2, own)
+    assert "has 4 images a severity, the test split 3" in capsys.readouterr().err
+    np.save(tmp_path / "labels.npy", np.array([3, 1, 4, 10] * 5, dtype=np.uint8))
+    with pytest.raises(ValueError, match="labels.npy has the label 10; cifar10 has 10 classes"):
+        evaluate.corrupted(few, "fog", 2, own)
 
 
 def test_corrupted_reads_imagenet_c_with_the_data_sets_classes(tmp_path):
@@ -484,9 +520,11 @@ def test_corrupted_reads_imagenet_c_with_the_data_sets_classes(tmp_path):
         evaluate.corrupted(test, "fog", 1, own)
     with pytest.raises(ValueError, match="3 has 1 classes, imagenet 2: expected a folder for each"):
         evaluate.corrupted(test, "fog", 3, own)
-    in_memory = test._replace(images=torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-    own = dataclasses.replace(own, dataset="tiny-imagenet")
-    assert evaluate.corrupted(in_memory, "fog", 2, own)[1].tolist() == [0, 1]
+    for name in ("tiny-imagenet", "folder"):  # at the test split's own size
+        in_memory = test._replace(images=torch.zeros(2, 3, 48, 48, dtype=torch.uint8))
+        blocks, labels = evaluate.corrupted(in_memory, "fog", 2,
+                                            dataclasses.replace(own, dataset=name))
+        assert next(blocks).shape == (2, 3, 48, 48) and labels.tolist() == [0, 1]
 
 
 def test_evaluate_sets_masks_the_logits_of_a_shift_folder(tmp_path):

@@ -22,8 +22,12 @@ def test_list_files_follows_links_and_stops_at_what_is_no_data(tmp_path):
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / name).write_bytes(b"")
     (tmp_path / "root/link").symlink_to(tmp_path / "root/a/b")
+    (tmp_path / "root/a/up").symlink_to("..")
     assert sorted(folders.list_files(tmp_path / "root")) == [
         "__MACOSX", "a/.git", "a/b/c.png", "e.txt", "link/c.png"]
+    assert folders.class_folders(tmp_path / "root") == ["a", "link"]
+    (tmp_path / "root/a/b/c.png").unlink()  # what is left lies in .git
+    assert folders.class_folders(tmp_path / "root") == []
 
 
 def test_list_files_names_a_folder_that_it_may_not_read(tmp_path, monkeypatch):
@@ -37,7 +41,7 @@ def test_list_files_names_a_folder_that_it_may_not_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError, match="train"):
-        folders.list_files(tmp_path)
+        list(folders.list_files(tmp_path))
 
 
 def test_read_words_of_every_separator_and_a_byte_order_mark(tmp_path):
@@ -120,9 +124,20 @@ def test_match_classes_refuses_what_is_not_certain(found, names):
         folders.match_classes(found, IDS, names, "val")
 
 
-def test_match_classes_by_number_where_classes_are_numbers_themselves():
-    ids = [str(k) for k in sorted(range(12), key=str)]  # 0 1 10 11 2 ...
-    assert folders.match_classes(["2", "10"], ids, ids, "val") == {"2": 4, "10": 2}
+@pytest.mark.parametrize("first", [0, 1])
+def test_match_classes_by_number_where_classes_are_numbers_themselves(first):
+    ids = sorted(map(str, range(first, 12)))  # 0 1 10 11 2 ...
+    for digits in (1, 3):
+        found = [f"{k:0{digits}d}" for k in range(first, 12)]
+        expected = {name: ids.index(str(int(name))) for name in found}
+        assert folders.match_classes(found, ids, ids, "val") == expected
+        assert folders.match_classes(found[:3], ids, ids, "set", None, True) == {
+            name: expected[name] for name in found[:3]}
+
+
+def test_match_classes_of_names_in_two_forms_of_unicode():
+    ids = ["cafe\u0301", "tea"]  # as macOS decomposes it
+    assert folders.match_classes(["caf\xe9", "tea"], ids, ids, "val") == {"caf\xe9": 0, "tea": 1}
 
 
 def test_match_classes_of_a_part_and_renamed():

@@ -1,5 +1,6 @@
 """keys.py: what is another data set has another identity, what is the same one has the same."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 from test_data import numbered_stream, random_images
 
 import data
+import folders
 import keys
 
 
@@ -66,6 +68,27 @@ def test_identity_of_a_stream_notices_pictures_that_are(change, tmp_path):
     assert keys.difference(before, keys.identity(split)) == "other images or labels"
 
 
+@pytest.mark.parametrize("suffix", folders.SUFFIXES)
+def test_digest_files_notices_a_pixel_in_a_picture_of_every_format(suffix, tmp_path):
+    """Of one size in bytes, with the change far from the end, as uncompressed formats allow."""
+    path, digests = tmp_path / f"x{suffix}", []
+    for colour in (0, 255):
+        image = Image.new("RGB", (64, 64))
+        image.putpixel((30, 60 if suffix == ".bmp" else 3), (colour, colour, colour))
+        image.convert("L" if suffix == ".pgm" else "RGB").save(path)
+        digests.append(keys.digest_files([path]))
+    assert len({*digests}) == 2
+
+
+def test_digest_files_of_names_that_are_no_utf8(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
+    try:
+        Image.new("RGB", (4, 4)).save(os.fsdecode(path), "PNG")
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    assert len(keys.digest_files([os.fsdecode(path)])) == 64
+
+
 def test_difference_says_what_differs():
     before = keys.identity(some_split(class_ids=["n1", "n2"]))
     for change, words in (
@@ -75,6 +98,8 @@ def test_difference_says_what_differs():
             ({"images": 5}, "4 images there, 5 here"),
             ({"content": "0"}, "other images or labels")):
         assert keys.difference(before, {**before, **change}) == words
+    other = {**before, "class_names": ["cat", "fox"]}
+    assert keys.difference(before, other, names=False) is None
 
 
 def test_mapped_is_made_once_and_anew_for_another_key_or_damage(tmp_path, capsys):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import files
 import keys
 import models
@@ -105,7 +106,7 @@ def test_cached_teacher_of_another_number_of_classes_is_another(place):
     assert summary["teacher_accuracy"] is not None and len(teacher_folders(place)) == 2
 
 
-def test_cached_teacher_is_the_same_by_whatever_names(place):
+def test_cached_teacher_is_the_same_by_whatever_names(place, clip_file):
     train.run(small(place))
     (place / "names.txt").write_text("tench\ngoldfish\n")
     named = small(place, class_names=str(place / "names.txt"), out=str(place / "named"))
@@ -113,9 +114,13 @@ def test_cached_teacher_is_the_same_by_whatever_names(place):
     assert len(teacher_folders(place)) == 1
     student = files.read_own(place / "named/student.pt", "")
     assert student["class_names"] == ["tench", "goldfish"] and student["class_ids"] == WNIDS[:2]
+    asked = dataclasses.replace(named, method="richkd", clip=clip_file, num_negatives=16,
+                                out=str(place / "asked"))
+    train.run(asked)
     (place / "names.txt").write_text("tench\nshark\n")
+    train.run(named)  # finished: a run without CLIP depends on no names
     assert "other data in its train split: class 1 is 'goldfish' there and 'shark' here" in refused(
-        named)
+        asked)
 
 
 @pytest.mark.parametrize("part", ["student.pt", "last.pt"])
@@ -310,6 +315,26 @@ def test_given_teacher_reads_images_as_it_was_trained(student, place):
     torch.save(about["model"], student)  # a file that says nothing: the data set's mean and std
     assert not isinstance(teachers.given_teacher(config, "resnet8", str(student), split),
                           teachers.OwnInput)
+
+
+def test_load_splits_of_a_holdout_needs_no_test_images_and_says_what_it_lacks(tmp_path, capsys):
+    folder(tmp_path / "few", n=10)
+    shutil.rmtree(tmp_path / "few/val")
+    for i in range(2, 10):
+        (tmp_path / f"few/train/{WNIDS[1]}/{i}.png").unlink()
+    splits = train.load_splits(small(tmp_path, data_dir=str(tmp_path / "few"), holdout=0.2))
+    assert splits["test"].labels.tolist() == [0, 0] and len(splits["train"].labels) == 10
+    assert (f"--holdout has no image of 1 of the 2 classes of the training images: {WNIDS[1]}"
+            in capsys.readouterr().err)
+
+
+def test_load_run_has_no_accuracies_of_other_images_than_it_is_evaluated_on(place, capsys):
+    config = small(place, holdout=0.3)
+    train.run(config)
+    report, = evaluate.evaluate(evaluate.Config(run=(config.out,), device="cpu", workers=0,
+                                                cache_dir=config.cache_dir))
+    assert report["teachers"] == {"teacher": {}}
+    assert "was tested on another test split while training" in capsys.readouterr().err
 
 
 # ---- What is refused leaves nothing behind

@@ -78,13 +78,14 @@ def test_list_classes_counts_labels_within_the_columns(tmp_path):
     assert columns.tolist() == [1, 3, 4] and labels.tolist() == [1, 0, 0, 0, 2, 2]
 
 
-def test_list_classes_renames_and_refuses(tmp_path):
+def test_list_classes_renames_and_refuses(tmp_path, capsys):
     write_images(tmp_path / "set/1", 1)
     write_images(tmp_path / "set/2", 1)
     known = ["cat", "dog", "bird"]
-    renamed = {"1": "bird", "2": "cat"}
+    renamed = {"1": "bird", "2": "cat", "3": "dog"}
     _, labels, columns = shifts.list_classes(tmp_path / "set", known, known, renamed)
     assert columns.tolist() == [0, 2] and labels.tolist() == [1, 0]
+    assert "set has no images in 3, which classes.json names" in capsys.readouterr().err
     _, labels, columns = shifts.list_classes(tmp_path / "set", known, known)
     assert columns.tolist() == [1, 2] and labels.tolist() == [0, 1]  # by number
     message = refused(shifts.list_classes, tmp_path / "set", known[:2], known[:2])

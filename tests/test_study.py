@@ -115,6 +115,30 @@ def test_by_method_names_settings_that_differ():
         compared(kd, kd)
 
 
+def test_by_method_tells_apart_what_is_set_from_what_is_not():
+    """None is a value, too, whichever report comes first."""
+    reports = [report("richkd", 0, 72, clip_scale=None), report("richkd", 1, 70, clip_scale=1.0)]
+    for pair in (reports, reports[::-1]):
+        group, = compared(report("kd", 0, 70), *pair)
+        assert [row["test top-1 %"]["n"] for row in list(group["rows"].values())[2:]] == [1, 1]
+
+
+def test_by_method_names_shared_settings_that_are_not_those_of_kd():
+    group, = compared(report("kd", 0, 70, lr=0.02), report("mlkd", 0, 72, lr=0.2))
+    assert list(group["rows"])[1:] == ["kd", "mlkd --lr 0.2"]
+
+
+def test_told_apart_are_shift_sets_of_one_name():
+    pair = []
+    for method, content in (("kd", "a" * 64), ("richkd", "b" * 64)):
+        row = {"brier": 0, "top1": 50.0, "content": content}
+        pair.append({**report(method, 0, 70), "shift val": row})
+    columns = {column for row in compared(*pair)[0]["rows"].values() for column in row}
+    assert {"shift val top-1 % (aaaaaaaa)", "shift val top-1 % (bbbbbbbb)"} <= columns
+    pair[1]["shift val"]["content"] = "a" * 64
+    assert "difference" in compared(*pair)[0]["rows"]["richkd"]["shift val top-1 %"]
+
+
 def of_images(report, test="t1", train="a1", **named):
     return {**report, "how": {"test": {"content": test}},
             "inputs": {"train": train, "files": named}}
