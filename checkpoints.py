@@ -21,7 +21,8 @@ def note(text):
     """Say a fall-back, a guess, what is left out: one line on stderr, once a process for each text
     (`note.said` has them, which tests clear), and by rank 0 alone."""
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if ranks else os.environ.get("RANK") or 0
+    told = os.environ.get("RANK", "") if "LOCAL_RANK" in os.environ else ""  # by torchrun
+    rank = torch.distributed.get_rank() if ranks else told if told.isdecimal() else 0
     if int(rank) == 0 and text not in note.said:
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
         print(clear + " ".join(text.splitlines()), file=sys.stderr)
@@ -277,7 +278,11 @@ def read_state_dict(path):
     keys, state = found[0]
     others = [".".join(other) for other, _ in found if other != keys[: len(other)]]
     say_taken(path, ".".join(keys), others)
-    return unwrapped(state, path)
+    state = unwrapped(state, path)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite: its training failed")
+    return state
 
 
 def read_about(path):
@@ -285,5 +290,5 @@ def read_about(path):
     none of it. Raises as `read_checkpoint`."""
     about = ("model_name", "dataset", "class_names", "class_ids", "mean", "std", "image_size")
     content = read_checkpoint(path)
-    ours = isinstance(content, dict) and "model_name" in content
+    ours = isinstance(content, dict) and {"model_name", "format"} <= content.keys()
     return {key: content[key] for key in about if ours and key in content}

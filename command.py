@@ -49,11 +49,11 @@ def check(config):
             continue
         if value not in known.get("choices", (value,)):
             raise ValueError(f"{name} {value!r}: expected one of {', '.join(known['choices'])}")
+        if "above" in known and not value > known["above"]:
+            raise ValueError(f"{name} {value}: expected more than {known['above']}")
         low, high = known.get("within", (value, value))
         if not low <= value <= high:
             raise ValueError(f"{name} {value}: expected {low} to {high}")
-        if "above" in known and not value > known["above"]:
-            raise ValueError(f"{name} {value}: expected more than {known['above']}")
 
 
 def parse(config_class, text, arguments=None):
@@ -132,7 +132,7 @@ def signals():
 def check_device(device):
     """Raises ValueError where torch cannot use the device."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here: {reason}") from None

@@ -79,7 +79,7 @@ class Stream(torch.utils.data.Dataset):
         size, resize_to, interpolation = self.geometry
         path = name = self.paths[index]
         if isinstance(path, tuple):
-            name, path = path[1], BytesIO(folders.read_bytes(*path))
+            name, path = "/".join(path), BytesIO(folders.read_bytes(*path))
         image = folders.open_image(name, path)
         if seed is not None:
             with torch.random.fork_rng(devices=[]):
@@ -133,11 +133,16 @@ def rename_classes(split, path):
     names = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
     ids = ids_of(split)
     if names and all("\t" in name for name in names):  # as in words.txt: id<tab>name
-        words = folders.read_words(path)
+        words = folders.split_words(files.read_text(path))
         names = [words[id] for id in ids if id in words]
     if len(names) != len(ids):
         raise ValueError(f"{path} has {len(names)} names, one a line; expected one for each of the "
                          f"{len(ids)} classes, from {ids[0]!r} to {ids[-1]!r}")
+    for own in (ids, list(split.class_names)):
+        before, after = ([folders.alike(name) for name in each] for each in (own, names))
+        if before != after and sorted(before) == sorted(after):
+            raise ValueError(f"{path} has the classes' own names in another order; expected "
+                             f"{own[0]!r} first and {own[-1]!r} last")
     return split._replace(class_names=names, class_ids=ids)
 
 
@@ -315,15 +320,15 @@ TINY_IMAGENET_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"
 CIFAR_CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
     "cifar100": """
-        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
-        butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
-        crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
-        keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
-        mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
-        plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
-        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
-        television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
-        """.split()}
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
+    cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
+    lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+    spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()}
 
 
 def cifar(name, root, split, cache_dir):
@@ -366,7 +371,7 @@ def cifar_pictures(name, root, split, cache_dir):
         lacking = next(k for k in range(len(known)) if k not in matched.values())
         raise ValueError(f"{where} holds {len(matched)} of {name}'s {len(known)} classes, no "
                          f"{known[lacking]!r}; --dataset folder reads other data")
-    usual = 50_000 if split == "train" else 10_000
+    usual = {"train": 50_000, "test": 10_000}[split]
     if len(found) != usual:
         files.note(f"{where} holds {len(found)} images; {name} has {usual}")
     stream = Stream([(str(root), top[file]) for file in found], 32, None)
@@ -377,19 +382,16 @@ def cifar_pictures(name, root, split, cache_dir):
 def list_tiny_imagenet(root, split):
     """-> ({name in the folder or zip: label}, class names, WordNet ids), the classes sorted by id
     as in an ImageFolder. The validation images are in images/, or in folders by class."""
-    def table(name):
-        text = folders.read_bytes(root, top + name).decode("utf-8-sig")
-        return [line.split("\t") for line in text.splitlines() if line.strip()]
+    def text(name):
+        return folders.read_bytes(root, top + name).decode("utf-8-sig")
 
     names = [name for name in folders.list_files(root) if not name.endswith("_boxes.txt")]
     listings = [name for name in names if name.endswith("wnids.txt") and folders.is_data(name)]
     if not listings:
         raise ValueError("it holds no wnids.txt")
     top = min(listings, key=len).removesuffix("wnids.txt")
-    wnids = sorted({row[0].strip() for row in table("wnids.txt")})
-    words = {}
-    if top + "words.txt" in names:
-        words = {row[0]: row[1].strip() for row in table("words.txt") if len(row) > 1}
+    wnids = sorted(set(text("wnids.txt").split()))
+    words = folders.split_words(text("words.txt")) if top + "words.txt" in names else {}
 
     below = top + ("train/" if split == "train" else "val/")
     listing = "val_annotations.txt"
@@ -398,7 +400,8 @@ def list_tiny_imagenet(root, split):
     class_of = {name: name.split("/")[0] for name in found}  # <wnid>/images/<image>, <wnid>/<image>
     if split == "test" and below + listing in names:
         places = {name.split("/")[-1]: name for name in found}
-        rows = [(row[0], row[1].strip()) for row in table(f"val/{listing}") if len(row) > 1]
+        rows = [tuple(line.split()[:2]) for line in text(f"val/{listing}").splitlines()
+                if len(line.split()) > 1]
         annotated = dict(rows)
         if len({*rows}) > len(annotated):
             raise ValueError(f"{listing} has two classes for one image")
@@ -424,41 +427,19 @@ def tiny_imagenet(root, split, cache_dir):
     if unpacked:
         root = unpacked[0].parent
     elif not root.is_file():
-        archive = root / "tiny-imagenet-200.zip"
-        root = files.fetch([TINY_IMAGENET_URL], archive, TINY_IMAGENET_MD5, ELSEWHERE)
+        root = files.fetch([TINY_IMAGENET_URL], root / TINY_IMAGENET_URL.split("/")[-1],
+                           TINY_IMAGENET_MD5, ELSEWHERE)
     try:
         labels, class_names, wnids = list_tiny_imagenet(root, split)
         paths = [(str(root), name) for name in labels]
         first = folders.open_image(paths[0][1], BytesIO(folders.read_bytes(*paths[0])))
         images = in_memory(Stream(paths, first.width, None), first.width, cache_dir, cores())
     except Exception as error:  # a damaged archive can fail anywhere, with any exception
+        if isinstance(error, OSError) and not str(error.filename).startswith(str(root)):
+            raise  # the cache folder's
         raise ValueError(f"{root} is no complete Tiny-ImageNet ({files.one_line(error)}); expected "
                          f"its original layout from {TINY_IMAGENET_URL}") from None
     return Split(images, torch.tensor(list(labels.values())), class_names, wnids)
-
-
-SYNONYMS = {  # of ImageNet's thousand, for those whose names, as listed, are another's too
-    "n02012849": ["crane bird"], "n03126707": ["construction crane"],
-    "n02113186": ["Cardigan Welsh corgi"]}
-
-
-def class_words(root, ids):
-    """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
-    LOC_synset_mapping.txt, in `root` or up to three folders above, where Kaggle's lies."""
-    for folder in (root, *root.resolve().parents[:3]):
-        for name in ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt"):
-            if (folder / name).is_file():
-                words = folders.read_words(folder / name)
-                named = {id: words[id] for id in ids if id in words}
-                if 0 < len(named) < len(ids) or named and folder != root:
-                    files.note(f"{folder / name} names {len(named)} of the {len(ids)} classes")
-                if named:
-                    return named
-    known = {0: "n01440764", 388: "n02510455", 999: "n15075141"}  # of ImageNet's thousand
-    if len(ids) == 1000 and all(ids[k] == id for k, id in known.items()):
-        weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
-        return dict(zip(ids, weights.meta["categories"]))
-    return {}
 
 
 def class_folders(root, split, size, resize_to):
@@ -479,9 +460,9 @@ def class_folders(root, split, size, resize_to):
     if not ids:
         files.note(f"{root} has no train/: the classes are those of {folder.name}/")
         ids = list(found)
-    words = class_words(root, ids)
+    words = folders.class_words(root, ids)
     # A further synonym is for `clip_model.prompt_names`, where the first one is another's, too.
-    names = [", ".join([words.get(id, id), *SYNONYMS.get(id, ())]) for id in ids]
+    names = [", ".join([words.get(id, id), *folders.SYNONYMS.get(id, ())]) for id in ids]
     matched = folders.match_classes(found, ids, names, folder)
     folders.say_absent(matched, ids, folder, "train/")
     paths = [path for name in found for path in found[name]]

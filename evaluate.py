@@ -52,6 +52,8 @@ class Config:
     run: tuple = setting(None, "run folders; without, the newest finished one in runs/", nargs="+")
     checkpoint: str = setting(None, "a bare checkpoint, with --model and --dataset", type=str)
     model: str = setting(None, "the checkpoint's architecture", type=str)
+    image_size: int = setting(None, "side of the checkpoint's images, where it does not say",
+                              type=int, within=(8, math.inf))
     dataset: str = setting(None, "the data set; without, the run's own", type=str,
                            choices=tuple(data.DATASETS))
     data_dir: str = setting(None, "where it lies; without, where the run found it", type=str)
@@ -121,6 +123,14 @@ def load_run(folder, own, about, test, identity):
     report = {"of": {name: summary[name] for name in of}, "settings": runs.settings(own),
               "teachers": {who: row for who, row in summary["accuracies"].items()
                            if row and who != "student"}}
+    path = folder / "student.pt"
+    student = files.read_own(path, ANEW)
+    with files.undamaged(path, ANEW):
+        model = models.load_weights(student["model_name"], path)
+        classifier = train.Classifier(model, *runs.input_of(student, data.DATASETS[own.dataset]))
+        differ = runs.class_difference(student, test)
+    if differ:
+        raise ValueError(f"{folder}: {differ}")
     if "inputs" in about:  # else it is of an earlier version
         with files.undamaged(folder / "config.json", ANEW):
             found = about["inputs"]
@@ -133,22 +143,16 @@ def load_run(folder, own, about, test, identity):
         if other:
             files.note(f"{folder} was tested on another test split while training: {other}")
             report["teachers"] = {who: {} for who in report["teachers"]}  # of other images
-    path = folder / "student.pt"
-    student = files.read_own(path, ANEW)
-    with files.undamaged(path, ANEW):
-        model = models.load_weights(student["model_name"], path)
-        classifier = train.Classifier(model, *runs.input_of(student, data.DATASETS[own.dataset]))
-        differ = runs.class_difference(student, test)
-    if differ:
-        raise ValueError(f"{folder}: {differ}")
     report["weights"] = files.file_digest(path)
     return Subject(classifier, folder / "report.json", report)
 
 
 def load_bare(config, test):
     """The Subject of a bare checkpoint, by what it says of itself (`checkpoints.read_about`) or by
-    what is known of the data set. Raises ValueError where its classes are others."""
+    --image-size and what is known of the data set. Raises ValueError where its classes are others.
+    """
     path, info = Path(config.checkpoint), data.DATASETS[config.dataset]
+    info = info._replace(image_size=config.image_size or info.image_size)
     model = models.load_weights(config.model, path, len(test.class_names))
     about = checkpoints.read_about(path)
     with files.undamaged(path, "expected what train.py leaves"):
@@ -156,8 +160,11 @@ def load_bare(config, test):
         differ = runs.class_difference(about, test)
     if differ:
         raise ValueError(f"{path}: {differ}")
+    if config.image_size not in (None, classifier.image_size):
+        raise ValueError(f"--image-size {config.image_size}: {path} says that its images have "
+                         f"{classifier.image_size}")
     of = {"checkpoint": str(path), "dataset": config.dataset, "student": config.model}
-    report = {"of": of, "weights": files.file_digest(path)}
+    report = {"of": of, "image_size": classifier.image_size, "weights": files.file_digest(path)}
     return Subject(classifier, path.with_name(f"{path.name}.report.json"), report)
 
 
@@ -185,7 +192,7 @@ def prepare(config):
                                  class_names=config.class_names or first.class_names)
     if config.shift == [] and not data.DATASETS[config.dataset].shifts:
         raise ValueError(f"{config.dataset} has no shift split of its own: --shift DIR names one")
-    test = train.load_split(config, "test")
+    test = runs.load_split(config, "test")
     identity = keys.identity(test)
     found = [load_run(folder, *own, test, identity) for folder, own in owns.items()]
     if config.checkpoint:
@@ -263,7 +270,7 @@ def evaluate_sets(config, test, subjects):
             split, columns = shifts.load_shift(folders[name], config.dataset, test)
             key["columns"] = columns.tolist()
         elif name != "test":
-            split = train.load_split(config, name)
+            split = runs.load_split(config, name)
         if name != "test":
             key["content"] = keys.identity(split)["content"]
         todo = [subject for subject in subjects if name not in subject.report
@@ -411,7 +418,7 @@ def zero_shot(config):
               "workers", "cache_dir")
     own = train.Config(dataset=config.dataset or "shapes", data_dir=config.data_dir or "data",
                        **{name: getattr(config, name) for name in places})
-    test = train.load_split(own, "test")
+    test = runs.load_split(own, "test")
     templates = clip_model.load_templates(own.prompts or targets.PROMPTS)
     clip, tokenizer, scale = targets.load_clip_teacher(own)
     _, features = targets.load_targets(own, clip, tokenizer, {"test": test},  # (N,D)

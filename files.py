@@ -39,6 +39,14 @@ def cache_folder(cache_dir=None):
     return Path(folder)
 
 
+def check_folder(path):
+    """Raises NotADirectoryError where `path` is no folder and could not be made one, which is not
+    made yet."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is no folder; expected one, or a name for a new one")
+
+
 # Writing ------------------------------------------------------------------------------------------
 
 
@@ -179,6 +187,7 @@ def partial_file(path, expected):
     """The name of this process's own partial file of `path`: a new one, or the largest of those
     that another process left. A download writes at least every ten seconds, or ends; what ended by
     an exception is made old, so that the next one need not wait."""
+    check_folder(path.parent)
     part = path.with_name(f"{path.name}.{expected[:8]}.{os.getpid()}.part")
     left = path.parent.glob(f"{glob.escape(path.name)}.{expected[:8]}.*.part")
     with contextlib.suppress(FileNotFoundError):  # yet another process was faster

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torchvision
 from PIL import Image
 
 import files
@@ -39,6 +40,8 @@ def opened_zip(path, changed, process):
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is neither a folder nor a whole zip ({error})") from None
     for entry in archive.infolist():
+        entry.filename = entry.filename.replace("\\", "/")  # as some programs for Windows write it
+        archive.NameToInfo[entry.filename] = entry
         if ".." in entry.filename.split("/") or entry.filename.startswith("/"):
             raise ValueError(f"{path}: its entry {entry.filename!r} leads out of it")
         if stat.S_ISLNK(entry.external_attr >> 16):
@@ -82,11 +85,35 @@ def read_bytes(root, name):
     return (Path(root) / name).read_bytes() if os.path.isdir(root) else open_zip(root).read(name)
 
 
-def read_words(path):
-    """{id: words} of a file of lines `id<tab>words` or `id words`."""
+def split_words(text):
+    """{id: words} of lines `id<tab>words` or `id words`."""
     rows = [re.split("\t" if "\t" in line else " ", line.strip(), maxsplit=1)
-            for line in files.read_text(path).splitlines() if line.strip()]
+            for line in text.splitlines() if line.strip()]
     return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
+
+
+SYNONYMS = {  # of ImageNet's thousand, for those whose names, as listed, are another's too
+    "n02012849": ["crane bird"], "n03126707": ["construction crane"],
+    "n02113186": ["Cardigan Welsh corgi"]}
+
+
+def class_words(root, ids):
+    """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
+    LOC_synset_mapping.txt, in `root` or up to three folders above, where Kaggle's lies."""
+    for folder in (root, *root.resolve().parents[:3]):
+        for name in ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt"):
+            if (folder / name).is_file():
+                words = split_words(files.read_text(folder / name))
+                named = {id: words[id] for id in ids if id in words}
+                if 0 < len(named) < len(ids) or named and folder != root:
+                    files.note(f"{folder / name} names {len(named)} of the {len(ids)} classes")
+                if named:
+                    return named
+    known = {0: "n01440764", 388: "n02510455", 999: "n15075141"}  # of ImageNet's thousand
+    if len(ids) == 1000 and all(ids[k] == id for k, id in known.items()):
+        weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+        return dict(zip(ids, weights.meta["categories"]))
+    return {}
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -99,17 +126,21 @@ def open_image(name, file):
     """
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            warnings.simplefilter("ignore", UserWarning)  # of palettes with transparency
             with Image.open(file) as image:
                 if image.mode[0] not in "IF":
                     return image.convert("RGB")
                 # PIL's mode I is 16 bits wide in these two formats; elsewhere nobody knows.
-                if not image.mode.startswith("I;16") and image.format not in ("PNG", "PPM"):
+                bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+                if bits != 16 or image.mode == "F" or (
+                        image.mode == "I" and image.format not in ("PNG", "PPM")):
                     raise ValueError(f"its pixels are of PIL's mode {image.mode}, whose range is "
                                      "not known: save it with 8 bits")
                 grey = np.asarray(image).astype(np.float64) / 257  # 65535 becomes 255
                 return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{name} is not a readable image ({files.one_line(error)})") from None
+        reason = re.sub(r" <_io\.BytesIO.*?>", "", files.one_line(error))
+        raise ValueError(f"{name} is not a readable image ({reason})") from None
 
 
 def pictures(names, where):

@@ -21,10 +21,11 @@ import clip_model
 import clip_weights
 import data
 import files
+import folders
 import keys
 import models
 import targets
-from command import flag
+from command import flag, world
 
 # What does not change a result; the other fields are a run's settings.
 PLACES = ("data_dir", "device", "workers", "cache_dir", "out", "overwrite", "tensorboard")
@@ -39,6 +40,31 @@ def settings(config):
     """The settings that decide the result, as JSON has them."""
     everything = dataclasses.asdict(config)
     return json.loads(json.dumps({k: v for k, v in everything.items() if k not in PLACES}))
+
+
+def load_split(config, name):
+    """A split of the config's data set, with --class-names; train.py's config or evaluate.py's."""
+    split = data.load_dataset(config.dataset, config.data_dir, name, config.cache_dir)
+    return data.rename_classes(split, config.class_names) if config.class_names else split
+
+
+def load_splits(config):
+    """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
+    names = ("train", "test", *data.DATASETS[config.dataset].shifts)
+    splits = {name: load_split(config, name) for name in names
+              if name != "test" or not config.holdout}
+    kept = 1 - config.holdout
+    if config.holdout:
+        test = data.subset(splits["train"], kept, 1)
+        splits = {"train": splits["train"], "test": test, **splits}
+        held = {k: k for k in test.labels.tolist()}
+        folders.say_absent(held, data.ids_of(test), "--holdout", "the training images")
+    if kept * config.fraction < 1:
+        splits["train"] = data.subset(splits["train"], 0, kept * config.fraction)
+    N, least = len(splits["train"].labels), max(2, world())
+    if N < least:  # BatchNorm needs two, each rank one
+        raise ValueError(f"{config.data_dir}: {N} training images; expected at least {least}")
+    return splits
 
 
 def inputs(config, splits):
@@ -92,6 +118,7 @@ def open_run(config):
     teacher = "+".join(config.teacher) or "none"
     name = f"{config.dataset}-{config.method}-{teacher}-{config.student}-s{config.seed}"
     folder = Path(config.out or Path("runs") / name)
+    files.check_folder(folder)
     names = os.listdir(folder) if folder.is_dir() else []
     if "config.json" not in names and any(name[0] != "." for name in names):
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names "

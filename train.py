@@ -25,7 +25,6 @@ import torch.distributed as dist
 import command
 import data
 import files
-import folders
 import models
 import richkd
 import runs
@@ -153,11 +152,16 @@ def resolve(config):
     needs_clip = logit and config.alpha < 1 or feature and config.lam < 1
     unused = () if needs_teacher else ("teacher_weights", "teacher_shares")
     unused += () if needs_clip else ("clip", "clip_activation", "bpe", "prompts")
+    if not (logit or feature or config.ce_weight):
+        raise ValueError("--ce-weight, --logit-weight, --feature-weight: all are 0")
     teacher = config.teacher if needs_teacher else ()
     if not config.teacher_weights:  # else the file has what it has
         teacher = tuple(for_size(name, config.image_size) for name in teacher)
     config = dataclasses.replace(config, student=for_size(student, config.image_size),
                                  teacher=teacher, **dict.fromkeys(unused))
+    shares = config.teacher_shares
+    if shares and not min(shares) >= 0 < max(shares):
+        raise ValueError(f"--teacher-shares {shares}: expected none below 0 and one above")
     for name in ("teacher_weights", "teacher_shares"):
         values = getattr(config, name)
         if values and len(values) != len(teacher):
@@ -173,30 +177,6 @@ def resolve(config):
 
 
 # Data and teachers --------------------------------------------------------------------------------
-
-
-def load_split(config, name):
-    """A split of the config's data set, with --class-names; train.py's config or evaluate.py's."""
-    split = data.load_dataset(config.dataset, config.data_dir, name, config.cache_dir)
-    return data.rename_classes(split, config.class_names) if config.class_names else split
-
-
-def load_splits(config):
-    """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
-    names = ("train", "test", *data.DATASETS[config.dataset].shifts)
-    splits = {name: load_split(config, name if name != "test" or not config.holdout else "train")
-              for name in names}
-    kept = 1 - config.holdout
-    if config.holdout:
-        splits["test"] = data.subset(splits["train"], kept, 1)
-        held = {k: k for k in splits["test"].labels.tolist()}
-        folders.say_absent(held, data.ids_of(splits["test"]), "--holdout", "the training images")
-    if kept * config.fraction < 1:
-        splits["train"] = data.subset(splits["train"], 0, kept * config.fraction)
-    N, least = len(splits["train"].labels), max(2, world())
-    if N < least:  # BatchNorm needs two, each rank one
-        raise ValueError(f"{config.data_dir}: {N} training images; expected at least {least}")
-    return splits
 
 
 def resized(split, image_size, config):
@@ -552,7 +532,7 @@ def run(config):
     folder = runs.open_run(config)
     finished = (folder / "summary.json").is_file() and not config.overwrite
     try:
-        splits = rank_zero_first(lambda: load_splits(config))
+        splits = rank_zero_first(lambda: runs.load_splits(config))
         inputs = rank_zero_first(lambda: runs.inputs(config, splits))
     except (OSError, ValueError) as error:
         if finished:

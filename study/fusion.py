@@ -142,7 +142,7 @@ class RunTeachers:
     train.Config; about: its config.json. Raises ValueError where data or files are others now."""
 
     def __init__(self, own, about):
-        self.own, self.splits, info = own, train.load_splits(own), data.DATASETS[own.dataset]
+        self.own, self.splits, info = own, runs.load_splits(own), data.DATASETS[own.dataset]
         inputs = runs.inputs(own, self.splits)
         differ = runs.difference(about, own, inputs) if "inputs" in about else None
         if differ:

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import os
 import pickle
 import re
@@ -31,7 +32,10 @@ def test_note_is_said_once_and_by_rank_0(monkeypatch, capsys):
         note(text)
     assert capsys.readouterr().err == "a is guessed\nb is left out\n"
     note.said.clear()
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "1")  # left over: torchrun sets more than that
+    note("c is guessed")
+    assert capsys.readouterr().err == "c is guessed\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
     note("a is guessed")
     monkeypatch.setenv("RANK", "0")
     note("b is left out")
@@ -177,12 +181,20 @@ def test_read_state_dict_of_a_dict_that_holds_itself(tmp_path):
         read_state_dict(tmp_path / "file.pt")
 
 
+def test_read_state_dict_refuses_what_is_not_finite(tmp_path):
+    for value in (math.nan, math.inf):
+        torch.save({"fc.weight": torch.tensor([[1.0, value]])}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match="fc.weight has values that are not finite"):
+            read_state_dict(tmp_path / "x.pt")
+
+
 def test_read_about_of_a_student_and_of_others(tmp_path):
     said = {"model_name": "vgg8", "dataset": "shapes", "class_names": ["a", "b"], "mean": [0.5] * 3,
             "std": [0.2] * 3, "image_size": 32}
     more = {**said, "class_ids": ["n1", "n2"]}
     for content, expected in [
-            ({**said, "model": some_state(), "format": 2}, said), ({**more, "model": {}}, more),
+            ({**said, "model": some_state(), "format": 2}, said), ({**more, "format": 2}, more),
+            ({**said, "model": some_state()}, {}),  # of another program, which says other things
             ({"model": some_state(), "mean": 3}, {}), (some_state(), {}), ([1], {})]:
         torch.save(content, tmp_path / "file.pt")
         assert read_about(tmp_path / "file.pt") == expected

@@ -579,6 +579,9 @@ def test_rename_classes(tmp_path):
     assert found.class_names == names and found.class_ids == list("0123456")
     path.write_text("".join(f"{k}\tname of {k}\n" for k in (6, 2, 4, 0, 1, 3, 5)))
     assert data.rename_classes(split, path).class_names == [f"name of {k}" for k in range(7)]
+    path.write_text("\n".join("1023456"))
+    assert refused(data.rename_classes, split, path) == (
+        f"{path} has the classes' own names in another order; expected '0' first and '6' last")
     path.write_text("one\ntwo\n")
     assert refused(data.rename_classes, split, path) == (
         f"{path} has 2 names, one a line; expected one for each of the 7 classes, from '0' to '6'")
@@ -630,14 +633,16 @@ def unpack(root, content):
 
 
 @pytest.mark.parametrize("layout", ["zip", "in a folder", "unpacked", "its parent", "superclass",
-                                    "mac", "spaces"])
+                                    "mac", "backslashes", "spaces"])
 def test_cifar_pictures_of_every_layout(layout, tmp_path, capsys):
     content, root = cifar_files("super/" if layout == "superclass" else ""), tmp_path
     if layout == "mac":
         content |= {f"__MACOSX/{name}": b"" for name in content} | {"cifar10/train/.DS_Store": b""}
+    if layout == "backslashes":
+        content = {name.replace("/", "\\"): value for name, value in content.items()}
     if layout == "spaces":
         content = {name.replace("truck", "Truck"): value for name, value in content.items()}
-    if layout in ("zip", "mac"):
+    if layout in ("zip", "mac", "backslashes"):
         root = write_zip(tmp_path / "pictures.zip", content.items())
     elif layout == "in a folder":
         write_zip(tmp_path / "CIFAR-10.zip", content.items())

@@ -2,11 +2,13 @@
 
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import files
 import folders
 
 
@@ -44,11 +46,11 @@ def test_list_files_names_a_folder_that_it_may_not_read(tmp_path, monkeypatch):
         list(folders.list_files(tmp_path))
 
 
-def test_read_words_of_every_separator_and_a_byte_order_mark(tmp_path):
+def test_split_words_of_every_separator_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "words.txt"
     path.write_bytes(b"\xef\xbb\xbfn01\ttench, Tinca\r\n\r\nn02 gold fish\nsea horse\thippo\n")
-    assert folders.read_words(path) == {"n01": "tench, Tinca", "n02": "gold fish",
-                                        "sea horse": "hippo"}
+    assert folders.split_words(files.read_text(path)) == {"n01": "tench, Tinca", "n02": "gold fish",
+                                                           "sea horse": "hippo"}
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -66,6 +68,17 @@ def test_open_image_scales_grey_of_16_bits(form, tmp_path):
     found = np.asarray(folders.open_image(path, path))
     expected = np.round(ramp / 257.0).astype(np.uint8)
     assert found.shape == (256, 256, 3) and (found == expected[:, :, None]).all()
+
+
+def test_open_image_of_12_bits_is_refused(tmp_path):
+    """PIL reads a TIFF's 12 bits as 16: white would be nearly black."""
+    Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / "x.tiff")
+    content = (tmp_path / "x.tiff").read_bytes()
+    tag = struct.pack("<HHI", 258, 3, 1)  # BitsPerSample, a short, one of them
+    content = content.replace(tag + struct.pack("<H", 16), tag + struct.pack("<H", 12))
+    (tmp_path / "x.tiff").write_bytes(content)
+    with pytest.raises(ValueError, match="x.tiff is not a readable image"):
+        folders.open_image(tmp_path / "x.tiff", tmp_path / "x.tiff")
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])

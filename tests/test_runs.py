@@ -296,7 +296,7 @@ def test_given_teacher_of_other_classes_is_refused(student, place):
 def test_given_teacher_reads_images_as_it_was_trained(student, place):
     """By its own mean and std, whatever those of the data set here are."""
     config = train.resolve(small(place, teacher_weights=(str(student),)))
-    split = train.load_split(config, "test")
+    split = runs.load_split(config, "test")
     images = torch.stack([train.resized(split, 32, config).images[i, None][0] for i in (0, 9)])
     about, info = files.read_own(student, ""), data.DATASETS["imagenet"]
     inputs = data.to_input(images, 32, info.mean, info.std)
@@ -322,7 +322,7 @@ def test_load_splits_of_a_holdout_needs_no_test_images_and_says_what_it_lacks(tm
     shutil.rmtree(tmp_path / "few/val")
     for i in range(2, 10):
         (tmp_path / f"few/train/{WNIDS[1]}/{i}.png").unlink()
-    splits = train.load_splits(small(tmp_path, data_dir=str(tmp_path / "few"), holdout=0.2))
+    splits = runs.load_splits(small(tmp_path, data_dir=str(tmp_path / "few"), holdout=0.2))
     assert splits["test"].labels.tolist() == [0, 0] and len(splits["train"].labels) == 10
     assert (f"--holdout has no image of 1 of the 2 classes of the training images: {WNIDS[1]}"
             in capsys.readouterr().err)
@@ -353,6 +353,9 @@ def test_load_run_has_no_accuracies_of_other_images_than_it_is_evaluated_on(plac
     ({"class_names": "empty.txt"}, "empty.txt has 0 names"),
     ({"student": "resnet9"}, "unknown model"),
     ({"holdout": 0.01}, "no image lies between the shares 0.99 and 1 of any class"),
+    ({"ce_weight": 0.0, "logit_weight": 0.0, "feature_weight": 0.0}, "--feature-weight: all are 0"),
+    ({"teacher_shares": (0.0,)}, "--teacher-shares (0.0,): expected none below 0 and one above"),
+    ({"out": "empty.txt/run"}, "empty.txt is no folder; expected one, or a name for a new one"),
     ({"data_dir": "one"}, "one: 1 training images; expected at least 2"),
     ({"device": "gpu"}, "--device gpu"),
 ])

@@ -60,7 +60,7 @@ def weights(folder):
 
 def loaded(config):
     """What a resolved config trains on: its splits, and its `runs.inputs`."""
-    splits = train.load_splits(config)
+    splits = runs.load_splits(config)
     return splits, runs.inputs(config, splits)
 
 
