@@ -1,5 +1,6 @@
 """A run's folder, and what a run depends on: its settings, its data and the files that it names.
 
+    splits = load_splits(config)         # the data, as --fraction, --holdout and names have it
     found = inputs(config, splits)       # digests of data and files, wherever these lie
     folder = open_run(config)            # ValueError where it holds a run of other settings,
     check_inputs(folder, config, found)  # of other data or files
