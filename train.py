@@ -65,7 +65,7 @@ RECIPES = {
 class Config:
     """Every setting; the command line is made from it. None: what RECIPES says, or none."""
     dataset: str = setting("shapes", "data set", choices=tuple(data.DATASETS))
-    data_dir: str = setting("data", "where it lies or is downloaded to (tiny-imagenet, cifar: or a zip)")
+    data_dir: str = setting("data", "where it lies or is downloaded to; some as a zip")
     image_size: int = setting(None, "side of the classifiers' images; default: the data set's",
                               type=int, within=(8, math.inf))
     fraction: float = setting(1.0, "share of the training images, the same ones in every run",
