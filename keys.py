@@ -33,7 +33,7 @@ def digest_files(paths):
         else:
             path = os.path.join(*path) if isinstance(path, tuple) else path
             size, content = size_and_content(path)
-        name = os.fsencode("/".join(name.replace(os.sep, "/").split("/")[-2:]))
+        name = os.fsencode("/".join(name.replace(os.sep, "/").rsplit("/", 2)[-2:]))
         digest.update(b"%d %d %b %b" % (len(name), size, name, content))
     return digest.hexdigest()
 
@@ -43,8 +43,10 @@ def size_and_content(path):
     file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # faster than a file object
     try:
         size = os.lseek(file, 0, os.SEEK_END)
-        if not str(path).lower().endswith((".jpeg", ".jpg", ".png")):
+        if not str(path)[-5:].lower().endswith((".jpeg", ".jpg", ".png")):
             return size, files.file_digest(path).encode()
+        if hasattr(os, "pread"):
+            return size, os.pread(file, 256, max(0, size - 256))
         os.lseek(file, max(0, size - 256), os.SEEK_SET)
         return size, os.read(file, 256)
     finally:
