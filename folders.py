@@ -32,13 +32,14 @@ def is_data(name):
 
 
 @functools.lru_cache(maxsize=2)
-def opened_zip(path, changed, process):
-    """The zip at `path`; anew where it has changed, and in a forked process, whose place in an open
-    file would be its parent's. Raises ValueError for an entry that is there to do harm."""
+def opened_zip(path, changed):
+    """The zip at `path`, opened anew where it has `changed`. Raises ValueError for an entry that is
+    there to do harm."""
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is neither a folder nor a whole zip ({error})") from None
+    archive.process = os.getpid()
     for entry in archive.infolist():
         entry.filename = entry.filename.replace("\\", "/")  # as some programs for Windows write it
         archive.NameToInfo[entry.filename] = entry
@@ -53,7 +54,10 @@ def opened_zip(path, changed, process):
 
 
 def open_zip(path):
-    return opened_zip(path, os.stat(path).st_mtime_ns, os.getpid())
+    archive = opened_zip(str(path), os.stat(path).st_mtime_ns)
+    if archive.process != os.getpid():  # forked: the parent's place in the file is not its own
+        archive.fp, archive.process = open(path, "rb"), os.getpid()
+    return archive
 
 
 def list_files(root):
