@@ -67,7 +67,7 @@ def read_sizes(state, said):
 
 # What a listing says ------------------------------------------------------------------------------
 
-ACTIVATIONS = ("quickgelu", "gelu")
+ACTIVATIONS = ("quickgelu", "gelu")  # OpenAI's; that of most of open_clip's own
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of images
 LISTINGS = {  # a snapshot's weights in order of choice, and what describes them
     "model.safetensors": "config.json",

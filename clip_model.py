@@ -66,7 +66,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid_(1.702 * x)  # in place of the product, which nothing else needs
 
 
-ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; most of open_clip's
+ACTIVATIONS = dict(zip(clip_layout.ACTIVATIONS, (QuickGELU, nn.GELU)))
 
 
 class ResidualAttentionBlock(nn.Module):

@@ -9,8 +9,6 @@ in memory is one tensor, ImageNet a `Stream` of files; `shapes` is rendered, wit
 Errors are ValueError and OSError of one line that names the file.
 """
 
-import hashlib
-import json
 import math
 import os
 import signal
@@ -130,10 +128,10 @@ def ids_of(split):
 def rename_classes(split, path):
     """The split with the class names of a text file, one a line in the order of its classes, or
     id<tab>name. Raises ValueError where it does not name each class."""
-    names = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
-    ids = ids_of(split)
+    text, ids = files.read_text(path), ids_of(split)
+    names = [line.strip() for line in text.splitlines() if line.strip()]
     if names and all("\t" in name for name in names):  # as in words.txt: id<tab>name
-        words = folders.split_words(files.read_text(path))
+        words = folders.split_words(text)
         names = [words[id] for id in ids if id in words]
     if len(names) != len(ids):
         raise ValueError(f"{path} has {len(names)} names, one a line; expected one for each of the "
@@ -166,8 +164,8 @@ def in_memory(images, size, cache_dir=None, workers=0):
                    "memory: they stream from their files, cropped as on ImageNet")
         return images
     key = {"files": keys.digest_files(images.paths), "geometry": [str(x) for x in images.geometry]}
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    path = files.cache_folder(cache_dir) / f"images-{N}x{size}-{digest[:16]}.bin"
+    digest = files.json_digest(key)[:16]
+    path = files.cache_folder(cache_dir) / f"images-{N}x{size}-{digest}.bin"
     is_new = not path.is_file()
 
     def rows():
@@ -442,7 +440,7 @@ def tiny_imagenet(root, split, cache_dir):
     return Split(images, torch.tensor(list(labels.values())), class_names, wnids)
 
 
-def class_folders(root, split, size, resize_to):
+def image_folders(root, split, size, resize_to):
     """Any train/ and val/, or test/, of one folder of images a class: the classes are train's,
     sorted, and the labels of both. -> a Split of a Stream."""
     if not root.is_dir():
@@ -465,8 +463,7 @@ def class_folders(root, split, size, resize_to):
     names = [", ".join([words.get(id, id), *folders.SYNONYMS.get(id, ())]) for id in ids]
     matched = folders.match_classes(found, ids, names, folder)
     folders.say_absent(matched, ids, folder, "train/")
-    paths = [path for name in found for path in found[name]]
-    labels = [matched[name] for name in found for _ in found[name]]
+    paths, labels = folders.labelled(found, matched)
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 
 
@@ -494,4 +491,4 @@ def load_dataset(name, root, split, cache_dir=None):
     if name.startswith("cifar"):
         return cifar(name, root, split, cache_dir)
     size = DATASETS[name].image_size
-    return class_folders(root, split, size, 256 if name == "imagenet" else size)
+    return image_folders(root, split, size, 256 if name == "imagenet" else size)

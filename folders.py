@@ -209,23 +209,22 @@ def match_classes(found, class_ids, class_names, where, renamed=None, partial=Fa
     Raises ValueError for a name of no certain class, and for two names of one class.
     """
     renamed, K = renamed or {}, len(class_ids)
-    exact, spelled = {}, {}
-    for listing in (class_names, class_ids):  # ids, which are unique, come last and win
-        for k, name in enumerate(listing):
-            exact[name] = k if class_names.count(name) == 1 or listing is class_ids else None
+    count, spelled = Counter(class_names), {}
+    exact = {name: k for k, name in enumerate(class_names) if count[name] == 1}
+    exact |= {name: k for k, name in enumerate(class_ids)}  # which are unique, and win
     for k, pair in enumerate(zip(class_ids, class_names)):
         for name in pair:
             spelled.setdefault(alike(name), set()).add(k)
 
     matched = {}
-    rest = [name for name in found if exact.get(renamed.get(name, name)) is None]
+    rest = [name for name in found if renamed.get(name, name) not in exact]
     numbers = [name for name in rest if name.isdecimal() and name not in renamed]
     places = {int(name) for name in numbers}
     by_place = (len(places) == len(rest) > 0 and max(places) < K
                 and not any(id.isdecimal() for id in class_ids)
                 and (partial or places == set(range(K))))
     for name in found:
-        if name not in rest:
+        if renamed.get(name, name) in exact:
             matched[name] = exact[renamed.get(name, name)]
         elif by_place:
             matched[name] = int(name)
@@ -245,6 +244,12 @@ def match_classes(found, class_ids, class_names, where, renamed=None, partial=Fa
             raise ValueError(f"{where}: two folders are of class {class_ids[k]!r}, one of them "
                              f"{name!r}")
     return matched
+
+
+def labelled(found, matched):
+    """The paths of `by_class` one after another, and the number of each one's class."""
+    return ([path for paths in found.values() for path in paths],
+            [matched[name] for name, paths in found.items() for _ in paths])
 
 
 def say_absent(matched, class_ids, where, other):

@@ -68,14 +68,21 @@ def identity(split):
             "content": digest.hexdigest()}
 
 
+def class_difference(there, here):
+    """The first class in which two listings, in the labels' order, differ, in words, or None."""
+    for k, (before, now) in enumerate(itertools.zip_longest(there, here)):
+        if before != now:
+            return f"class {k} is {before!r} there and {now!r} here"
+    return None
+
+
 def difference(there, here, names=True):
     """What two `identity` differ in, in words; None where they are the same. Without `names` these,
     which CLIP alone is asked for, are not compared."""
     for what in ("class_ids", "class_names") if names else ("class_ids",):
-        pairs = itertools.zip_longest(there[what], here[what])
-        for k, (before, now) in enumerate(pairs):
-            if before != now:
-                return f"class {k} is {before!r} there and {now!r} here"
+        differ = class_difference(there[what], here[what])
+        if differ:
+            return differ
     if there["images"] != here["images"]:
         return f"{there['images']} images there, {here['images']} here"
     return "other images or labels" if there["content"] != here["content"] else None

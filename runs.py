@@ -11,7 +11,6 @@ The same data and files in another place are no difference; others in the same p
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 from pathlib import Path
@@ -184,7 +183,4 @@ def class_difference(about, split):
     there = list(about.get("class_ids") or about.get("class_names") or ids)
     if there in (ids, names):
         return None
-    here = ids if about.get("class_ids") else names
-    pairs = enumerate(itertools.zip_longest(there, here))
-    return next(f"class {k} is {before!r} there and {now!r} here"
-                for k, (before, now) in pairs if before != now)
+    return keys.class_difference(there, ids if about.get("class_ids") else names)

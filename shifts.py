@@ -86,8 +86,7 @@ def list_classes(root, class_ids, class_names, renamed=None):
     if absent:
         files.note(f"{root} has no images in {', '.join(absent[:5])}, which classes.json names")
     matched = folders.match_classes(found, class_ids, class_names, root, renamed, partial=True)
-    paths = [path for name in found for path in found[name]]
-    classes = [matched[name] for name in found for _ in found[name]]
+    paths, classes = folders.labelled(found, matched)
     columns, labels = torch.tensor(classes).unique(return_inverse=True)
     return paths, labels, columns
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+import clip_layout
 import command
 import data
 import files
@@ -84,7 +85,7 @@ class Config:
                                "the order of the classes; default: the data set's", type=str)
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint", type=str)
     clip_activation: str = setting(None, "CLIP's, where its file does not tell; default: OpenAI's "
-                                   "quickgelu", choices=("quickgelu", "gelu"))
+                                   "quickgelu", choices=clip_layout.ACTIVATIONS)
     bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded", type=str)
     prompts: str = setting(None, "templates, {} for the name; default: the twelve", type=str)
     average: str = setting("embeddings", "what is averaged over the templates",

@@ -478,7 +478,7 @@ def shown(split):
     (["B", "c_"], "val: 2 classes are spelled otherwise: B for b"),
     (["a", "b", "c"], ""),
 ])
-def test_class_folders_gives_test_images_trains_labels(dataset, test, line, tmp_path, capsys):
+def test_image_folders_gives_test_images_trains_labels(dataset, test, line, tmp_path, capsys):
     class_pictures(tmp_path / "train", ["c", "a", "b"])
     class_pictures(tmp_path / "val", test)
     assert set(shown(data.load_dataset(dataset, tmp_path, "train"))) == {(k, k) for k in "abc"}
@@ -495,13 +495,13 @@ def test_class_folders_gives_test_images_trains_labels(dataset, test, line, tmp_
     (["1", "2", "3"], "val: '1' is no class"),
     (["a", "A"], "val: two folders are of class 'a'"),
 ])
-def test_class_folders_refuses_what_has_no_certain_class(test, message, tmp_path):
+def test_image_folders_refuses_what_has_no_certain_class(test, message, tmp_path):
     class_pictures(tmp_path / "train", ["a", "b", "c"])
     class_pictures(tmp_path / "val", test)
     assert message in refused(data.load_dataset, "folder", tmp_path, "test")
 
 
-def test_class_folders_of_numbers_are_places_among_the_sorted_ids(tmp_path, capsys):
+def test_image_folders_of_numbers_are_places_among_the_sorted_ids(tmp_path, capsys):
     class_pictures(tmp_path / "train", ["n03", "n01", "n02"])
     class_pictures(tmp_path / "test", ["0", "1", "2"])
     split = data.load_dataset("folder", tmp_path, "test")
@@ -510,7 +510,7 @@ def test_class_folders_of_numbers_are_places_among_the_sorted_ids(tmp_path, caps
         capsys.readouterr().err)
 
 
-def test_class_folders_says_which_of_val_and_test_it_takes(tmp_path, capsys):
+def test_image_folders_says_which_of_val_and_test_it_takes(tmp_path, capsys):
     class_pictures(tmp_path / "train", ["a"])
     class_pictures(tmp_path / "test", ["a"], n=3)
     assert len(data.load_dataset("folder", tmp_path, "test").labels) == 3
@@ -519,7 +519,7 @@ def test_class_folders_says_which_of_val_and_test_it_takes(tmp_path, capsys):
     assert "val/ is the test split" in capsys.readouterr().err
 
 
-def test_class_folders_without_train_has_vals_classes_and_says_so(tmp_path, capsys):
+def test_image_folders_without_train_has_vals_classes_and_says_so(tmp_path, capsys):
     class_pictures(tmp_path / "val", ["b", "a"])
     assert data.load_dataset("imagenet", tmp_path, "test").class_names == ["a", "b"]
     assert "has no train/: the classes are those of val/" in capsys.readouterr().err
@@ -527,7 +527,7 @@ def test_class_folders_without_train_has_vals_classes_and_says_so(tmp_path, caps
         assert "is no folder; --data-dir" in refused(data.load_dataset, "folder", root, "train")
 
 
-def test_class_folders_counts_what_it_leaves_out(tmp_path, capsys):
+def test_image_folders_counts_what_it_leaves_out(tmp_path, capsys):
     class_pictures(tmp_path / "train", ["a", "b"])
     for name in ("a/._0.png", "b/note.txt", "loose.png", "__MACOSX/a/0.png"):
         (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -556,7 +556,7 @@ def test_class_words_says_where_they_are_few(tmp_path, capsys):
     assert "words.txt names 1 of the 2 classes" in capsys.readouterr().err
 
 
-def test_class_folders_of_imagenet_have_names_that_prompts_tell_apart(tmp_path, capsys):
+def test_image_folders_of_imagenet_have_names_that_prompts_tell_apart(tmp_path, capsys):
     """torchvision's names, of which two are the same, with the byte tokenizer."""
     meta = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
     ids = ["n01440764", *(f"n9{k:07d}" for k in range(1, 1000))]
