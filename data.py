@@ -249,6 +249,23 @@ def rank_shares(N, batch_size, rank, world, training):
             yield slice(start + rank, start + count, world)
 
 
+def epoch_places(N, batch_size, seed, rank=0, world=1, device="cpu"):
+    """Yield what `look_up` makes each batch of an epoch from: int64 (4,B), the images' index, top,
+    left and flip. Drawn at once, and moved to the device at once, all of it a function of seed."""
+    drawn = torch.stack(draw_epoch(N, seed)).to(device)                             # (4,N)
+    for share in rank_shares(N, batch_size, rank, world, training=True):
+        yield drawn[:, share]
+
+
+def look_up(split, tables, places):
+    """A batch of training of a split in memory, where all of it lies: places (4,B) -> (images uint8
+    (B,3,H,W), labels (B,), index (B,), *rows of tables)."""
+    index, top, left, flip = places
+    pixels = split.images.index_select(0, index)  # on a CPU ten times as fast as images[index]
+    rows = (table[index] for table in tables)
+    return augment(pixels, top, left, flip), split.labels[index], index, *rows
+
+
 def batches(split, batch_size, seed=None, rank=0, world=1, workers=0, device="cpu", tables=()):
     """Yield (images uint8 (B,3,H,W), labels (B,), index (B,), *rows of tables) on `device`.
 
@@ -257,24 +274,20 @@ def batches(split, batch_size, seed=None, rank=0, world=1, workers=0, device="cp
     image of a batch: the ranks together see the batches, crops and flips that one process would.
     tables: further tensors (N, ...). Raises ValueError for an image file that cannot be read.
     """
-    images, labels = split.images, split.labels
-    order = torch.arange(len(labels))
-    crops = []  # top, left and flip of each place in the order
-    if seed is not None:
-        order, *crops = draw_epoch(len(labels), seed)
-    shares = rank_shares(len(labels), batch_size, rank, world, training=seed is not None)
+    images, N = split.images, len(split.labels)
+    shares = rank_shares(N, batch_size, rank, world, training=seed is not None)
     if isinstance(images, Stream):
+        order = torch.arange(N) if seed is None else draw_epoch(N, seed)[0]
         yield from stream_batches(split, order, shares, seed, workers, device, tables)
         return
-
-    order, labels, *tables = (x.to(images.device) for x in (order, labels, *tables))
-    crops = [x.to(images.device) for x in crops]
+    index, labels, *tables = (x.to(images.device) for x in (torch.arange(N), split.labels, *tables))
+    if seed is not None:
+        split = split._replace(labels=labels)
+        for places in epoch_places(N, batch_size, seed, rank, world, images.device):
+            yield tuple(x.to(device, non_blocking=True) for x in look_up(split, tables, places))
+        return
     for share in shares:
-        index = order[share]
-        pixels = images.index_select(0, index)  # on a CPU ten times as fast as images[index]
-        if crops:
-            pixels = augment(pixels, *(x[share] for x in crops))
-        found = (pixels, labels[index], index, *(table[index] for table in tables))
+        found = (x[share] for x in (images, labels, index, *tables))
         yield tuple(x.to(device, non_blocking=True) for x in found)
 
 

@@ -101,6 +101,19 @@ def init_head(model, std=None):
     return model
 
 
+def conv_relu(x, conv, bn, shortcut=None):
+    """relu(bn(conv(x)) + shortcut). On a GPU one kernel of cuDNN, where `freeze` has taken bn away
+    and autocast does not come between. (FakeTensors are of a GPU that is not there.)"""
+    if isinstance(bn, nn.Identity) and x.is_cuda and x.dtype == conv.weight.dtype \
+            and torch.cuda.is_available():
+        where = conv.stride, conv.padding, conv.dilation, conv.groups
+        if shortcut is None:
+            return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *where)
+        return torch.cudnn_convolution_add_relu(x, conv.weight, shortcut, 1, conv.bias, *where)
+    out = bn(conv(x))
+    return F.relu_(out if shortcut is None else out.add_(shortcut))
+
+
 # ResNet -------------------------------------------------------------------------------------------
 class ZeroPadShortcut(nn.Module):
     """He's option A: subsample, and fill the new channels with zeros, half of them on either side;
@@ -131,9 +144,8 @@ class BasicBlock(nn.Module):
         self.add_module(shortcut, projection(in_channels, out_channels, stride))
 
     def forward(self, x):
-        out = F.relu_(self.bn1(self.conv1(x)))
-        shortcut = getattr(self, self.shortcut_name)
-        return F.relu_(self.bn2(self.conv2(out)).add_(shortcut(x)))
+        out = conv_relu(x, self.conv1, self.bn1)
+        return conv_relu(out, self.conv2, self.bn2, getattr(self, self.shortcut_name)(x))
 
 
 class Bottleneck(nn.Module):
@@ -146,9 +158,9 @@ class Bottleneck(nn.Module):
         self.shortcut = projection(in_channels, out_channels, stride)
 
     def forward(self, x):
-        out = F.relu_(self.bn1(self.conv1(x)))
-        out = F.relu_(self.bn2(self.conv2(out)))
-        return F.relu_(self.bn3(self.conv3(out)).add_(self.shortcut(x)))
+        out = conv_relu(x, self.conv1, self.bn1)
+        out = conv_relu(out, self.conv2, self.bn2)
+        return conv_relu(out, self.conv3, self.bn3, self.shortcut(x))
 
 
 def resnet(depth, widths, num_classes):
@@ -184,7 +196,7 @@ class WideBlock(nn.Module):
     def forward(self, x):
         out = F.relu_(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return shortcut + self.conv2(F.relu_(self.bn2(self.conv1(out))))
+        return shortcut + self.conv2(conv_relu(out, self.conv1, self.bn2))
 
 
 def wrn(depth, widen, num_classes):

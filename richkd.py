@@ -214,14 +214,17 @@ def nce_loss(anchor: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, nega
     c = J / N + 1e-7
     log_Zc = (Z * c).log()
     product = "bd,jd->bj" if negatives.ndim == 1 else "bd,bjd->bj"
-    positive = (anchor * bank.index_select(0, index)).sum(1) / temperature - log_Zc  # (B,) log P+/c
-    negative = torch.einsum(product, anchor, bank[negatives]) / temperature - log_Zc  # (B, J)
+    anchor = anchor / temperature
+    positive = (anchor * bank.index_select(0, index)).sum(1) - log_Zc           # (B,) log P+/c
+    negative = torch.einsum(product, anchor, bank[negatives]) - log_Zc          # (B, J) log P_j/c
     noise = torch.nn.functional.softplus(negative)                              # log (P_j + c)/c
-    if same is not None:
-        kept = J - same.sum(1, keepdim=True)                                    # (B, 1)
-        noise = noise.masked_fill(same, 0) * (J / kept.clamp(min=1))
+    if same is None:
+        noise = noise.sum(1)                                                    # (B,)
+    else:
+        kept = J - same.sum(1)                                                  # (B,)
+        noise = noise.masked_fill(same, 0).sum(1) * (J / kept.clamp(min=1))
     constant = J * torch.tensor(c * N / J, dtype=torch.float64).log().item()    # log c - log J/N
-    return (torch.nn.functional.softplus(-positive) + noise.sum(1)).mean() + constant
+    return (torch.nn.functional.softplus(-positive) + noise).mean() + constant
 
 
 def gather(rows):
@@ -257,37 +260,45 @@ class ContrastiveMemory(torch.nn.Module):
             self.register_buffer(name, bank)
         self.register_buffer("Z", torch.full((2,), -1.0))  # set by the first batch, as published
         self.register_buffer("labels", labels, persistent=False)
-        self.step = 0  # on the CPU: reading it from a GPU would stall
-
-    def get_extra_state(self):
-        return torch.tensor(self.step)
-
-    def set_extra_state(self, state):
-        self.step = int(state)
+        self.register_buffer("step", torch.tensor(0))
+        self.has_Z = False  # what is known of Z without reading it, which would stall a GPU
 
     def forward(self, student, fused, index, negatives=None):
         """Embeddings (B, d), (B, d), image numbers (B,) int64 -> (); then both banks are updated
         at `index`. negatives (J,) or (B, J) int64 replaces the draw. The banks have no gradient."""
-        (N, d), B, device = self.student_bank.shape, len(index), index.device
+        d, B, device = self.student_bank.shape[1], len(index), index.device
         if not student.shape == fused.shape == (B, d):
             raise ValueError(f"embeddings {tuple(student.shape)}, {tuple(fused.shape)}, index "
                              f"{tuple(index.shape)}: expected (B, {d}), (B, {d}), (B,)")
-        if negatives is None:  # a function of seed and step, so that all ranks draw the same
-            generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + self.step + 1)
+        if negatives is None:
             shape = (self.num_negatives,) if self.shared else (B, self.num_negatives)
-            negatives = torch.randint(N, shape, generator=generator, device=device)
+            negatives = self.draw(shape)
         labels = self.labels
         same = None if labels is None else labels[negatives] == labels[index][:, None]  # (B, J)
         pairs = (student, self.fused_bank), (fused, self.student_bank)
         with torch.autocast(device.type, enabled=False):
-            if self.step == 0 and self.Z[0] < 0:  # step first: reading Z would stall a GPU
-                Z = [self.partition(*pair, index, negatives, same) for pair in pairs]
-                self.Z.copy_(torch.stack(Z))
+            if not self.has_Z:
+                if self.Z[0] < 0:
+                    Z = [self.partition(*pair, index, negatives, same) for pair in pairs]
+                    self.Z.copy_(torch.stack(Z))
+                self.has_Z = True
             loss = sum(nce_loss(*pair, index, negatives, Z, self.temperature, same)
                        for pair, Z in zip(pairs, self.Z))
         self.update(student.detach(), fused.detach(), index)
-        self.step += 1
+        self.step.add_(1)
         return loss
+
+    def draw(self, shape):
+        """Uniform int64 numbers below N, a function of seed and step: the same on every device and
+        rank, from a checkpoint on, and in a CUDA graph, in which a generator made anew would stand
+        still. SplitMix64: Steele et al., OOPSLA 2014, figure 17."""
+        count = torch.Size(shape).numel()
+        start = self.step * count + (self.seed << 32) % 2**63
+        x = torch.arange(count, device=self.step.device) + start
+        x = x * -0x61C8864680B583EB  # int64 wraps around; the mask below keeps its sign out
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+            x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+        return (x & (1 << 63) - 1).remainder(len(self.student_bank)).view(shape)
 
     @torch.no_grad()
     def partition(self, anchor, bank, index, negatives, same):

@@ -28,7 +28,8 @@ import targets
 from command import flag, world
 
 # What does not change a result; the other fields are a run's settings.
-PLACES = ("data_dir", "device", "workers", "cache_dir", "out", "overwrite", "tensorboard")
+PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "overwrite",
+          "tensorboard")
 # Settings that name files: what is in these decides, not where they lie. The names of the classes
 # are part of the data.
 FILES = ("teacher_weights", "clip", "bpe", "prompts", "class_names")
@@ -165,6 +166,36 @@ def begin_run(config, folder, found):
         "settings": settings(config), "inputs": found,
         "places": {name: getattr(config, name) for name in PLACES},
         "torch": torch.__version__, "source": source.hexdigest()})
+
+
+def restore(path, stateful):
+    """Read last.pt into modules and optimiser, `stateful`; -> its log, [] where there is no file.
+    Raises ValueError where it is damaged."""
+    if not path.is_file():
+        return []
+    last = files.read_own(path, ANEW)
+    with files.undamaged(path, ANEW):
+        for name, part in stateful.items():
+            part.load_state_dict(last[name])
+        return list(last["log"])
+
+
+def keep_epoch(config, folder, log, stateful, progress):
+    """log.csv and last.pt as they stand after an epoch; its line for people, and for tensorboard
+    where that is asked for."""
+    lines = [",".join(log[0])] + [",".join(map(str, row.values())) for row in log]
+    files.write_atomically(folder / "log.csv", "".join(line + "\n" for line in lines).encode())
+    state = {name: part.state_dict() for name, part in stateful.items()}
+    files.save(folder / "last.pt", {**state, "log": log})
+    row = log[-1]
+    note = (f"epoch {row['epoch']}/{config.epochs} | loss {row['loss']:.3f} | accuracy "
+            f"{row['train_accuracy']:.1f} % | test {row['test_accuracy']:.1f} %")
+    progress.update(row["epoch"] * progress.total // config.epochs, note, keep=True)
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter(folder) as writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["epoch"])
 
 
 def input_of(about, info):

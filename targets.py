@@ -12,6 +12,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import checkpoints
@@ -22,6 +23,7 @@ import files
 import keys
 import richkd
 import shapes
+from command import rank, world
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # the authors' templates
 PART = 10_000       # images whose targets are kept together: what an interruption can cost
@@ -29,7 +31,8 @@ PART = 10_000       # images whose targets are kept together: what an interrupti
 
 def load_clip_teacher(config):
     """-> CLIP on the device, its tokenizer, the scale of its logits. The tiny one is trained first,
-    in the cache. Raises as `clip_model.load_clip`."""
+    in the cache. On a GPU, and with --amp, the image tower is cast to bfloat16, which is as fine as
+    what is kept of it. Raises as `clip_model.load_clip`."""
     path = config.clip
     if path == "tiny":
         folder = files.cache_folder(config.cache_dir)
@@ -45,7 +48,10 @@ def load_clip_teacher(config):
     if clip.vocab_size != tokenizer.vocab_size:
         tokenizer = clip_model.Tokenizer(clip_model.load_merges(config.bpe, config.cache_dir))
     scale = config.clip_scale or clip.logit_scale.exp().item()
-    return clip.to(config.device), tokenizer, scale
+    clip = clip.to(config.device)
+    if config.amp or torch.device(config.device).type == "cuda":
+        clip.visual.to(torch.bfloat16)
+    return clip, tokenizer, scale
 
 
 def class_embeddings(config, clip, tokenizer, class_names):
@@ -64,8 +70,9 @@ def class_embeddings(config, clip, tokenizer, class_names):
 def clip_view(config, clip, classes, images):
     """What CLIP says of uint8 images (B,3,H,W): cosines (B,K) with `class_embeddings`, unit-length
     features (B,D)."""
-    with torch.inference_mode(), command.autocast(config):
+    with torch.inference_mode():
         images = clip_model.preprocess(images.to(config.device), clip.visual.input_resolution)
+        images = images.to(next(clip.visual.parameters()).dtype)
         features = F.normalize(clip.encode_image(images).float(), dim=1)
     cosines = [richkd.zero_shot_logits(features, each, 1.0) for each in classes]
     return sum(cosines) / len(classes), features
@@ -79,7 +86,8 @@ def load_targets(config, clip, tokenizer, splits, identities):
     kinds = [[type(module).__name__, getattr(module, "heads", 0)] for module in clip.modules()]
     weights = hashlib.sha256(files.json_digest(kinds).encode())
     for name, tensor in sorted(clip.state_dict().items()):
-        weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        values = tensor.cpu().contiguous().flatten().view(torch.uint8)  # NumPy has no bfloat16
+        weights.update(name.encode() + values.numpy().tobytes())
     class_names = next(iter(splits.values())).class_names
     asked = {"names": clip_model.prompt_names(class_names, tokenizer),
              "templates": clip_model.load_templates(config.prompts or PROMPTS),
@@ -107,19 +115,24 @@ def load_targets(config, clip, tokenizer, splits, identities):
 
 def cached_targets(path, key, shape, views):
     """(cosines (N,K), features (N,D)) float16, memory-mapped from the file `path`, as
-    `keys.mapped`: made first where there is none, and anew where it is damaged.
+    `keys.mapped`: made first where there is none, by all ranks, and anew where it is damaged.
 
     key: a dict of JSON values, all that the targets depend on. shape: (N, K, D). views: (start,
     stop) -> iterator of (cosines (b,K), features (b,D)). An interruption costs at most PART images.
     """
-    path, (N, K, D) = Path(path), shape
+    path, (N, K, D), label = Path(path), shape, key.get("split", "")
 
     def table():
-        rows = functools.partial(target_rows, path, N, views, key.get("split", ""))
+        rows = functools.partial(target_rows, path, N, views, label)
         return keys.mapped(path, key, [N, K + D], torch.float16, rows)
 
+    if world() > 1:
+        absent = 0 if path.is_file() else 1
+        if command.any_rank([absent], "cuda" if dist.get_backend() == "nccl" else "cpu"):
+            make_parts(path, N, views, label, rank(), world())
+            dist.barrier()
     try:
-        numbers = table()
+        numbers = command.rank_zero_first(table)
     except FileNotFoundError:  # another process has joined the parts meanwhile, and removed them
         numbers = table()
     for part in path.parent.glob(f"{path.name}.*"):
@@ -127,23 +140,34 @@ def cached_targets(path, key, shape, views):
     return numbers.split([K, D], 1)
 
 
-def target_rows(path, N, views, label):
-    """Yield the bytes of N rows, after they were made part by part in files beside `path`, from
-    which another process, or the next run, goes on."""
-    starts = range(0, N, PART)
-    parts = [path.with_name(f"{path.name}.{start}") for start in starts]
-    progress = files.Progress(f"CLIP's targets ({label})", N)
+def part_files(path, N):
+    """The files beside `path` that the targets lie in while they are made: {file: first image}."""
+    return {path.with_name(f"{path.name}.{start}"): start for start in range(0, N, PART)}
+
+
+def make_parts(path, N, views, label, rank=0, world=1):
+    """Make those of the `part_files` that are not there; each rank makes every world-th."""
+    parts = [*part_files(path, N).items()][rank::world]
+    progress = files.Progress(f"CLIP's targets ({label})", sum(min(PART, N - i) for _, i in parts))
 
     def rows(start):
         for cosines, features in views(start, min(N, start + PART)):
             both = torch.cat([cosines, features], 1).to("cpu", torch.float16)       # (b,K+D)
-            progress.update(progress.done + len(both), keep=progress.done + len(both) == N)
+            if rank == 0:  # whose share stands for all
+                progress.update(progress.done + len(both),
+                                keep=progress.done + len(both) == progress.total)
             yield both.contiguous().numpy().tobytes()
 
-    for start, part in zip(starts, parts):
+    for part, start in parts:
         if part.is_file():
-            progress.start = progress.done = min(N, start + PART)
+            progress.start = progress.done = progress.done + min(PART, N - start)
         else:
             files.write_atomically(part, rows(start))
-    for part in parts:
+
+
+def target_rows(path, N, views, label):
+    """Yield the bytes of N rows, part by part, after all parts were made, from which another
+    process, or the next run, goes on."""
+    make_parts(path, N, views, label)
+    for part in part_files(path, N):
         yield part.read_bytes()

@@ -14,7 +14,6 @@ import files
 import models
 import richkd
 import runs
-from command import autocast
 
 
 class OwnInput(torch.nn.Module):
@@ -30,20 +29,25 @@ class OwnInput(torch.nn.Module):
         self.register_buffer("shift", (shared_mean - mean) / std)
 
     def forward(self, images):
-        return self.teacher(images * self.scale + self.shift)
+        return self.teacher((images.float() * self.scale + self.shift).to(images.dtype))
 
 
 class Teachers(torch.nn.Module):
-    """Frozen conventional teachers as one: mean logits, concatenated features, float32."""
+    """Frozen conventional teachers as one: mean logits, concatenated features, float32. With --amp
+    their weights are bfloat16 once and for all: autocast would cast them at every step."""
 
     def __init__(self, teachers, config):
         super().__init__()
         self.teachers, self.config = torch.nn.ModuleList(teachers), config
         self.num_features = sum(teacher.num_features for teacher in teachers)
+        self.dtype = torch.bfloat16 if config.amp else torch.float32
+        for teacher in teachers:
+            (teacher.teacher if isinstance(teacher, OwnInput) else teacher).to(self.dtype)
 
     @torch.no_grad()
     def forward(self, images):
-        with autocast(self.config):
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.to(self.dtype)
             logits, features = zip(*(teacher(images) for teacher in self.teachers))
         mean = richkd.fuse_teachers(logits, self.config.teacher_shares)
         return mean, torch.cat(features, 1).float()                                # (B,K), (B,C)

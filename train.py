@@ -12,6 +12,7 @@ one reported is the last epoch's.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -112,6 +113,7 @@ class Config:
                         within=(0, 2**31))
     amp: bool = setting(False, "bfloat16 autocast, for student, frozen teacher and CLIP alike")
     deterministic: bool = setting(False, "always the same numbers on CUDA, slower; a CPU has them")
+    no_graph: bool = setting(False, "on one GPU call each step, instead of replaying a CUDA graph")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
     workers: int = setting(min(8, data.cores()), "loader processes where images stream",
                            within=(0, math.inf))
@@ -293,70 +295,137 @@ class StudentAndLoss(torch.nn.Module):
         return *self.criterion(logits, features, *supervision), logits
 
 
+def loss_parts(config):
+    return [name for name in ("ce", "logit", "feature") if getattr(config, f"{name}_weight")]
+
+
 class Training(NamedTuple):
-    """What every epoch works with, on the device."""
+    """What every step works with, on the device."""
     config: Config
     split: data.Split
     model: torch.nn.Module  # a StudentAndLoss
     optimizer: torch.optim.Optimizer
     teachers: Teachers | None
-    tables: tuple        # CLIP's cosines (N,K) and features (N,D), float16, or nothing
+    tables: tuple         # CLIP's cosines (N,K) and features (N,D), float16, or nothing
     clip_scale: float
+    mean: torch.Tensor    # (3,), of the images
+    std: torch.Tensor     # (3,)
+    rate: torch.Tensor    # (), the learning rate: within a CUDA graph a number would stand still
+    sums: torch.Tensor    # (M,) float64, of the means that `train_step` returns
 
 
-def train_epoch(training, epoch, progress, caught):
-    """One pass over the training images. -> {"loss", its parts, "train_accuracy"}, their means over
-    the steps; None where a signal in `caught` ended it. FloatingPointError: a loss not finite."""
-    config, split, model, optimizer, teachers, tables, clip_scale = training
-    info, N = data.DATASETS[config.dataset], len(split.labels)
+def train_step(training, batch):
+    """One step, from the batch to the optimiser. It reads nothing from the device and copies
+    nothing to it, so that a CUDA graph can replay it. -> (M,) float64: the loss, its parts and the
+    accuracy, means over the batch, also added to training.sums.
+
+    batch: (4,B) int64, where to find it (`data.epoch_places`); of a stream, what its loader gave.
+    """
+    config, split, model, optimizer, teachers, tables, clip_scale = training[:7]
+    if isinstance(batch, torch.Tensor):
+        batch = data.look_up(split, tables, batch)
+    # Teacher and student see the same crop (B,3,H,W); CLIP saw the plain image, beforehand.
+    pixels, labels, index, *clip = batch
+    inputs = data.to_input(pixels, config.image_size, training.mean, training.std)
+    teacher_logits, teacher_features, clip_logits, clip_features = None, None, None, None
+    if teachers:
+        teacher_logits, teacher_features = teachers(inputs)                         # (B,K), (B,C)
+    if clip:
+        clip_logits, clip_features = clip_scale * clip[0].float(), clip[1].float()  # (B,K), (B,D)
+
+    # The student, then equation (7): its logits against labels and fused logits, its features
+    # against the memory's fused ones; `index` tells the memory which images these are.
+    with autocast(config):
+        loss, parts, logits = model(inputs, teacher_logits, teacher_features,
+                                    clip_logits, clip_features, labels, index)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+    accuracy = 100 * (logits.detach().argmax(1) == labels).float().mean()
+    means = torch.stack([loss.detach(), *parts.values(), accuracy]).double()
+    training.sums.add_(means)
+    return means
+
+
+def step_of(training):
+    """`train_step` of this training as a function of the batch alone: on one GPU that holds the
+    images a CUDA graph of it, elsewhere (ranks wait for each other, streams for files) a call."""
+    config, step = training.config, functools.partial(train_step, training)
+    in_memory = isinstance(training.split.images, torch.Tensor)
+    if config.device.startswith("cuda") and in_memory and world() == 1 and not config.no_graph:
+        return command.CudaGraph(step)
+    return step
+
+
+def train_epoch(training, step, epoch, progress, caught):
+    """One pass over the training images. step: `step_of(training)`, the same in every epoch.
+    -> {"loss", its parts, "train_accuracy"}, their means over the steps; None where a signal in
+    `caught` ended it. FloatingPointError: a loss not finite."""
+    config, N = training.config, len(training.split.labels)
 
     # All that an epoch draws is a function of seed and epoch: it can be repeated to the bit.
     seed = config.seed * 100_003 + epoch
     torch.manual_seed(seed)  # dropout's
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, epoch)
-    model.train()
+    training.rate.fill_(learning_rate(config, epoch))
+    for group in training.optimizer.param_groups:
+        group["lr"] = training.rate  # also after a checkpoint, which brings its own
+    training.model.train()
+    training.sums.zero_()
+    share = (config.batch_size, seed, rank(), world())
+    if isinstance(training.split.images, torch.Tensor):
+        batches = data.epoch_places(N, *share, config.device)
+    else:
+        batches = data.batches(training.split, *share, config.workers, config.device,
+                               training.tables)
 
     # Reading a number stalls a GPU, so the sums for the log stay there and are looked at rarely.
-    every = 1 if torch.device(config.device).type == "cpu" else 50
-    steps, total = 0, torch.zeros((), dtype=torch.float64, device=config.device)
-    for pixels, labels, index, *clip in data.batches(
-            split, config.batch_size, seed, rank(), world(), config.workers, config.device, tables):
-        # Teacher and student see the same crop (B,3,H,W); CLIP saw the plain image, beforehand.
-        inputs = data.to_input(pixels, config.image_size, info.mean, info.std)
-        teacher_logits, teacher_features, clip_logits, clip_features = None, None, None, None
-        if teachers:
-            teacher_logits, teacher_features = teachers(inputs)                     # (B,K), (B,C)
-        if clip:
-            clip_logits, clip_features = clip_scale * clip[0].float(), clip[1].float()
-
-        # The student, then equation (7): its logits against labels and fused logits, its features
-        # against the memory's fused ones; `index` tells the memory which images these are.
-        with autocast(config):
-            loss, parts, logits = model(inputs, teacher_logits, teacher_features,
-                                        clip_logits, clip_features, labels, index)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-        accuracy = 100 * (logits.detach().argmax(1) == labels).float().mean()
-        means = {"loss": loss.detach(), **parts, "train_accuracy": accuracy}
-        total = total + torch.stack(list(means.values())).double()
+    steps, every = 0, 1 if torch.device(config.device).type == "cpu" else 50
+    for batch in batches:
+        means = step(batch)
         steps += 1
         if steps % every == 0 or N - steps * config.batch_size < 2:  # last: of 1 image is no batch
-            if not total[0].isfinite():
+            loss, accuracy = means[[0, -1]].tolist()
+            if not math.isfinite(loss) or not math.isfinite(training.sums[0]):
                 raise FloatingPointError(
                     f"epoch {epoch + 1}, step {steps}: the loss is not finite; the run folder "
                     f"keeps epoch {epoch}; a smaller --lr may help")
             if rank() == 0:
                 progress.update(epoch * N + min(N, steps * config.batch_size),
-                                f"epoch {epoch + 1}/{config.epochs} | loss {loss.item():.3f} | "
-                                f"accuracy {accuracy.item():.1f} %")
+                                f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | "
+                                f"accuracy {accuracy:.1f} %")
             if command.any_rank(caught, config.device):
                 return None
     if world() > 1:
-        dist.all_reduce(total)
-    return dict(zip(means, (total / world() / steps).tolist()))
+        dist.all_reduce(training.sums)
+    means = (training.sums / world() / steps).tolist()
+    return dict(zip(["loss", *loss_parts(config), "train_accuracy"], means, strict=True))
+
+
+def begin(config, split, teachers, tables, clip_scale):
+    """The `Training` of a new student. split: the training images, `resized`; teachers: as
+    `load_teachers` returns them; tables: CLIP's targets of the split, or ()."""
+    info, device = data.DATASETS[config.dataset], config.device
+    if isinstance(split.images, torch.Tensor):  # the images are on the device, so can these be
+        tables = tuple(table.to(device) for table in tables)
+        split = split._replace(labels=split.labels.to(device))
+    torch.manual_seed(config.seed)
+    student = models.build_model(config.student, len(split.class_names))
+    criterion = richkd.RichKD(
+        student.num_features, teachers.num_features if teachers else 0,
+        tables[1].shape[1] if tables else 0, len(split.labels), alpha=config.alpha, lam=config.lam,
+        temperature=config.temperature, ce_weight=config.ce_weight,
+        logit_weight=config.logit_weight, feature_weight=config.feature_weight,
+        logit_loss=config.logit_loss, standardize=config.standardize,
+        num_negatives=config.num_negatives, labels=split.labels, negatives=config.negatives,
+        seed=config.seed)
+    model = StudentAndLoss(student, criterion).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9,
+                                weight_decay=config.weight_decay, fused=True)
+    mean, std, rate = (torch.tensor(x, device=device) for x in (info.mean, info.std, config.lr))
+    sums = torch.zeros(2 + len(loss_parts(config)), dtype=torch.float64, device=device)
+    return Training(config, split, model, optimizer, teachers, tables, clip_scale, mean, std, rate,
+                    sums)
 
 
 def prepare(config, splits, inputs):
@@ -366,59 +435,10 @@ def prepare(config, splits, inputs):
     clip_targets, clip_scale = {}, None
     if config.clip:
         clip, tokenizer, clip_scale = rank_zero_first(lambda: targets.load_clip_teacher(config))
-        clip_targets = rank_zero_first(
-            lambda: targets.load_targets(config, clip, tokenizer, splits, inputs["data"]))
+        clip_targets = targets.load_targets(config, clip, tokenizer, splits, inputs["data"])
     teachers = teachers or load_teachers(config, splits, inputs)
     train = resized(splits["train"], config.image_size, config)
-    tables = clip_targets.get("train", ())
-    if isinstance(train.images, torch.Tensor):  # the images are on the device, so can these be
-        tables = tuple(table.to(config.device) for table in tables)
-
-    torch.manual_seed(config.seed)
-    student = models.build_model(config.student, len(train.class_names))
-    criterion = richkd.RichKD(
-        student.num_features, teachers.num_features if teachers else 0,
-        tables[1].shape[1] if tables else 0, len(train.labels), alpha=config.alpha, lam=config.lam,
-        temperature=config.temperature, ce_weight=config.ce_weight,
-        logit_weight=config.logit_weight, feature_weight=config.feature_weight,
-        logit_loss=config.logit_loss, standardize=config.standardize,
-        num_negatives=config.num_negatives, labels=train.labels, negatives=config.negatives,
-        seed=config.seed)
-    model = StudentAndLoss(student, criterion)
-    model = model.to(config.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9,
-                                weight_decay=config.weight_decay, fused=True)
-    return Training(config, train, model, optimizer, teachers, tables, clip_scale), clip_targets
-
-
-def restore(path, stateful):
-    """Read last.pt into modules and optimiser, `stateful`; -> its log, [] where there is no file.
-    Raises ValueError where it is damaged."""
-    if not path.is_file():
-        return []
-    last = files.read_own(path, runs.ANEW)
-    with files.undamaged(path, runs.ANEW):
-        for name, part in stateful.items():
-            part.load_state_dict(last[name])
-        return list(last["log"])
-
-
-def keep_epoch(config, folder, log, stateful, progress):
-    """log.csv and last.pt as they stand after an epoch; its line for people, and for tensorboard
-    where that is asked for."""
-    lines = [",".join(log[0])] + [",".join(map(str, row.values())) for row in log]
-    files.write_atomically(folder / "log.csv", "".join(line + "\n" for line in lines).encode())
-    state = {name: part.state_dict() for name, part in stateful.items()}
-    files.save(folder / "last.pt", {**state, "log": log})
-    row = log[-1]
-    note = (f"epoch {row['epoch']}/{config.epochs} | loss {row['loss']:.3f} | accuracy "
-            f"{row['train_accuracy']:.1f} % | test {row['test_accuracy']:.1f} %")
-    progress.update(row["epoch"] * progress.total // config.epochs, note, keep=True)
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter(folder) as writer:
-            for name, value in row.items():
-                writer.add_scalar(name, value, row["epoch"])
+    return begin(config, train, teachers, clip_targets.get("train", ()), clip_scale), clip_targets
 
 
 def fit(config, folder, splits, inputs):
@@ -430,10 +450,11 @@ def fit(config, folder, splits, inputs):
     model, N = training.model, len(training.split.labels)
     stateful = {"student": model.student, "criterion": model.criterion,
                 "optimizer": training.optimizer}
-    log = [] if config.overwrite else restore(folder / "last.pt", stateful)
+    log = [] if config.overwrite else runs.restore(folder / "last.pt", stateful)
     if world() > 1:  # BatchNorm statistics are each rank's own; the memory keeps itself equal
         ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         training = training._replace(model=ddp)
+    step = step_of(training)
     if rank() == 0 and not log:
         runs.begin_run(config, folder, inputs)
     if rank() == 0 and log:
@@ -443,7 +464,7 @@ def fit(config, folder, splits, inputs):
     with command.signals() as caught:
         for epoch in range(len(log), config.epochs):
             began = time.time()
-            means = train_epoch(training, epoch, progress, caught)
+            means = train_epoch(training, step, epoch, progress, caught)
             seconds = time.time() - began
             if means:
                 if world() > 1:  # BatchNorm's statistics: those of rank 0 are tested and saved
@@ -454,7 +475,7 @@ def fit(config, folder, splits, inputs):
                             "test_accuracy": top1(logits, splits["test"].labels),
                             "images_per_second": N / seconds, "seconds": seconds})
                 if rank() == 0:
-                    keep_epoch(config, folder, log, stateful, progress)
+                    runs.keep_epoch(config, folder, log, stateful, progress)
             number = command.any_rank(caught, config.device)
             if number:
                 kept = f"; {folder} keeps epoch {len(log)} of {config.epochs}"

@@ -161,7 +161,7 @@ def epoch(split, tables, steps, rounds):
     supervision = (*teachers(inputs), 100 * cosines.float(), features.float(), labels, index)
 
     def ours():
-        train.train_epoch(training, 0, files.Progress("", N), [])
+        train.train_epoch(training, step, 0, files.Progress("", N), [])
 
     def floor():
         for _ in range(steps):

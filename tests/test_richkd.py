@@ -234,9 +234,12 @@ def test_memory_equals_the_first_edition_over_three_steps(mode):
     golden = GOLDEN["first_edition"]["memory " + mode]
     labels = torch.arange(40) % 5
     memory = ContrastiveMemory(40, 6, 25, labels=labels, negatives=mode, seed=3).double()
+    shape = (25,) if mode == "shared" else (3, 25)
     for k, step in enumerate(golden["steps"]):
         student, fused = unit(3, 6, 0.7 + k), unit(3, 6, 1.9 + k)
-        loss = memory(student, fused, torch.tensor([3 + k, 0, 39 - k]))
+        drawn = torch.Generator().manual_seed(3 * 1_000_003 + k + 1)  # as the first edition drew
+        negatives = torch.randint(40, shape, generator=drawn)
+        loss = memory(student, fused, torch.tensor([3 + k, 0, 39 - k]), negatives)
         loss.backward()
         close(loss.detach(), step["loss"], 1e-12)
         close(student.grad, step["grad"][0], 1e-12)
@@ -472,6 +475,33 @@ def test_richkd_survives_a_checkpoint(mode):
         assert torch.equal(method(*batch(step))[0], resumed(*batch(step))[0])
     for name, tensor in method.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def splitmix64(state):
+    """The generator as published, in Python's whole numbers: the state's output."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> shift)) * factor % 2**64
+    return state ^ (state >> 31)
+
+
+@pytest.mark.parametrize("seed, step", [(0, 0), (3, 0), (0, 9), (2**31 - 1, 2**20)])
+def test_memory_draw_is_splitmix64_of_seed_and_step(seed, step):
+    memory = ContrastiveMemory(997, 4, 6, seed=seed)
+    memory.step.fill_(step)
+    counters = [(seed * 2**32 + step * 6 + i) * 0x9E3779B97F4A7C15 % 2**64 for i in range(6)]
+    expected = [splitmix64(counter) % 2**63 % 997 for counter in counters]
+    assert memory.draw((6,)).tolist() == memory.draw((2, 3)).flatten().tolist() == expected
+
+
+def test_memory_draw_is_uniform():
+    memory = ContrastiveMemory(100, 4, 16384)
+    counts = torch.zeros(100)
+    for step in range(60):
+        memory.step.fill_(step)
+        counts += memory.draw((16384,)).bincount(minlength=100)
+    expected = counts.sum() / 100
+    chi_squared = ((counts - expected)**2 / expected).sum()  # of 99 degrees of freedom
+    assert 99 - 4 * 198**0.5 < chi_squared < 99 + 4 * 198**0.5
 
 
 def test_richkd_draws_at_every_step_anew_and_seeds_differ():

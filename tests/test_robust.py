@@ -29,6 +29,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import files  # noqa: E402
 import models  # noqa: E402
+import runs  # noqa: E402
 import shapes  # noqa: E402
 import targets  # noqa: E402
 import train  # noqa: E402
@@ -349,7 +350,7 @@ def test_readers_of_mutated_files_read_or_refuse_in_one_line(tmp_path, monkeypat
         ("run/student.pt", evaluate_run, 40),
         ("legacy.pt", lambda path: models.load_weights("resnet8", path), 300),
         ("a.safetensors", checkpoints.read_state_dict, 3000),
-        ("run/last.pt", lambda path: train.restore(Path(path), parts), 300),
+        ("run/last.pt", lambda path: runs.restore(Path(path), parts), 300),
         ("clip.pt", fit_clip, 150), ("targets-a-b-c.bin", cached, 300), ("t.zip", tiny, 300),
         ("prompts.txt", templates, 150), ("bpe.txt", tokenize, 150), ("bpe.gz", tokenize, 150),
         ("run/config.json", evaluate_run, 60), ("run/report.json", evaluate_run, 100),

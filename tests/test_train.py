@@ -287,7 +287,8 @@ def test_teachers_say_what_the_teacher_says(config, teacher_file, amp, bound):
     inputs = data.to_input(test.images, 32, (0.5,) * 3, (0.25,) * 3)
     with torch.no_grad():
         expected = plain(inputs)
-    teachers.config = with_(resolved, amp=amp)
+    if amp:
+        teachers = train.Teachers([*teachers.teachers], with_(resolved, amp=True))
     for got, want in zip(teachers(inputs), expected):
         assert got.dtype == torch.float32 and not got.is_inference() and not got.requires_grad
         assert 0 < (got - want).abs().max() <= bound * want.abs().max()
@@ -299,7 +300,8 @@ def test_train_epoch_leaves_the_teachers_as_they_were(config):
     student = training.model.student
     before, after = ({key: value.clone() for key, value in module.state_dict().items()}
                      for module in (training.teachers, student))
-    means = train.train_epoch(training, 0, files.Progress("", 150), [])
+    step = train.step_of(training)
+    means = train.train_epoch(training, step, 0, files.Progress("", 150), [])
     assert set(means) == {"loss", "ce", "logit", "feature", "train_accuracy"}
     assert equal(before, training.teachers.state_dict())
     assert all(p.grad is None and not p.requires_grad for p in training.teachers.parameters())
@@ -309,7 +311,8 @@ def test_train_epoch_leaves_the_teachers_as_they_were(config):
 def test_train_epoch_ends_after_the_step_of_a_signal(config):
     resolved = train.resolve(with_(config, method="scratch"))
     training, _ = train.prepare(resolved, *loaded(resolved))
-    assert train.train_epoch(training, 0, files.Progress("", 150), [15]) is None
+    step = train.step_of(training)
+    assert train.train_epoch(training, step, 0, files.Progress("", 150), [15]) is None
 
 
 @pytest.mark.parametrize("method", train.METHODS)
