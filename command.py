@@ -13,6 +13,7 @@ KeyboardInterrupt, under `signals` after the step. torchrun starts one process a
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -144,6 +145,29 @@ def autocast(config):
     return torch.autocast(device, torch.bfloat16, enabled=config.amp)
 
 
+@functools.cache
+def second_stream(device):
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def beside(device):
+    """What a GPU is given here runs beside what follows, until `join`; elsewhere in its turn."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        yield
+        return
+    stream = second_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def join(device):
+    """What follows waits for what `beside` gave the GPU."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.current_stream(device).wait_stream(second_stream(device))
+
+
 class CudaGraph:
     """A function of one tensor on a GPU as a CUDA graph, which costs the CPU one launch a call, not
     one a kernel. The first calls are plain ones, in which cuDNN chooses its kernels and everything
@@ -202,7 +226,9 @@ def join_ranks(config):
         check_device(config.device)  # torchrun may start more processes than there are GPUs
         torch.cuda.set_device(config.device)
     if not dist.is_initialized():  # ranks wait while one of them makes CLIP's targets: for hours
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=2))
+        device = torch.device(config.device) if cuda else None  # NCCL warns where it must guess
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=2),
+                                device_id=device)
     return config
 
 

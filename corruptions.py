@@ -440,10 +440,10 @@ def pixelate(images, severity, generator=None):
 
 
 def jpeg_compression(images, severity, generator=None):
-    """There and back through libjpeg (4:2:0 chroma), on the CPU."""
+    """There and back through libjpeg (4:2:0 chroma), on the CPU: a GPU's coder differs from it."""
     quality = published(images, severity, [80, 65, 58, 50, 40],
                         [65, 58, 50, 40, 25], [25, 18, 15, 10, 7])
-    decoded = [decode_jpeg(encode_jpeg(image, quality)) for image in images.cpu()]
+    decoded = decode_jpeg(encode_jpeg(list(images.cpu()), quality))
     return torch.stack(decoded).to(images.device)
 
 
@@ -457,7 +457,8 @@ def corrupt(images, name, severity, generator):
     """images uint8 (N, 3, H, W), corrupted as `name` (of COMMON or EXTRA) at severity 1-5 says:
     uint8 on their device, the draws made with `generator`.
 
-    Goes by parts of 2 ** 18 pixels, to bound the memory; a call split elsewhere draws otherwise.
+    Goes by parts of 2 ** 18 pixels, on a GPU 2 ** 21, to bound the memory; a call split elsewhere
+    draws otherwise, and so does a generator of another kind of device.
     Raises ValueError for an unknown name, a severity outside 1-5, images of another type or shape.
     """
     known = {**COMMON, **EXTRA}
@@ -466,5 +467,6 @@ def corrupt(images, name, severity, generator):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; "
                          "expected torch.uint8 (N, 3, H, W), N > 0")
-    parts = images.split(max(1, 2 ** 18 // (images.shape[2] * images.shape[3])))
+    pixels = 2 ** 21 if images.is_cuda else 2 ** 18
+    parts = images.split(max(1, pixels // (images.shape[2] * images.shape[3])))
     return torch.cat([known[name](part.contiguous(), severity, generator) for part in parts])

@@ -315,8 +315,12 @@ def ignore_interrupts(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def blocks(images, size=250, workers=0, device="cpu"):
-    """The images, of either kind, in order: uint8 (b,3,H,W) a block of `size`, on `device`."""
+def blocks(images, size=None, workers=0, device="cpu"):
+    """The images, of either kind, in order: uint8 (b,3,H,W) a block of `size`, on `device`. None:
+    250, on a GPU 2 million pixels, which it needs to be busy."""
+    if size is None:
+        side = images.geometry[0] if isinstance(images, Stream) else images.shape[-1]
+        size = max(50, 2**21 // side**2) if torch.device(device).type == "cuda" else 250
     unlabelled = Split(images, torch.zeros(len(images), dtype=torch.int64), [])
     for pixels, _, _ in batches(unlabelled, size, workers=workers, device=device):
         yield pixels

@@ -256,7 +256,7 @@ def calibration(logits, labels, temperature=None):
 
 
 def device_blocks(images, config):
-    return data.blocks(images, workers=config.workers, device=config.device)
+    return data.blocks(images, None, config.workers, config.device)
 
 
 def evaluate_sets(config, test, subjects):
@@ -321,10 +321,12 @@ def say_other_count(where, labels, test):
 
 
 def corruption_source(config, test):
-    """What tells one set of corrupted test images from another: {"source", "content", "share"}.
-    Raises as reading them where one of the published is missing."""
+    """What tells one set of corrupted test images from another: {"source", "content", "share"}, of
+    generated ones the kind of device, too, whose generators differ. Raises as reading them where
+    one of the published is missing."""
     if config.corruptions == "generated":
-        return {"source": "generated", "content": None, "share": config.corrupted_share}
+        return {"source": "generated", "content": None, "share": config.corrupted_share,
+                "drawn_on": torch.device(config.device).type}
     if config.corrupted_share < 1:
         raise ValueError("--corrupted-share is for generated corruptions: published ones are whole")
     if config.dataset.startswith("cifar"):
@@ -342,7 +344,7 @@ def corrupted(test, name, severity, config):
     can be repeated alone."""
     if config.corruptions == "generated":
         seed = 1000 * config.seed + 10 * list(COMMON).index(name) + severity
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(config.device).manual_seed(seed)
         clean = device_blocks(test.images, config)
         return (corrupt(images, name, severity, generator) for images in clean), test.labels
     images, labels = published(test, name, severity, config)

@@ -95,7 +95,11 @@ def fuse_features(teacher: torch.Tensor, clip: torch.Tensor, lam: float = 0.7) -
     if teacher.shape != clip.shape:
         raise ValueError(f"embeddings {tuple(teacher.shape)} of the teacher, {tuple(clip.shape)} "
                          "of CLIP: expected one shape (B, d)")
-    return torch.nn.functional.normalize(lam * teacher + (1 - lam) * clip, dim=1)
+    fused = lam * teacher + (1 - lam) * clip
+    # Of unit length: x / |x|, which a GPU does in two kernels here and in three with `normalize`,
+    # and its gradient in two instead of nine.
+    d = fused.shape[1]
+    return torch.nn.functional.rms_norm(fused, (d,), eps=1e-24) / d**0.5
 
 
 class Embed(torch.nn.Module):
@@ -108,7 +112,8 @@ class Embed(torch.nn.Module):
     def forward(self, features):
         with torch.autocast(features.device.type, enabled=False):
             features = self.linear(features.to(self.linear.weight.dtype))
-            return torch.nn.functional.normalize(features, dim=1)
+            d = features.shape[1]
+            return torch.nn.functional.rms_norm(features, (d,), eps=1e-24) / d**0.5
 
 
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
@@ -319,7 +324,7 @@ class ContrastiveMemory(torch.nn.Module):
         order = torch.arange(len(index), device=index.device)
         last = torch.where(index == index[:, None], order, -1).amax(1)                  # (B,)
         for bank, v in ((self.student_bank, student), (self.fused_bank, fused)):
-            rows = self.momentum * bank[index] + (1 - self.momentum) * v[last]
+            rows = torch.lerp(v[last], bank[index], self.momentum)
             bank.index_copy_(0, index, torch.nn.functional.normalize(rows, dim=1))
 
 

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -261,7 +262,7 @@ def predict_split(model, images, config):
     """-> logits (N,K), float32 on the CPU; each rank sees its share of the images."""
     info, share = data.DATASETS[config.dataset], slice(rank(), None, world())
     classifier = Classifier(model, info.mean, info.std, config.image_size)
-    blocks = data.blocks(data.take(images, share), 500, config.workers, config.device)
+    blocks = data.blocks(data.take(images, share), None, config.workers, config.device)
     [mine] = predict([classifier], blocks, config)
     if world() == 1:
         return mine
@@ -290,9 +291,17 @@ class StudentAndLoss(torch.nn.Module):
         super().__init__()
         self.student, self.criterion = student, criterion
 
-    def forward(self, inputs, *supervision):
+    def forward(self, inputs, teachers, *supervision):
+        teacher_logits, teacher_features = None, None
+        if teachers:
+            with command.beside(inputs.device):  # neither network alone fills a GPU
+                teacher_logits, teacher_features = teachers(inputs)                 # (B,K), (B,C)
         logits, features = self.student(inputs)                                     # (B,K), (B,C)
-        return *self.criterion(logits, features, *supervision), logits
+        if teachers:
+            command.join(inputs.device)
+        loss, parts = self.criterion(logits, features, teacher_logits, teacher_features,
+                                     *supervision)
+        return loss, parts, logits
 
 
 def loss_parts(config):
@@ -327,17 +336,14 @@ def train_step(training, batch):
     # Teacher and student see the same crop (B,3,H,W); CLIP saw the plain image, beforehand.
     pixels, labels, index, *clip = batch
     inputs = data.to_input(pixels, config.image_size, training.mean, training.std)
-    teacher_logits, teacher_features, clip_logits, clip_features = None, None, None, None
-    if teachers:
-        teacher_logits, teacher_features = teachers(inputs)                         # (B,K), (B,C)
+    clip_logits, clip_features = None, None
     if clip:
         clip_logits, clip_features = clip_scale * clip[0].float(), clip[1].float()  # (B,K), (B,D)
 
     # The student, then equation (7): its logits against labels and fused logits, its features
     # against the memory's fused ones; `index` tells the memory which images these are.
     with autocast(config):
-        loss, parts, logits = model(inputs, teacher_logits, teacher_features,
-                                    clip_logits, clip_features, labels, index)
+        loss, parts, logits = model(inputs, teachers, clip_logits, clip_features, labels, index)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -452,7 +458,9 @@ def fit(config, folder, splits, inputs):
                 "optimizer": training.optimizer}
     log = [] if config.overwrite else runs.restore(folder / "last.pt", stateful)
     if world() > 1:  # BatchNorm statistics are each rank's own; the memory keeps itself equal
-        ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch 2.14 has another word for it, older ones do not
+            warnings.simplefilter("ignore", FutureWarning)
+            ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         training = training._replace(model=ddp)
     step = step_of(training)
     if rank() == 0 and not log:
@@ -548,6 +556,7 @@ def run(config):
     given, config = config, command.join_ranks(resolve(config))
     if config.device.startswith("cuda"):
         torch.backends.cudnn.benchmark = not config.deterministic
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it anyway
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)  # what has none is named

@@ -97,7 +97,7 @@ def run_of(report):
     content = {f"{name} top-1 %": row["content"][:8] for name, row in report.items()
                if isinstance(row, dict) and "brier" in row and "content" in row}
     if "mean_error" in corruptions:
-        seed = f"seed {report.get('how', {}).get('seed')}"
+        seed = f"seed {report.get('how', {}).get('seed')}, {corruptions.get('drawn_on', 'cpu')}"
         digest = corruptions.get("content")
         content[corruption_column(corruptions)] = digest[:8] if digest else seed
     group["test"] = report.get("how", {}).get("test", {}).get("content")

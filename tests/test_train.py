@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -408,13 +410,13 @@ torch.set_num_threads(1)
 ranks, path = int(sys.argv[5]), Path(f"{sys.argv[4]}-{os.environ.get('RANK', 0)}.json")
 losses = json.loads(path.read_text()) if path.exists() else []
 
-def forward(model, inputs, *supervision):
+def forward(model, inputs, teachers, *supervision):
     if ranks == 1:  # what each rank would see through the student by itself, then interleaved again
         shares = [model.student(inputs[rank::2]) for rank in range(2)]
         logits, features = (torch.stack(pair, 1).flatten(0, 1) for pair in zip(*shares))
     else:
         logits, features = model.student(inputs)
-    loss, parts = model.criterion(logits, features, *supervision)
+    loss, parts = model.criterion(logits, features, *teachers(inputs), *supervision)
     losses.append([loss.item(), *(part.item() for part in parts.values())])
     first = ranks == 2 and not path.exists()
     if first and len(losses) == 8 and command.rank() == 1:  # one is told to stop; both do
@@ -424,7 +426,13 @@ def forward(model, inputs, *supervision):
 train.StudentAndLoss.forward = forward
 Model = train.StudentAndLoss
 load, to_input, init = train.load_teachers, data.to_input, Model.__init__
-train.load_teachers = lambda *arguments: load(*arguments).double()
+
+def load_teachers(*arguments):
+    teachers = load(*arguments).double()
+    teachers.dtype = torch.float64
+    return teachers
+
+train.load_teachers = load_teachers
 data.to_input = lambda *arguments: to_input(*arguments).double()
 Model.__init__ = lambda model, *arguments: init(model, *arguments) or model.double() and None
 try:
@@ -459,6 +467,47 @@ def test_run_of_two_processes_has_the_losses_of_one(clip_file, tmp_path):
     print(f"largest relative difference of loss, ce, logit, feature over 20 steps: "
           f"{difference.amax(0).tolist()}")
     assert len(one) == 20 and difference.max() < 1e-9
+
+
+AGENT = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+         "--rdzv-backend=c10d", "--rdzv-id=test", "--rdzv-endpoint"]
+DIES = """
+import os
+step = train.train_step
+def train_step(training, batch):
+    dies = command.rank() == 1 and os.environ.get("DIES") and training.config.method == "richkd"
+    return os._exit(9) if dies else step(training, batch)
+train.train_step = train_step
+"""
+
+
+def two_machines(arguments, port, seconds, **environment):
+    """Two of torchrun's agents on this machine, which find each other as two machines do."""
+    agents = [subprocess.Popen([sys.executable, *AGENT, f"127.0.0.1:{port}", *arguments],
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+              for _ in range(2)]
+    said = [agent.communicate(timeout=seconds)[1] for agent in agents]
+    return [agent.returncode for agent in agents], said
+
+
+@pytest.mark.slow
+def test_run_of_two_machines_where_one_dies_ends_and_goes_on(clip_file, tmp_path):
+    """A rank that dies ends the others within a minute; the same command goes on, with what was
+    made before, the targets by both ranks, and the teacher."""
+    head, tail = RANKS.rsplit("command.main", 1)
+    path, out = script(tmp_path / "script.py", head + DIES + "command.main" + tail), tmp_path / "run"
+    arguments = [str(path), clip_file, str(tmp_path / "cache"), str(out)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    codes, said = two_machines(arguments, port, 150, DIES="1")
+    assert all(codes), said
+    assert not (out / "summary.json").exists() and (out / "config.json").exists()
+    codes, said = two_machines(arguments, port, 150)
+    assert codes == [0, 0], said
+    assert {path.name for path in out.iterdir()} == FILES
+    assert sum(text.count("epoch 2/2") for text in said) == 1  # the student's; there is a teacher
+    assert "Warning" not in "".join(said)
 
 
 # ---- wrong input: one line that names it
