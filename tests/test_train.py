@@ -495,7 +495,8 @@ def test_run_of_two_machines_where_one_dies_ends_and_goes_on(clip_file, tmp_path
     """A rank that dies ends the others within a minute; the same command goes on, with what was
     made before, the targets by both ranks, and the teacher."""
     head, tail = RANKS.rsplit("command.main", 1)
-    path, out = script(tmp_path / "script.py", head + DIES + "command.main" + tail), tmp_path / "run"
+    out, text = tmp_path / "run", head + DIES + "command.main" + tail
+    path = script(tmp_path / "script.py", text)
     arguments = [str(path), clip_file, str(tmp_path / "cache"), str(out)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
