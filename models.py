@@ -102,16 +102,16 @@ def init_head(model, std=None):
 
 
 def conv_relu(x, conv, bn, shortcut=None):
-    """relu(bn(conv(x)) + shortcut). On a GPU one kernel of cuDNN, where `freeze` has taken bn away
-    and autocast does not come between. (FakeTensors are of a GPU that is not there.)"""
-    if isinstance(bn, nn.Identity) and x.is_cuda and x.dtype == conv.weight.dtype \
-            and torch.cuda.is_available():
-        where = conv.stride, conv.padding, conv.dilation, conv.groups
-        if shortcut is None:
-            return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *where)
-        return torch.cudnn_convolution_add_relu(x, conv.weight, shortcut, 1, conv.bias, *where)
-    out = bn(conv(x))
-    return F.relu_(out if shortcut is None else out.add_(shortcut))
+    """relu(bn(conv(x)) + shortcut): on NVIDIA's GPUs one kernel of cuDNN, where `freeze` has taken
+    bn away and autocast has not come between."""
+    frozen = isinstance(bn, nn.Identity) and x.dtype == conv.weight.dtype
+    if not (frozen and x.is_cuda and torch.version.cuda and torch.cuda.is_available()):
+        out = bn(conv(x))
+        return F.relu_(out if shortcut is None else out.add_(shortcut))
+    how = conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    if shortcut is None:
+        return torch.cudnn_convolution_relu(x, conv.weight, *how)
+    return torch.cudnn_convolution_add_relu(x, conv.weight, shortcut, 1, *how)
 
 
 # ResNet -------------------------------------------------------------------------------------------

@@ -96,10 +96,8 @@ def fuse_features(teacher: torch.Tensor, clip: torch.Tensor, lam: float = 0.7) -
         raise ValueError(f"embeddings {tuple(teacher.shape)} of the teacher, {tuple(clip.shape)} "
                          "of CLIP: expected one shape (B, d)")
     fused = lam * teacher + (1 - lam) * clip
-    # Of unit length: x / |x|, which a GPU does in two kernels here and in three with `normalize`,
-    # and its gradient in two instead of nine.
-    d = fused.shape[1]
-    return torch.nn.functional.rms_norm(fused, (d,), eps=1e-24) / d**0.5
+    # x / |x|, in a third of the kernels that `normalize` and its gradient are to a GPU
+    return torch.nn.functional.rms_norm(fused, fused.shape[1:], eps=1e-24) / fused.shape[1]**0.5
 
 
 class Embed(torch.nn.Module):
@@ -111,9 +109,8 @@ class Embed(torch.nn.Module):
 
     def forward(self, features):
         with torch.autocast(features.device.type, enabled=False):
-            features = self.linear(features.to(self.linear.weight.dtype))
-            d = features.shape[1]
-            return torch.nn.functional.rms_norm(features, (d,), eps=1e-24) / d**0.5
+            x = self.linear(features.to(self.linear.weight.dtype))
+            return torch.nn.functional.rms_norm(x, x.shape[1:], eps=1e-24) / x.shape[1]**0.5
 
 
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
@@ -222,14 +219,12 @@ def nce_loss(anchor: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, nega
     anchor = anchor / temperature
     positive = (anchor * bank.index_select(0, index)).sum(1) - log_Zc           # (B,) log P+/c
     negative = torch.einsum(product, anchor, bank[negatives]) - log_Zc          # (B, J) log P_j/c
-    noise = torch.nn.functional.softplus(negative)                              # log (P_j + c)/c
-    if same is None:
-        noise = noise.sum(1)                                                    # (B,)
-    else:
-        kept = J - same.sum(1)                                                  # (B,)
-        noise = noise.masked_fill(same, 0).sum(1) * (J / kept.clamp(min=1))
+    noise, kept = torch.nn.functional.softplus(negative), J                     # log (P_j + c)/c
+    if same is not None:
+        noise, kept = noise.masked_fill(same, 0), (J - same.sum(1)).clamp(min=1)
     constant = J * torch.tensor(c * N / J, dtype=torch.float64).log().item()    # log c - log J/N
-    return (torch.nn.functional.softplus(-positive) + noise).mean() + constant
+    loss = torch.nn.functional.softplus(-positive) + J / kept * noise.sum(1)    # (B,)
+    return loss.mean() + constant
 
 
 def gather(rows):
@@ -275,9 +270,7 @@ class ContrastiveMemory(torch.nn.Module):
         if not student.shape == fused.shape == (B, d):
             raise ValueError(f"embeddings {tuple(student.shape)}, {tuple(fused.shape)}, index "
                              f"{tuple(index.shape)}: expected (B, {d}), (B, {d}), (B,)")
-        if negatives is None:
-            shape = (self.num_negatives,) if self.shared else (B, self.num_negatives)
-            negatives = self.draw(shape)
+        negatives = self.draw(B) if negatives is None else negatives
         labels = self.labels
         same = None if labels is None else labels[negatives] == labels[index][:, None]  # (B, J)
         pairs = (student, self.fused_bank), (fused, self.student_bank)
@@ -293,24 +286,27 @@ class ContrastiveMemory(torch.nn.Module):
         self.step.add_(1)
         return loss
 
-    def draw(self, shape):
-        """Uniform int64 numbers below N, a function of seed and step: the same on every device and
-        rank, from a checkpoint on, and in a CUDA graph, in which a generator made anew would stand
-        still. SplitMix64: Steele et al., OOPSLA 2014, figure 17."""
-        count = torch.Size(shape).numel()
-        start = self.step * count + (self.seed << 32) % 2**63
-        x = torch.arange(count, device=self.step.device) + start
-        x = x * -0x61C8864680B583EB  # int64 wraps around; the mask below keeps its sign out
+    def draw(self, B):
+        """J or (B, J) uniform numbers below N, a function of seed and step: the same on every
+        device, after a checkpoint, and new in each replay of a CUDA graph, where a generator made
+        here would stand still. SplitMix64: Steele et al., OOPSLA 2014, figure 17."""
+        shape = (self.num_negatives,) if self.shared else (B, self.num_negatives)
+        x = torch.arange(torch.Size(shape).numel(), device=self.step.device).view(shape)
+        x = (x + (self.step * x.numel() + (self.seed << 32) % 2**63)) * -0x61C8864680B583EB
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-            x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-        return (x & (1 << 63) - 1).remainder(len(self.student_bank)).view(shape)
+            x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # the mask: no sign comes in
+        return (x & (1 << 63) - 1) % len(self.student_bank)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.has_Z = False
 
     @torch.no_grad()
     def partition(self, anchor, bank, index, negatives, same):
         """Z = N * mean of exp(v . r / tau) over the positives and negatives of all ranks: ()."""
         rows = torch.cat([index[:, None], negatives.expand(len(index), -1)], dim=1)     # (B, 1 + J)
-        scores = torch.stack([bank[row] @ v for v, row in zip(anchor, rows)])
-        scores = (scores / self.temperature).exp()  # by row: (B, J, d) is large, and this is once
+        scores = torch.stack([bank[row] @ v for v, row in zip(anchor, rows)])  # once: row by row
+        scores = (scores / self.temperature).exp()
         if same is not None:
             kept = same.shape[1] - same.sum(1, keepdim=True, dtype=scores.dtype)        # (B, 1)
             scores[:, 1:] *= ~same * (same.shape[1] / kept.clamp(min=1))

@@ -5,6 +5,9 @@
     folder = open_run(config)            # ValueError where it holds a run of other settings,
     check_inputs(folder, config, found)  # of other data or files
     begin_run(config, folder, found)     # config.json: all of it
+    log = restore(folder / "last.pt", stateful)    # of the epochs before; [] at the beginning
+    keep_epoch(config, folder, log, stateful, progress)  # log.csv, last.pt
+    summarize(config, log, table)        # what summary.json holds
 
 The same data and files in another place are no difference; others in the same place are one.
 """
@@ -196,6 +199,36 @@ def keep_epoch(config, folder, log, stateful, progress):
         with SummaryWriter(folder) as writer:
             for name, value in row.items():
                 writer.add_scalar(name, value, row["epoch"])
+
+
+def summarize(config, log, table):
+    """What summary.json holds. The accuracies are the last epoch's; the best one is chosen on the
+    test split itself and stands there for information only. Seconds are those of the student."""
+    best = max(log, key=lambda row: row["test_accuracy"])
+    return {
+        "dataset": config.dataset, "method": config.method,
+        "teacher": "+".join(config.teacher) or None, "student": config.student,
+        "seed": config.seed, "epochs": config.epochs, "clip": config.clip,
+        **{f"{who}_accuracy": row.get("test") for who, row in table.items()},
+        "shift_accuracy": table["student"].get("shift"), "accuracies": table,
+        "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"],
+        "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
+        "seconds": sum(row["seconds"] for row in log), "device": config.device,
+        "torch": torch.__version__}
+
+
+def summary_table(summary):
+    """The summary's accuracies as text: a row a model, a column a split."""
+    names = {"clip": f"CLIP zero-shot ({summary['clip']})", "teacher": f"teacher "
+             f"{summary['teacher']}", "fused": "fused teacher",
+             "student": f"student {summary['student']} ({summary['method']})"}
+    rows = {who: row for who, row in summary["accuracies"].items() if row}
+    width = max(len(names[who]) for who in rows)
+    lines = [" " * width + "".join(f"{split:>10}" for split in rows["student"])]
+    for who, row in rows.items():
+        cells = "".join(f"{value:10.1f}" for value in row.values())
+        lines.append(f"{names[who]:{width}}{cells}")
+    return "\n".join(lines)
 
 
 def input_of(about, info):

@@ -489,7 +489,7 @@ def fit(config, folder, splits, inputs):
                 kept = f"; {folder} keeps epoch {len(log)} of {config.epochs}"
                 raise KeyboardInterrupt(number, kept)
     table = accuracies(training, model.student, clip_targets, splits)
-    summary = summarize(config, log, table)
+    summary = runs.summarize(config, log, table)
     if rank() == 0:
         info = data.DATASETS[config.dataset]
         weights = {name: tensor.cpu() for name, tensor in model.student.state_dict().items()}
@@ -519,36 +519,6 @@ def accuracies(training, student, clip_targets, splits):
         for who, z in logits.items():
             table[who][name] = top1(z, split.labels)
     return table
-
-
-def summarize(config, log, table):
-    """What summary.json holds. The accuracies are the last epoch's; the best one is chosen on the
-    test split itself and stands there for information only. Seconds are those of the student."""
-    best = max(log, key=lambda row: row["test_accuracy"])
-    return {
-        "dataset": config.dataset, "method": config.method,
-        "teacher": "+".join(config.teacher) or None, "student": config.student,
-        "seed": config.seed, "epochs": config.epochs, "clip": config.clip,
-        **{f"{who}_accuracy": row.get("test") for who, row in table.items()},
-        "shift_accuracy": table["student"].get("shift"), "accuracies": table,
-        "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"],
-        "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
-        "seconds": sum(row["seconds"] for row in log), "device": config.device,
-        "torch": torch.__version__}
-
-
-def summary_table(summary):
-    """The summary's accuracies as text: a row a model, a column a split."""
-    names = {"clip": f"CLIP zero-shot ({summary['clip']})", "teacher": f"teacher "
-             f"{summary['teacher']}", "fused": "fused teacher",
-             "student": f"student {summary['student']} ({summary['method']})"}
-    rows = {who: row for who, row in summary["accuracies"].items() if row}
-    width = max(len(names[who]) for who in rows)
-    lines = [" " * width + "".join(f"{split:>10}" for split in rows["student"])]
-    for who, row in rows.items():
-        cells = "".join(f"{value:10.1f}" for value in row.values())
-        lines.append(f"{names[who]:{width}}{cells}")
-    return "\n".join(lines)
 
 
 def run(config):
@@ -583,4 +553,4 @@ def run(config):
 
 
 if __name__ == "__main__":
-    command.main(lambda: command.show(summary_table(run(command.parse(Config, __doc__)))))
+    command.main(lambda: command.show(runs.summary_table(run(command.parse(Config, __doc__)))))

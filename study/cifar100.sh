@@ -10,10 +10,11 @@
 #   numbers (study/published.py); resnet110 -> resnet20 and resnet32x4 -> resnet8x4
 # richkd: kd, richkd-l, richkd and scratch for the same pairs, with corruptions
 # tenth: the same of resnet20 -> resnet8 with 10 % of the training images, which two CPU cores can
-#   do; a fifth of the test images is corrupted
-# 240 epochs are the paper's; 60 keep the shape of the schedule. On an H100 a step took 7 (scratch)
-# to 24 ms (richkd) with the first edition of the code: 240 epochs are 22 to 74 minutes a run, so a
-# seed of baselines 6 hours with its teachers, one of richkd 7. tenth: 2 hours on two cores.
+#   do, too; a fifth of the test images is corrupted
+# 240 epochs are the paper's; 60 keep the shape of the schedule. On an H100 with --amp 240 epochs of
+# resnet20 beside resnet110 are 5 (scratch) to 9 minutes (richkd), of resnet8x4 4 to 6: a seed of
+# baselines is an hour and the teachers, of richkd half an hour and CLIP's targets. tenth: three
+# seeds took 5 minutes there, in half of the GPU; on two CPU cores a seed is an hour and a half.
 # A teacher is trained first and kept; with PAIRS="resnet32x4:resnet8x4" there is one pair, and
 # --teacher-weights FILE names its public checkpoint.
 set -euo pipefail

@@ -486,11 +486,21 @@ def splitmix64(state):
 
 @pytest.mark.parametrize("seed, step", [(0, 0), (3, 0), (0, 9), (2**31 - 1, 2**20)])
 def test_memory_draw_is_splitmix64_of_seed_and_step(seed, step):
-    memory = ContrastiveMemory(997, 4, 6, seed=seed)
-    memory.step.fill_(step)
+    memory, per_image = (ContrastiveMemory(997, 4, J, seed=seed, negatives=mode)
+                         for J, mode in ((6, "shared"), (2, "per-image")))
+    for each in (memory, per_image):
+        each.step.fill_(step)
     counters = [(seed * 2**32 + step * 6 + i) * 0x9E3779B97F4A7C15 % 2**64 for i in range(6)]
     expected = [splitmix64(counter) % 2**63 % 997 for counter in counters]
-    assert memory.draw((6,)).tolist() == memory.draw((2, 3)).flatten().tolist() == expected
+    assert memory.draw(3).tolist() == per_image.draw(3).flatten().tolist() == expected
+
+
+def test_memory_that_loads_a_new_one_sets_Z_anew():
+    memory, new = small_memory(), ContrastiveMemory(12, 4, 6).double()
+    memory(unit(3, 4, 0.7), unit(3, 4, 1.9), torch.tensor([1, 4, 7]))
+    memory.load_state_dict(new.state_dict())
+    assert memory(unit(3, 4, 0.7), unit(3, 4, 1.9), torch.tensor([1, 4, 7])).isfinite()
+    assert (memory.Z > 0).all()
 
 
 def test_memory_draw_is_uniform():
@@ -498,7 +508,7 @@ def test_memory_draw_is_uniform():
     counts = torch.zeros(100)
     for step in range(60):
         memory.step.fill_(step)
-        counts += memory.draw((16384,)).bincount(minlength=100)
+        counts += memory.draw(64).bincount(minlength=100)
     expected = counts.sum() / 100
     chi_squared = ((counts - expected)**2 / expected).sum()  # of 99 degrees of freedom
     assert 99 - 4 * 198**0.5 < chi_squared < 99 + 4 * 198**0.5

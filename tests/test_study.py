@@ -372,7 +372,7 @@ def groups_of(name):
 def test_comparison_of_each_study_is_in_the_readme():
     readme, paths = (ROOT / "study/README.md").read_text(), ROOT.glob("study/results/*.json")
     names = [path.stem for path in paths]
-    assert len(names) == 11
+    assert len(names) == 12
     for name in names:
         assert f"study/results/{name}.json" in readme
         for table in compare.as_markdown(groups_of(name)).split("\n\n"):
@@ -381,18 +381,28 @@ def test_comparison_of_each_study_is_in_the_readme():
 
 METHODS, THIRTY, TEN, SWEEPS = ("tiny-imagenet-methods", "tiny-imagenet-fraction-30",
                                 "tiny-imagenet-fraction-10", "tiny-imagenet-sweeps-30")
+CIFAR = "cifar100-core-10-resnet20-resnet8"
 TOP1, CORRUPTED = "test top-1 %", "generated corruptions top-1 %"
+FIFTH = "generated corruptions, 20 % of the images, top-1 %"
 
 
 def test_comparison_is_what_the_table_of_claims_says():
     readme = (ROOT / "study/README.md").read_text()
     claims = [line for line in readme.split("**In short.**")[0].splitlines() if line[:1] == "|"][2:]
-    fused, better, nll, corrupted, features, alpha = claims
-    for name in (METHODS, THIRTY, TEN):
+    fused, confident, better, nll, corrupted, features, alpha = claims
+    reports = json.loads((ROOT / f"study/results/{CIFAR}.json").read_text())
+    [quadrants] = [report["fused"]["quadrants"] for report in reports if "fused" in report]
+    for threshold in ("0.5", "0.7"):
+        for quadrant in ("confident_right", "confident_wrong"):
+            before, after = (quadrants[threshold][who][quadrant] for who in ("teacher", "fused"))
+            assert f"{before:.2f} → {after:.2f}" in confident
+    for name in (CIFAR, METHODS, THIRTY, TEN):
         teacher, both = (groups_of(name)[0]["rows"][who][TOP1]["mean"]
                          for who in ("teacher", "fused teacher"))
         assert f"{teacher:.2f} → {both:.2f}" in fused
     for claim, name, row, column in (
+            (better, CIFAR, "richkd", TOP1), (nll, CIFAR, "richkd", "NLL"),
+            (corrupted, CIFAR, "richkd", FIFTH), (features, CIFAR, "richkd-l", TOP1),
             (better, METHODS, "richkd", TOP1), (better, THIRTY, "richkd", TOP1),
             (better, TEN, "richkd", TOP1), (better, "shapes-methods", "richkd", TOP1),
             (nll, METHODS, "richkd", "NLL"), (nll, THIRTY, "richkd", "NLL"),

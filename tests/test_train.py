@@ -105,7 +105,7 @@ def test_run_leaves_its_folder_complete(config, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert train.run(config) == summary and "finished" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    text = train.summary_table(summary)
+    text = runs.summary_table(summary)
     assert "CLIP zero-shot" in text and "fused teacher" in text and text.count("\n") == 4
 
 
