@@ -13,7 +13,6 @@ graph's time by KD's. f32 is float32 with TF32 products. Absolute times hold for
 
 import argparse
 import dataclasses
-import platform
 import sys
 import time
 from pathlib import Path
@@ -64,9 +63,9 @@ def kernels(function, argument, device):
     return len(events), sum(event.device_time for event in events) / 1000
 
 
-def warm(function, places):
+def warm(function, places, device):
     """The calls before a measurement: cuDNN chooses, a graph is captured."""
-    for argument in places[:5]:
+    for argument in places[:5 if device == "cuda" else 1]:
         function(argument)
 
 
@@ -114,17 +113,17 @@ def measure(teacher, student, method, amp, args):
     places = (places[:-1] or places) * (1 + args.steps // len(places))  # without the smaller one
 
     called = train.step_of(training._replace(config=dataclasses.replace(config, no_graph=True)))
-    warm(called, places)
+    warm(called, places, device)
     row = {"called": ms(called, places[:max(2, args.steps // 10)], device)}
     row["kernels"], row["device"] = kernels(called, places[0], device)
     if device == "cuda":
         step = train.step_of(training)
-        warm(step, places)
+        warm(step, places, device)
         row["graph"] = ms(step, places[:args.steps], device)
         row["MiB"] = torch.cuda.max_memory_allocated() / 2**20
     floor, inputs = floor_of(training, places[0])
     floor = graph_of(floor, device)
-    warm(floor, [inputs] * 5)
+    warm(floor, [inputs] * 5, device)
     row["floor"] = ms(floor, [inputs] * args.steps, device)
 
     def test(images):
@@ -205,7 +204,7 @@ def clip(args):
 
 def corrupt(args):
     """The fifteen corruptions of CIFAR-sized images, severity 3."""
-    device, count = args.device, 256 if args.small else 5000
+    device, count = args.device, 32 if args.small else 5000
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
     total = 0.0
     print(f"\n{'corruption':34}{'images/s':>12}")
@@ -233,7 +232,7 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --small is a smoke test")
     torch.backends.cudnn.benchmark = True  # as train.py has it
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "CPU"
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}; "
           f"{args.images} images, graphs of {args.steps} steps")
     for part, function in (("steps", steps), ("clip", clip), ("corruptions", corrupt)):

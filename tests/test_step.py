@@ -3,6 +3,9 @@ without a GPU on tensors that only say that they are on one. And command.CudaGra
 
 import contextlib
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ import models
 import train
 from teachers import Teachers
 
+ROOT = Path(__file__).resolve().parents[1]
 METHODS = {**{method: {} for method in train.METHODS}, "per-image": {"negatives": "per-image"},
            "standardize": {"standardize": True}, "amp": {"amp": True},
            "two teachers": {"teacher": ("resnet8", "wrn_16_1")}}
@@ -88,6 +92,7 @@ def no_backward(loss):
     assert loss.shape == () and loss.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("method", METHODS)
 def test_train_step_reads_nothing_from_a_gpu_and_copies_nothing_to_it(method, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", no_backward)
@@ -169,3 +174,16 @@ def test_cuda_graph_calls_thrice_captures_and_replays(monkeypatch):
     assert recorded.calls == ["plain"] * 3 + ["capture"] + ["replay"] * 3
     graph(torch.tensor([8]))
     assert seen[-1] == [8] and len(recorded.calls) == 7
+
+
+@pytest.mark.slow
+def test_bench_gpu_runs_in_miniature():
+    done = subprocess.run(
+        [sys.executable, "bench/bench_gpu.py", "--device", "cpu", "--small", "--steps", "2",
+         "--images", "64"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {tuple(line.split()[:4]) for line in done.stdout.splitlines()}
+    for method in ("scratch", "kd", "richkd-l", "richkd"):
+        assert ("resnet8,", "resnet8,", method, "amp") in rows
+    for said in ("CPU, torch", "CLIP (tiny)", "changes a cosine", "jpeg_compression", "fifteen"):
+        assert said in done.stdout

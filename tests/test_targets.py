@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
+from torchvision.transforms import PILToTensor
 
 import clip_model
 import data
@@ -201,3 +203,28 @@ def test_cached_targets_of_another_key_or_damaged_are_made_anew(tmp_path, capsys
         path.write_bytes(damaged)
         check(targets.cached_targets(path, {"a": 2}, (N, K, D), rows))
         assert path.read_bytes() == again
+
+
+@pytest.mark.parametrize("name", ["clip-cifar", "clip-mini"])
+def test_clip_view_in_float16_as_on_a_gpu_has_the_cosines_of_float32(shared, tmp_path, name):
+    """Of real CLIPs on real images, to 2e-3 but for one in a hundred, whose cosines change as much
+    by rounding its pixels to float16; bfloat16 is a tenth as fine."""
+    config = train.Config(clip=str(shared / f"clip/{name}.pt"), device="cpu",
+                          bpe=str(shared / "clip/bpe_simple_vocab_16e6.txt.gz"))
+    clip, tokenizer, _ = targets.load_clip_teacher(config)
+    root = shared / "data/cifar10-test-100"
+    images = torch.stack([PILToTensor()(Image.open(path)) for path in sorted(root.rglob("*.png"))])
+    names = data.CIFAR_CLASSES["cifar10"]
+    classes = targets.class_embeddings(config, clip, tokenizer, names)
+    exact, _ = targets.clip_view(config, clip, classes, images)
+    change = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        clip.visual.float()
+        clip.visual.load_state_dict(clip_model.load_clip(config.clip).visual.state_dict())
+        clip.visual.to(dtype)
+        cosines, _ = targets.clip_view(config, clip, classes, images)
+        change[dtype] = (cosines - exact).abs()                                     # (100,10)
+        print(f"{name}, {dtype}: cosines change by {change[dtype].mean():.1e}, at most "
+              f"{change[dtype].max():.1e}")
+    assert (change[torch.float16].amax(1) < 2e-3).sum() >= 99
+    assert change[torch.float16].mean() < 2e-4 < 1e-3 < change[torch.bfloat16].mean()
