@@ -97,15 +97,12 @@ def straightforward_epoch(loader, steps, student, teacher, criterion, memory, op
         optimizer.step()
 
 
-def new_student(split):
-    """-> a train.StudentAndLoss, its optimiser and the plain teacher."""
+def new_training(split, tables):
+    """-> a train.Training of a new student, and its teacher as it was before it was frozen."""
     torch.manual_seed(0)
-    student, teacher = models.build_model("resnet20", K), models.build_model("resnet56", K)
-    criterion = richkd.RichKD(64, 64, D, len(split.labels), labels=split.labels)
-    step = train.StudentAndLoss(student, criterion).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(step.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4,
-                                fused=True)
-    return step, optimizer, teacher.eval()
+    teacher = models.build_model("resnet56", K).eval()
+    frozen = train.Teachers([models.freeze(teacher)], CONFIG)
+    return train.begin(CONFIG, split, frozen, tables, 100.0), teacher
 
 
 def augmentation(split, rounds):
@@ -127,7 +124,8 @@ def augmentation(split, rounds):
 
 
 def frozen_teacher(split, rounds):
-    _, _, teacher = new_student(split)
+    torch.manual_seed(0)
+    teacher = models.build_model("resnet56", K).eval()
     pixels, _, _ = next(data.batches(split, B, seed=0))
     inputs = data.to_input(pixels, 32, INFO.mean, INFO.std)
     plain = inputs.contiguous()
@@ -151,13 +149,13 @@ def epoch(split, tables, steps, rounds):
     N, images = len(split.labels), steps * B
     few = data.Split(split.images[:images], split.labels[:images], split.class_names)
     few_tables = tuple(table[:images] for table in tables)
-    step, optimizer, teacher = new_student(split)  # with banks of N rows
-    teachers = train.Teachers([models.freeze(teacher)], CONFIG)
-    training = train.Training(CONFIG, few, step, optimizer, teachers, few_tables, 100.0)
+    training, _ = new_training(split, tables)  # with banks of N rows
+    training = training._replace(split=few, tables=few_tables)
+    step, model, teachers = train.step_of(training), training.model, training.teachers
 
     pixels, labels, index, cosines, features = next(data.batches(few, B, 0, tables=few_tables))
     inputs = data.to_input(pixels, 32, INFO.mean, INFO.std)
-    outputs = [x.detach().requires_grad_() for x in step.student(inputs)]
+    outputs = [x.detach().requires_grad_() for x in model.student(inputs)]
     supervision = (*teachers(inputs), 100 * cosines.float(), features.float(), labels, index)
 
     def ours():
@@ -166,11 +164,11 @@ def epoch(split, tables, steps, rounds):
     def floor():
         for _ in range(steps):
             teachers(inputs)
-            F.cross_entropy(step.student(inputs)[0], labels).backward()
+            F.cross_entropy(model.student(inputs)[0], labels).backward()
 
     def losses():
         for _ in range(steps):
-            step.criterion(*outputs, *supervision)[0].backward()
+            model.criterion(*outputs, *supervision)[0].backward()
 
     def look_up():
         for pixels, *_ in data.batches(few, B, 0, tables=few_tables):
@@ -178,17 +176,17 @@ def epoch(split, tables, steps, rounds):
 
     def optimise():
         for _ in range(steps):
-            optimizer.step()
+            training.optimizer.step()
 
-    plain, plain_optimizer, plain_teacher = new_student(split)
-    plain.to(memory_format=torch.contiguous_format)
+    other, plain_teacher = new_training(split, tables)
+    plain = other.model.to(memory_format=torch.contiguous_format)
     memory = richkd.ContrastiveMemory(N, d, J, negatives="per-image")
     loader = straightforward_loader(split, J)
     fewer = min(4, steps)  # of its steps, which are slow
 
     def straightforward():
         straightforward_epoch(loader, fewer, plain.student, plain_teacher, plain.criterion, memory,
-                              plain_optimizer, tables)
+                              other.optimizer, tables)
 
     seconds = take_turns({
         "straightforward loop": straightforward, "epoch of train.py": ours, "floor": floor,

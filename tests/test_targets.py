@@ -205,6 +205,27 @@ def test_cached_targets_of_another_key_or_damaged_are_made_anew(tmp_path, capsys
         assert path.read_bytes() == again
 
 
+def test_make_parts_of_three_ranks_are_those_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "PART", 4)
+    one, three = tmp_path / "one.bin", tmp_path / "three.bin"
+    targets.make_parts(one, N, rows, "")
+    made = {}
+    for rank in range(3):
+        targets.make_parts(three, N, rows, "", rank, 3)
+        made[rank] = {*tmp_path.glob("three.bin.*")}
+    assert [len(made[rank]) for rank in range(3)] == [3, 5, 7]
+    for part, its in zip(targets.part_files(one, N), targets.part_files(three, N), strict=True):
+        assert part.read_bytes() == its.read_bytes()
+
+
+def test_make_parts_says_that_numbers_are_not_finite(tmp_path):
+    def views(start, stop):
+        yield torch.full((stop - start, K), torch.nan), torch.zeros(stop - start, D)
+    with pytest.raises(FloatingPointError, match="--device cpu"):
+        targets.make_parts(tmp_path / "a.bin", N, views, "")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("name", ["clip-cifar", "clip-mini"])
 def test_clip_view_in_float16_as_on_a_gpu_has_the_cosines_of_float32(shared, tmp_path, name):
     """Of real CLIPs on real images, to 2e-3 but for one in a hundred, whose cosines change as much

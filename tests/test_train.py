@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -472,11 +473,14 @@ def test_run_of_two_processes_has_the_losses_of_one(clip_file, tmp_path):
 AGENT = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
          "--rdzv-backend=c10d", "--rdzv-id=test", "--rdzv-endpoint"]
 DIES = """
-import os
+import os, time
 step = train.train_step
 def train_step(training, batch):
-    dies = command.rank() == 1 and os.environ.get("DIES") and training.config.method == "richkd"
-    return os._exit(9) if dies else step(training, batch)
+    if command.rank() == 1 and os.environ.get("DIES") and training.config.method == "richkd":
+        with open(os.environ["DIES"], "w") as file:
+            file.write(str(time.time()))
+        os._exit(9)
+    return step(training, batch)
 train.train_step = train_step
 """
 
@@ -501,8 +505,9 @@ def test_run_of_two_machines_where_one_dies_ends_and_goes_on(clip_file, tmp_path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    codes, said = two_machines(arguments, port, 150, DIES="1")
+    codes, said = two_machines(arguments, port, 150, DIES=str(tmp_path / "died"))
     assert all(codes), said
+    assert time.time() - float((tmp_path / "died").read_text()) < 60
     assert not (out / "summary.json").exists() and (out / "config.json").exists()
     codes, said = two_machines(arguments, port, 150)
     assert codes == [0, 0], said
