@@ -139,6 +139,18 @@ def check_device(device):
         raise ValueError(f"--device {device} cannot be used here: {reason}") from None
 
 
+def set_up_gpu(device, deterministic=False):
+    """How a GPU of CUDA's is to compute; nothing for another device."""
+    if torch.device(device).type != "cuda":
+        return
+    torch.cuda.set_device(torch.device(device).index or 0)  # whose streams are used
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it anyway
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # what has none is named
+
+
 def autocast(config):
     """bfloat16 autocast on config.device where config.amp asks for it."""
     device = torch.device(config.device).type

@@ -320,13 +320,18 @@ def say_other_count(where, labels, test):
                    f"{len(test.labels)}")
 
 
+def drawing_device(config):
+    """Where generated corruptions are drawn: where the images are, if that is a GPU of CUDA's."""
+    return config.device if torch.device(config.device).type == "cuda" else "cpu"
+
+
 def corruption_source(config, test):
     """What tells one set of corrupted test images from another: {"source", "content", "share"}, of
     generated ones the kind of device, too, whose generators differ. Raises as reading them where
     one of the published is missing."""
     if config.corruptions == "generated":
         return {"source": "generated", "content": None, "share": config.corrupted_share,
-                "drawn_on": torch.device(config.device).type}
+                "drawn_on": torch.device(drawing_device(config)).type}
     if config.corrupted_share < 1:
         raise ValueError("--corrupted-share is for generated corruptions: published ones are whole")
     if config.dataset.startswith("cifar"):
@@ -344,7 +349,7 @@ def corrupted(test, name, severity, config):
     can be repeated alone."""
     if config.corruptions == "generated":
         seed = 1000 * config.seed + 10 * list(COMMON).index(name) + severity
-        generator = torch.Generator(config.device).manual_seed(seed)
+        generator = torch.Generator(drawing_device(config)).manual_seed(seed)
         clean = device_blocks(test.images, config)
         return (corrupt(images, name, severity, generator) for images in clean), test.labels
     images, labels = published(test, name, severity, config)

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import importlib.util
 import math
-import os
 import sys
 import time
 import warnings
@@ -112,7 +111,7 @@ class Config:
     weight_decay: float = setting(None, "of SGD with momentum .9", type=float, within=(0, math.inf))
     seed: int = setting(0, "of weights, order, crops and negatives (a teacher trained here: 0)",
                         within=(0, 2**31))
-    amp: bool = setting(False, "bfloat16 autocast, for student, frozen teacher and CLIP alike")
+    amp: bool = setting(False, "bfloat16, for student and frozen teacher; on a CPU for CLIP, too")
     deterministic: bool = setting(False, "always the same numbers on CUDA, slower; a CPU has them")
     no_graph: bool = setting(False, "on one GPU call each step, instead of replaying a CUDA graph")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
@@ -210,7 +209,7 @@ def cached_teacher(config, name, splits, inputs):
     """The network of a teacher in the cache, trained first where there is none of these settings
     and training images, or a damaged one."""
     shared = ("dataset", "data_dir", "image_size", "fraction", "holdout", "epochs", "batch_size",
-              "weight_decay", "amp", "device", "workers", "cache_dir")
+              "weight_decay", "amp", "no_graph", "device", "workers", "cache_dir")
     own = resolve(Config(method="scratch", student=name,
                          **{field: getattr(config, field) for field in shared}))
     # The names of the classes are CLIP's: whatever they are, the teacher is the same.
@@ -524,12 +523,7 @@ def accuracies(training, student, clip_targets, splits):
 def run(config):
     """Train, unless the run folder holds the finished run. -> the summary, a dict."""
     given, config = config, command.join_ranks(resolve(config))
-    if config.device.startswith("cuda"):
-        torch.backends.cudnn.benchmark = not config.deterministic
-        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it anyway
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)  # what has none is named
+    command.set_up_gpu(config.device, config.deterministic)
     folder = runs.open_run(config)
     finished = (folder / "summary.json").is_file() and not config.overwrite
     try:

@@ -231,7 +231,7 @@ def main():
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --small is a smoke test")
-    torch.backends.cudnn.benchmark = True  # as train.py has it
+    command.set_up_gpu(args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}; "
           f"{args.images} images, graphs of {args.steps} steps")
