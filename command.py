@@ -186,13 +186,17 @@ class CudaGraph:
     that lasts is allocated; then it is captured, and from then on replayed. What it returns is
     overwritten by the next call. An argument of another shape, an epoch's last batch, is called.
 
-    The function must neither read from the device nor copy to it, and Python runs only once."""
+    The function must neither read from the device nor copy to it; a replay runs no Python."""
 
     def __init__(self, function, plain_calls=3):
         self.function, self.plain_calls = function, plain_calls
         self.shape, self.graph = None, None
 
     def __call__(self, argument):
+        with torch.cuda.device(argument.device):
+            return self.call(argument)
+
+    def call(self, argument):
         self.shape = self.shape or argument.shape
         if argument.shape != self.shape:
             return self.function(argument)
@@ -237,7 +241,7 @@ def join_ranks(config):
         config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
         check_device(config.device)  # torchrun may start more processes than there are GPUs
         torch.cuda.set_device(config.device)
-    if not dist.is_initialized():  # ranks wait while one of them makes CLIP's targets: for hours
+    if not dist.is_initialized():  # ranks wait while one of them reads or makes what all need
         device = torch.device(config.device) if cuda else None  # NCCL warns where it must guess
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=2),
                                 device_id=device)

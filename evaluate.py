@@ -76,7 +76,7 @@ class Config:
     bpe: str = setting(None, "as in train.py", type=str)
     prompts: str = setting(None, "as in train.py", type=str)
     seed: int = setting(0, "of generated corruptions and intervals", within=(0, 2**31))
-    amp: bool = setting(False, "bfloat16 autocast")
+    amp: bool = setting(False, "bfloat16; CLIP's on a CPU alone, on a GPU it is float16")
     device: str = setting(train.Config.device, "cpu, cuda, cuda:1")
     workers: int = setting(train.Config.workers, "as in train.py", within=(0, math.inf))
     cache_dir: str = setting(None, "as in train.py", type=str)
@@ -343,6 +343,11 @@ def corruption_source(config, test):
     return {"source": "published", "content": keys.digest_files(paths), "share": 1.0}
 
 
+def is_from(source, found):
+    """Whether what a report has of corruptions is of this source; earlier ones drew on the CPU."""
+    return source.items() <= {"drawn_on": "cpu", **found}.items()
+
+
 def corrupted(test, name, severity, config):
     """-> (blocks of corrupted test images at the data set's own size, their labels): generated, or
     the published files. Each generated corruption and severity has its own generator, so that it
@@ -371,7 +376,7 @@ def corruption_errors(table, clean, alexnet):
 def evaluate_corruptions(config, test, subjects, source):
     """Add to the reports top-1 under fifteen corruptions at five severities, and their means."""
     for _, _, report in subjects:
-        if not source.items() <= report.get("corruptions", {}).items():
+        if not is_from(source, report.get("corruptions", {})):
             report["corruptions"] = {**source, "top1": {}}
     tasks = []
     for name, severity in itertools.product(COMMON, range(1, 6)):
@@ -513,6 +518,7 @@ def job(config):
     from study import compare
     command.check(config)
     command.check_device(config.device)
+    command.set_up_gpu(config.device)
     if config.zero_shot:
         for template, top1 in zero_shot(config).items():
             print(f"{top1:6.2f} %  {template}")

@@ -228,10 +228,12 @@ def nce_loss(anchor: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, nega
 
 
 def gather(rows):
-    """The rows of all ranks in rank order, (world * B, ...); `rows` without torch.distributed."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    """The rows of all ranks in rank order, (world * B, ...); `rows` where there is one."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if distributed else 1
+    if world == 1:
         return rows
-    gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    gathered = [torch.empty_like(rows) for _ in range(world)]
     torch.distributed.all_gather(gathered, rows.contiguous())
     return torch.cat(gathered)
 
@@ -251,13 +253,14 @@ class ContrastiveMemory(torch.nn.Module):
         super().__init__()
         if negatives not in ("shared", "per-image"):
             raise ValueError(f"negatives {negatives!r}: expected one of shared, per-image")
-        self.num_negatives, self.shared, self.seed = num_negatives, negatives == "shared", seed
+        self.num_negatives, self.shared = num_negatives, negatives == "shared"
         self.temperature, self.momentum = temperature, momentum
         generator = torch.Generator().manual_seed(seed)
         bound = (3 / d) ** 0.5  # rows of unit length on average
         for name in ("student_bank", "fused_bank"):
             bank = torch.empty(num_images, d).uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, bank)
+        self.start = torch.randint(2**62, (1,), generator=generator).item()  # of `draw`
         self.register_buffer("Z", torch.full((2,), -1.0))  # set by the first batch, as published
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("step", torch.tensor(0))
@@ -292,7 +295,7 @@ class ContrastiveMemory(torch.nn.Module):
         here would stand still. SplitMix64: Steele et al., OOPSLA 2014, figure 17."""
         shape = (self.num_negatives,) if self.shared else (B, self.num_negatives)
         x = torch.arange(torch.Size(shape).numel(), device=self.step.device).view(shape)
-        x = (x + (self.step * x.numel() + (self.seed << 32) % 2**63)) * -0x61C8864680B583EB
+        x = (x + (self.start + self.step * 2**32)) * -0x61C8864680B583EB
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
             x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # the mask: no sign comes in
         return (x & (1 << 63) - 1) % len(self.student_bank)

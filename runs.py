@@ -178,6 +178,10 @@ def restore(path, stateful):
         return []
     last = files.read_own(path, ANEW)
     with files.undamaged(path, ANEW):
+        earlier = "memory._extra_state" in last["criterion"]
+    if earlier:
+        raise ValueError(f"{path} is of an earlier version, which drew other negatives; {ANEW}")
+    with files.undamaged(path, ANEW):
         for name, part in stateful.items():
             part.load_state_dict(last[name])
         return list(last["log"])

@@ -26,7 +26,7 @@ import shapes
 from command import rank, world
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # the authors' templates
-PART = 10_000       # images whose targets are kept together: what an interruption can cost
+PART = 10_000       # images whose targets are kept together: what an interruption can cost a rank
 
 
 def load_clip_teacher(config):
@@ -75,8 +75,12 @@ def clip_view(config, clip, classes, images):
     features (B,D)."""
     with torch.inference_mode():
         images = clip_model.preprocess(images.to(config.device), clip.visual.input_resolution)
-        images = images.to(next(clip.visual.parameters()).dtype)
-        features = F.normalize(clip.encode_image(images).float(), dim=1)
+        dtype = next(clip.visual.parameters()).dtype
+        features = clip.encode_image(images.to(dtype)).float()
+        if dtype == torch.float16 and not features.isfinite().all():
+            files.note("this CLIP exceeds float16: it goes on in float32")
+            features = clip.visual.float()(images)
+        features = F.normalize(features, dim=1)
     cosines = [richkd.zero_shot_logits(features, each, 1.0) for each in classes]
     return sum(cosines) / len(classes), features
 
@@ -107,7 +111,8 @@ def load_targets(config, clip, tokenizer, splits, identities):
             for block in data.blocks(part, 250, config.workers, config.device):
                 yield clip_view(config, clip, classes(), block)
 
-        key = {"clip": weights.hexdigest(), **asked, "amp": config.amp, "split": name,
+        on_cpu = torch.device(config.device).type == "cpu"  # a GPU's are float16, --amp or not
+        key = {"clip": weights.hexdigest(), **asked, "amp": config.amp and on_cpu, "split": name,
                "images": identities[name]["content"]}
         file = f"targets-{config.dataset}-{name}-{files.json_digest(key)[:16]}.bin"
         shape = (len(split.labels), len(class_names), clip.embed_dim)
@@ -121,23 +126,24 @@ def cached_targets(path, key, shape, views):
     `keys.mapped`: made first where there is none, by all ranks, and anew where it is damaged.
 
     key: a dict of JSON values, all that the targets depend on. shape: (N, K, D). views: (start,
-    stop) -> iterator of (cosines (b,K), features (b,D)). An interruption costs at most PART images.
+    stop) -> iterator of (cosines (b,K), features (b,D)). An interruption costs a rank at most PART
+    images; ranks take whole parts each.
     """
     path, (N, K, D), label = Path(path), shape, key.get("split", "")
 
     def table():
         rows = functools.partial(target_rows, path, N, views, label)
-        return keys.mapped(path, key, [N, K + D], torch.float16, rows)
+        try:
+            return keys.mapped(path, key, [N, K + D], torch.float16, rows)
+        except FileNotFoundError:  # another process has joined the parts, and removed them
+            return keys.mapped(path, key, [N, K + D], torch.float16, rows)
 
     if world() > 1:
         absent = 0 if path.is_file() else 1
         if command.any_rank([absent], "cuda" if dist.get_backend() == "nccl" else "cpu"):
             make_parts(path, N, views, label, rank(), world())
             dist.barrier()
-    try:
-        numbers = command.rank_zero_first(table)
-    except FileNotFoundError:  # another process has joined the parts meanwhile, and removed them
-        numbers = table()
+    numbers = command.rank_zero_first(table)
     for part in path.parent.glob(f"{path.name}.*"):
         part.unlink(missing_ok=True)
     return numbers.split([K, D], 1)
@@ -157,8 +163,7 @@ def make_parts(path, N, views, label, rank=0, world=1):
         for cosines, features in views(start, min(N, start + PART)):
             both = torch.cat([cosines, features], 1).to("cpu", torch.float16)       # (b,K+D)
             if not both.isfinite().all():
-                raise FloatingPointError("CLIP's features are not finite; a GPU computes them in "
-                                         "float16: --device cpu in float32")
+                raise FloatingPointError("CLIP's features are not finite numbers")
             if rank == 0:  # whose share stands for all
                 progress.update(progress.done + len(both),
                                 keep=progress.done + len(both) == progress.total)

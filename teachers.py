@@ -29,7 +29,8 @@ class OwnInput(torch.nn.Module):
         self.register_buffer("shift", (shared_mean - mean) / std)
 
     def forward(self, images):
-        return self.teacher((images.float() * self.scale + self.shift).to(images.dtype))
+        images = images * self.scale + self.shift
+        return self.teacher(images.to(next(self.teacher.parameters()).dtype))
 
 
 class Teachers(torch.nn.Module):
@@ -47,8 +48,9 @@ class Teachers(torch.nn.Module):
     @torch.no_grad()
     def forward(self, images):
         with torch.autocast(images.device.type, enabled=False):
-            images = images.to(self.dtype)
-            logits, features = zip(*(teacher(images) for teacher in self.teachers))
+            logits, features = zip(*(
+                teacher(images if isinstance(teacher, OwnInput) else images.to(self.dtype))
+                for teacher in self.teachers))
         mean = richkd.fuse_teachers(logits, self.config.teacher_shares)
         return mean, torch.cat(features, 1).float()                                # (B,K), (B,C)
 

@@ -7,8 +7,8 @@
 What a run needs and does not find (the teacher, the tiny CLIP, CLIP's targets) is made first, and
 cached. The run folder holds config.json, log.csv (a row an epoch), last.pt (to resume from),
 student.pt (for evaluate.py) and summary.json. The same command goes on with an unfinished run from
-its last finished epoch, however it ended, to the same bits. Accuracies are top-1 in percent; the
-one reported is the last epoch's.
+its last finished epoch, however it ended, on a CPU to the same bits. Accuracies are top-1 in
+percent; the one reported is the last epoch's.
 """
 
 import dataclasses

@@ -199,7 +199,7 @@ def evaluate_fused(config, test, subject, source):
     """Add to a report what fusing its run's own teacher and CLIP does, on the test split and, where
     there is a `source` of them, on corrupted images. config: an evaluate.Config."""
     fused = subject.report.get("fused", {})
-    if fused and source.items() <= fused.get("corruptions", {}).items():
+    if fused and evaluate.is_from(source, fused.get("corruptions", {})):
         return
     teaching = RunTeachers(*evaluate.read_run(subject.path.parent, config))
     if not fused:

@@ -484,15 +484,18 @@ def splitmix64(state):
     return state ^ (state >> 31)
 
 
-@pytest.mark.parametrize("seed, step", [(0, 0), (3, 0), (0, 9), (2**31 - 1, 2**20)])
+@pytest.mark.parametrize("seed, step", [(0, 0), (3, 0), (0, 9), (2**31, 2**31)])
 def test_memory_draw_is_splitmix64_of_seed_and_step(seed, step):
     memory, per_image = (ContrastiveMemory(997, 4, J, seed=seed, negatives=mode)
                          for J, mode in ((6, "shared"), (2, "per-image")))
     for each in (memory, per_image):
         each.step.fill_(step)
-    counters = [(seed * 2**32 + step * 6 + i) * 0x9E3779B97F4A7C15 % 2**64 for i in range(6)]
+    assert memory.start != ContrastiveMemory(997, 4, 6, seed=seed + 1).start
+    counters = [(memory.start + step * 2**32 + i) * 0x9E3779B97F4A7C15 % 2**64 for i in range(6)]
     expected = [splitmix64(counter) % 2**63 % 997 for counter in counters]
-    assert memory.draw(3).tolist() == per_image.draw(3).flatten().tolist() == expected
+    assert memory.draw(3).tolist() == expected
+    per_image.start = memory.start
+    assert per_image.draw(3).tolist() == [expected[:2], expected[2:4], expected[4:]]
 
 
 def test_memory_that_loads_a_new_one_sets_Z_anew():

@@ -162,7 +162,7 @@ def main(folder):
         function = [(train.StudentAndLoss, "forward", 3), (train.StudentAndLoss, "forward", 2),
                     (targets, "load_targets", 1), (train, "predict_split", 1),
                     (train.StudentAndLoss, "forward", 5), (train, "accuracies", 1)]
-        where = function[number] if number < len(function) else (train, "summarize", 99)
+        where = function[number] if number < len(function) else (runs, "summarize", 99)
         caught = signal.SIGTERM if number % 2 else signal.SIGINT
         status = wait(start(folder / "signals", lambda: at_call(*where, send(caught))))
         lines = (folder / "signals/stderr").read_text().splitlines()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import command
 import data
@@ -25,19 +26,21 @@ METHODS = {**{method: {} for method in train.METHODS}, "per-image": {"negatives"
            "two teachers": {"teacher": ("resnet8", "wrn_16_1")}}
 
 
-class FromTheHost(TorchDispatchMode):
-    """Notes every tensor that is copied from the CPU to another device, as `.to` and `copy_` do."""
+class Crossings(TorchDispatchMode):
+    """Notes every operation between the CPU and another device: copies either way, and a tensor of
+    the CPU among arguments on the other one, such as an index (one number is no copy)."""
 
     def __init__(self):
         super().__init__()
-        self.copied = []
+        self.noted = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
-            source = args[0] if function.overloadpacket is torch.ops.aten._to_copy else args[1]
-            if source.device.type == "cpu" != result.device.type:
-                self.copied.append(tuple(source.shape))
+        copies = function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        kinds = {x.device.type for x in tensors if x.dim() or copies}
+        if "cpu" in kinds and len(kinds) > 1:
+            self.noted.append(str(function))
         return result
 
 
@@ -97,11 +100,11 @@ def no_backward(loss):
 def test_train_step_reads_nothing_from_a_gpu_and_copies_nothing_to_it(method, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", no_backward)
     training = prepare(method, "cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True), FromTheHost() as host:
+    with FakeTensorMode(allow_non_fake_inputs=True), Crossings() as crossings:
         training = on_fake_gpu(training)
         places = torch.zeros(4, 8, dtype=torch.int64, device="cuda")
         means = train.train_step(training, places)
-    assert not host.copied
+    assert not crossings.noted
     assert means.device.type == "cuda" and means.shape == training.sums.shape
 
 
@@ -112,25 +115,29 @@ def test_train_step_and_its_backward_pass_on_meta_tensors(method, monkeypatch):
     training = prepare(method, "meta")
     monkeypatch.setattr(training.optimizer, "step", lambda: None)
     places = torch.zeros(4, 8, dtype=torch.int64, device="meta")
-    with FromTheHost() as host:
+    with Crossings() as crossings:
         means = train.train_step(training, places)
-    assert not host.copied
+    assert not crossings.noted
     assert means.device.type == "meta" and means.shape == training.sums.shape
     assert all(parameter.grad is not None for parameter in training.model.parameters())
 
 
 def test_what_the_tests_above_look_for_is_found():
-    with FakeTensorMode(allow_non_fake_inputs=True), FromTheHost() as host:
-        there = torch.zeros(3, device="cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True), Crossings() as crossings:
+        there, here = torch.zeros(3, device="cuda"), torch.ones(3)
         with pytest.raises(DataDependentOutputException):
             there.sum().item()
-        there + torch.ones(3).to("cuda")
-        there.copy_(torch.ones(3))
-        assert host.copied == [(3,), (3,)]
+        for count, cross in enumerate((
+                lambda: here.to("cuda"), lambda: there.copy_(here), lambda: there.cpu(),
+                lambda: there[torch.tensor([0, 2])], lambda: here.copy_(there)), 1):
+            cross()
+            assert len(crossings.noted) == count, crossings.noted
+        there * 2 + there.mean()
+        assert len(crossings.noted) == 5
 
 
 class Recorded:
-    """torch.cuda as far as `CudaGraph` uses it: a replay calls what was captured."""
+    """torch.cuda as far as command.py uses it: a replay calls what was captured."""
 
     class CUDAGraph:
         def replay(self):
@@ -139,11 +146,23 @@ class Recorded:
 
     def __init__(self, function):
         self.calls, self.captured, Recorded.current = [], lambda: function(self.argument), self
+        self.waits = []
 
-    def Stream(self):
-        return SimpleNamespace(wait_stream=lambda other: None)
+    def is_available(self):
+        return True
 
-    current_stream = Stream
+    def device(self, device):
+        return contextlib.nullcontext()
+
+    def named(self, name):
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.waits.append(
+            f"{name} for {other.name}"))
+
+    def Stream(self, device=None):
+        return self.named("second")
+
+    def current_stream(self, device=None):
+        return self.named("first")
 
     def stream(self, stream):
         self.calls.append("plain")
@@ -172,8 +191,78 @@ def test_cuda_graph_calls_thrice_captures_and_replays(monkeypatch):
         graph(torch.tensor(argument))
     assert seen == arguments
     assert recorded.calls == ["plain"] * 3 + ["capture"] + ["replay"] * 3
+    assert recorded.waits == ["second for first", "first for second"] * 3
     graph(torch.tensor([8]))
     assert seen[-1] == [8] and len(recorded.calls) == 7
+
+
+def test_teacher_and_student_run_beside_each_other_and_the_loss_waits(monkeypatch):
+    recorded = Recorded(None)
+    monkeypatch.setattr(torch, "cuda", recorded)
+    said = recorded.waits
+
+    def network(name):
+        def forward(inputs):
+            said.append(name)
+            return None, None
+        return forward
+
+    class Module(torch.nn.Module):
+        def __init__(self, forward):
+            super().__init__()
+            self.forward = forward
+
+    model = train.StudentAndLoss(Module(network("student")),
+                                 Module(lambda *args: said.append("loss") or (None, {})))
+    inputs = SimpleNamespace(device=torch.device("cuda", 0))
+    command.second_stream.cache_clear()
+    model(inputs, network("teacher"))
+    command.second_stream.cache_clear()
+    assert said == ["second for first", "teacher", "student", "first for second", "loss"]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet50", "wrn_16_1"])
+def test_conv_relu_gives_cudnn_what_it_says(name, monkeypatch):
+    """The fused kernels' arguments, by what they are documented to do."""
+    calls = []
+
+    def fused(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+        calls.append(alpha)
+        out = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return torch.relu(out + alpha * z)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", fused)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu",
+                        lambda x, weight, *rest: fused(x, weight, 0.0, 1, *rest))
+    torch.manual_seed(0)
+    frozen, images = models.freeze(models.build_model(name, 3)), torch.randn(2, 3, 32, 32)
+    expected = frozen(images)
+    assert not calls
+    monkeypatch.setattr(models, "has_fused", lambda x: True)
+    for got, want in zip(frozen(images), expected):
+        torch.testing.assert_close(got, want)
+    convolutions = sum(isinstance(part, torch.nn.Conv2d) for part in frozen.modules())
+    assert convolutions / 3 < len(calls) < convolutions
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["scratch", "richkd", "mlkd"])
+def test_graph_has_the_losses_of_called_steps(method, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    losses = []
+    for no_graph in (True, False):
+        training = prepare(method, "cuda")
+        generator = torch.Generator("cuda").manual_seed(0)
+        training.split.images.random_(generator=generator)
+        if hasattr(training.model.criterion, "memory"):
+            training.model.criterion.memory.has_Z = False
+        training = training._replace(
+            config=dataclasses.replace(training.config, no_graph=no_graph))
+        step = train.step_of(training)
+        means = [step(places).clone() for seed in range(3)
+                 for places in data.epoch_places(40, 8, seed, device="cuda")]
+        losses.append(torch.stack(means).cpu())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
