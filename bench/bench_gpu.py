@@ -172,11 +172,10 @@ def clip(args):
     def views(images):
         targets.clip_view(config, model, classes, images)
 
-    half = torch.float16 if args.device == "cuda" else torch.bfloat16  # as targets.py has it
-    for name, function in (("preprocess", preprocess), ("float32", views), (str(half)[6:], views)):
-        if name == str(half)[6:]:
+    for name, function in (("preprocess", preprocess), ("float32", views), ("float16", views)):
+        if name == "float16":
             exact = targets.clip_view(config, model, classes, images)[0]
-            model.visual.to(half)
+            targets.halve(model.visual)
             change = (targets.clip_view(config, model, classes, images)[0] - exact).abs().max()
         function(images)
         rows[name] = 250_000 / ms(function, [images] * few, args.device)
@@ -189,17 +188,17 @@ def clip(args):
                                     num_attention_heads=16, patch_size=14, image_size=224)
         if args.small:
             settings.num_hidden_layers = 1
-        theirs = CLIPVisionModel(settings).eval().to(args.device, half)
+        theirs = CLIPVisionModel(settings).eval().to(args.device, torch.float16)
         pixels = torch.randn(250 if args.device == "cuda" else 2, 3, 224, 224, device=args.device,
-                             dtype=half)
+                             dtype=torch.float16)
         with torch.inference_mode():
             theirs(pixels)
-            rows[f"transformers, {str(half)[6:]}"] = 1000 * len(pixels) / ms(theirs, [pixels] * few,
-                                                                     args.device)
+            rows["transformers, float16"] = 1000 * len(pixels) / ms(theirs, [pixels] * few,
+                                                                    args.device)
     print(f"\nCLIP {'(tiny)' if args.small else 'ViT-L/14'}, batches of 250{'images/s':>18}")
     for name, rate in rows.items():
         print(f"{name:34}{rate:12.0f}")
-    print(f"{str(half)[6:]} changes a cosine by at most {change:.1e}")
+    print(f"float16 changes a cosine by at most {change:.1e}")
 
 
 def corrupt(args):

@@ -205,6 +205,20 @@ def test_cached_targets_of_another_key_or_damaged_are_made_anew(tmp_path, capsys
         assert path.read_bytes() == again
 
 
+@pytest.mark.parametrize("activation", ["quickgelu", "gelu"])
+def test_halve_leaves_what_the_tower_says(config, activation):
+    clip = clip_model.load_clip(config.clip, None, activation)
+    images = torch.randn(3, 3, 32, 32)
+    expected = clip.encode_image(images)
+    targets.halve(clip.visual)
+    assert {parameter.dtype for parameter in clip.visual.parameters()} == {torch.float16}
+    got = clip.encode_image(images.half()).float()
+    assert (got - expected).norm() < 2e-3 * expected.norm()
+    kinds = {type(module) for module in clip.visual.modules()}
+    assert (torch.nn.SiLU in kinds) == (activation == "quickgelu")
+    assert (torch.nn.GELU in kinds) == (activation == "gelu")
+
+
 def test_clip_view_that_exceeds_float16_goes_on_in_float32(config, capsys):
     clip, tokenizer, _ = targets.load_clip_teacher(config)
     images = data.load_dataset("shapes", "", "test").images[:5]
@@ -253,10 +267,8 @@ def test_clip_view_in_float16_as_on_a_gpu_has_the_cosines_of_float32(shared, tmp
     classes = targets.class_embeddings(config, clip, tokenizer, names)
     exact, _ = targets.clip_view(config, clip, classes, images)
     change = {}
-    for dtype in (torch.float16, torch.bfloat16):
-        clip.visual.float()
-        clip.visual.load_state_dict(clip_model.load_clip(config.clip).visual.state_dict())
-        clip.visual.to(dtype)
+    for dtype, cast in ((torch.float16, targets.halve), (torch.bfloat16, torch.nn.Module.bfloat16)):
+        clip.visual = cast(clip_model.load_clip(config.clip).visual)
         cosines, _ = targets.clip_view(config, clip, classes, images)
         change[dtype] = (cosines - exact).abs()                                     # (100,10)
         print(f"{name}, {dtype}: cosines change by {change[dtype].mean():.1e}, at most "
