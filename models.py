@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
 import files
+from fused import conv_relu
 
 
 # Parts that several networks share ----------------------------------------------------------------
@@ -99,27 +100,6 @@ def init_head(model, std=None):
     if std is not None:
         nn.init.normal_(head.weight, 0, std)
     return model
-
-
-def has_fused(x):
-    """Whether cuDNN has convolution, addition and ReLU as one kernel for x: on NVIDIA's GPUs from
-    Ampere on; it cannot be told to be deterministic."""
-    return (x.is_cuda and torch.version.cuda and torch.cuda.is_available()
-            and torch.cuda.get_device_capability(x.device) >= (8, 0)
-            and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-            and torch.backends.cudnn.enabled and not torch.are_deterministic_algorithms_enabled())
-
-
-def conv_relu(x, conv, bn, shortcut=None):
-    """relu(bn(conv(x)) + shortcut): one kernel, if there is one, where `freeze` has taken bn away
-    and autocast has not come between."""
-    if not (isinstance(bn, nn.Identity) and x.dtype == conv.weight.dtype and has_fused(x)):
-        out = bn(conv(x))
-        return F.relu_(out if shortcut is None else out.add_(shortcut))
-    how = conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-    if shortcut is None:
-        return torch.cudnn_convolution_relu(x, conv.weight, *how)
-    return torch.cudnn_convolution_add_relu(x, conv.weight, shortcut, 1, *how)
 
 
 # ResNet -------------------------------------------------------------------------------------------

@@ -42,8 +42,7 @@ def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
                      scale: float) -> torch.Tensor:
     """Equation (2): CLIP's logits, scale * cosine. (B, D), (K, D) -> (B, K).
 
-    scale: CLIP's learned exp(logit_scale), about 100. The authors' script keeps raw cosines (1):
-    with alpha .7 they move z_F by at most 0.3, and z_F / T, which is distilled, by 0.1.
+    scale: CLIP's learned exp(logit_scale), about 100; the authors' script keeps raw cosines (1).
 
     >>> zero_shot_logits(torch.tensor([[0.0, 9.0]]), torch.tensor([[5.0, 0.0], [0.0, 5.0]]), 100)
     tensor([[  0., 100.]])
@@ -96,7 +95,6 @@ def fuse_features(teacher: torch.Tensor, clip: torch.Tensor, lam: float = 0.7) -
         raise ValueError(f"embeddings {tuple(teacher.shape)} of the teacher, {tuple(clip.shape)} "
                          "of CLIP: expected one shape (B, d)")
     fused = lam * teacher + (1 - lam) * clip
-    # x / |x|, in a third of the kernels that `normalize` and its gradient are to a GPU
     return torch.nn.functional.rms_norm(fused, fused.shape[1:], eps=1e-24) / fused.shape[1]**0.5
 
 
@@ -109,7 +107,7 @@ class Embed(torch.nn.Module):
 
     def forward(self, features):
         with torch.autocast(features.device.type, enabled=False):
-            x = self.linear(features.to(self.linear.weight.dtype))
+            x = self.linear(features.to(self.linear.weight.dtype))  # then x / |x|, in few kernels
             return torch.nn.functional.rms_norm(x, x.shape[1:], eps=1e-24) / x.shape[1]**0.5
 
 
@@ -176,7 +174,6 @@ def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
 
     sum_T  T^2 KL(p || q)  +  |p p^t - q q^t|^2 / B   +  |p^t p - q^t q|^2 / K     ^t: transposed
            batch mean         between images, (B, B)     between classes, (K, K)
-
     Jin et al., CVPR 2023; its public code's temperatures and norms, one view, no confidence masks.
 
     >>> round(mlkd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])).item(), 4)
@@ -223,17 +220,14 @@ def nce_loss(anchor: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, nega
     if same is not None:
         noise, kept = noise.masked_fill(same, 0), (J - same.sum(1)).clamp(min=1)
     constant = J * torch.tensor(c * N / J, dtype=torch.float64).log().item()    # log c - log J/N
-    loss = torch.nn.functional.softplus(-positive) + J / kept * noise.sum(1)    # (B,)
-    return loss.mean() + constant
+    return (torch.nn.functional.softplus(-positive) + J / kept * noise.sum(1)).mean() + constant
 
 
 def gather(rows):
-    """The rows of all ranks in rank order, (world * B, ...); `rows` where there is one."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    world = torch.distributed.get_world_size() if distributed else 1
-    if world == 1:
+    """The rows of all ranks in rank order, (world * B, ...); `rows` without torch.distributed."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows
-    gathered = [torch.empty_like(rows) for _ in range(world)]
+    gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(gathered, rows.contiguous())
     return torch.cat(gathered)
 
@@ -255,8 +249,7 @@ class ContrastiveMemory(torch.nn.Module):
             raise ValueError(f"negatives {negatives!r}: expected one of shared, per-image")
         self.num_negatives, self.shared = num_negatives, negatives == "shared"
         self.temperature, self.momentum = temperature, momentum
-        generator = torch.Generator().manual_seed(seed)
-        bound = (3 / d) ** 0.5  # rows of unit length on average
+        generator, bound = torch.Generator().manual_seed(seed), (3 / d) ** 0.5  # mean length 1
         for name in ("student_bank", "fused_bank"):
             bank = torch.empty(num_images, d).uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, bank)
@@ -271,18 +264,17 @@ class ContrastiveMemory(torch.nn.Module):
         at `index`. negatives (J,) or (B, J) int64 replaces the draw. The banks have no gradient."""
         d, B, device = self.student_bank.shape[1], len(index), index.device
         if not student.shape == fused.shape == (B, d):
-            raise ValueError(f"embeddings {tuple(student.shape)}, {tuple(fused.shape)}, index "
-                             f"{tuple(index.shape)}: expected (B, {d}), (B, {d}), (B,)")
+            raise ValueError(f"embeddings {tuple(student.shape)}, {tuple(fused.shape)}: expected "
+                             f"both ({B}, {d}), B of index {tuple(index.shape)}")
         negatives = self.draw(B) if negatives is None else negatives
         labels = self.labels
         same = None if labels is None else labels[negatives] == labels[index][:, None]  # (B, J)
         pairs = (student, self.fused_bank), (fused, self.student_bank)
         with torch.autocast(device.type, enabled=False):
-            if not self.has_Z:
-                if self.Z[0] < 0:
-                    Z = [self.partition(*pair, index, negatives, same) for pair in pairs]
-                    self.Z.copy_(torch.stack(Z))
-                self.has_Z = True
+            if not self.has_Z and self.Z[0] < 0:
+                Z = [self.partition(*pair, index, negatives, same) for pair in pairs]
+                self.Z.copy_(torch.stack(Z))
+            self.has_Z = True
             loss = sum(nce_loss(*pair, index, negatives, Z, self.temperature, same)
                        for pair, Z in zip(pairs, self.Z))
         self.update(student.detach(), fused.detach(), index)
@@ -290,9 +282,8 @@ class ContrastiveMemory(torch.nn.Module):
         return loss
 
     def draw(self, B):
-        """J or (B, J) uniform numbers below N, a function of seed and step: the same on every
-        device, after a checkpoint, and new in each replay of a CUDA graph, where a generator made
-        here would stand still. SplitMix64: Steele et al., OOPSLA 2014, figure 17."""
+        """J or (B, J) uniform numbers below N, a function of seed and step, on any device and in a
+        CUDA graph. SplitMix64: Steele et al., OOPSLA 2014, figure 17."""
         shape = (self.num_negatives,) if self.shared else (B, self.num_negatives)
         x = torch.arange(torch.Size(shape).numel(), device=self.step.device).view(shape)
         x = (x + (self.start + self.step * 2**32)) * -0x61C8864680B583EB
@@ -300,16 +291,12 @@ class ContrastiveMemory(torch.nn.Module):
             x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # the mask: no sign comes in
         return (x & (1 << 63) - 1) % len(self.student_bank)
 
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
-        self.has_Z = False
-
     @torch.no_grad()
     def partition(self, anchor, bank, index, negatives, same):
         """Z = N * mean of exp(v . r / tau) over the positives and negatives of all ranks: ()."""
         rows = torch.cat([index[:, None], negatives.expand(len(index), -1)], dim=1)     # (B, 1 + J)
-        scores = torch.stack([bank[row] @ v for v, row in zip(anchor, rows)])  # once: row by row
-        scores = (scores / self.temperature).exp()
+        scores = torch.stack([(bank[row] @ v / self.temperature).exp()  # row by row: (B, J, d) is
+                              for v, row in zip(anchor, rows)])         # large, and this is once
         if same is not None:
             kept = same.shape[1] - same.sum(1, keepdim=True, dtype=scores.dtype)        # (B, 1)
             scores[:, 1:] *= ~same * (same.shape[1] / kept.clamp(min=1))
@@ -334,7 +321,6 @@ class RichKD(torch.nn.Module):
     feature_weight=0, (F) logit_weight=0: a part of weight 0 is neither computed nor allocated.
     alpha = lam = 1 is the teacher alone (KD, DKD, CRD, ...), 0 is CLIP alone; what has no weight
     may be None. For several teachers: `fuse_teachers(logits)` and their features concatenated.
-
     logit_loss: "kd", "dkd", "mlkd" (with its own temperatures); standardize: equation (8); all from
     d on: see `ContrastiveMemory`. The parameters are the maps g: give them to the optimiser.
     """
@@ -364,10 +350,9 @@ class RichKD(torch.nn.Module):
         """Logits (B, K), features (B, C), (B, C), (B, D), target (B,) int64, index (B,) int64 of
         the images among all N -> (loss (), its weighted parts {"ce", "logit", "feature"})."""
         student_logits = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
-        losses = {}
+        losses, cross_entropy = {}, torch.nn.functional.cross_entropy
         if self.ce_weight:
-            loss = torch.nn.functional.cross_entropy(student_logits, target)
-            losses["ce"] = self.ce_weight * loss
+            losses["ce"] = self.ce_weight * cross_entropy(student_logits, target)
         if self.logit_weight:
             # One teacher alone is taken as it is: alpha = 1 is KD, and lam = 1 CRD, to the bit.
             fused = teacher_logits if self.alpha == 1 else clip_logits

@@ -355,10 +355,11 @@ def train_step(training, batch):
 
 def step_of(training):
     """`train_step` of this training as a function of the batch alone: on one GPU that holds the
-    images a CUDA graph of it, elsewhere (ranks wait for each other, streams for files) a call."""
+    images a CUDA graph of it, elsewhere (torchrun's ranks talk, streams wait for files) a call."""
     config, step = training.config, functools.partial(train_step, training)
     in_memory = isinstance(training.split.images, torch.Tensor)
-    if config.device.startswith("cuda") and in_memory and world() == 1 and not config.no_graph:
+    alone = in_memory and not dist.is_initialized()
+    if config.device.startswith("cuda") and alone and not config.no_graph:
         return command.CudaGraph(step)
     return step
 

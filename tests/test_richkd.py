@@ -498,14 +498,6 @@ def test_memory_draw_is_splitmix64_of_seed_and_step(seed, step):
     assert per_image.draw(3).tolist() == [expected[:2], expected[2:4], expected[4:]]
 
 
-def test_memory_that_loads_a_new_one_sets_Z_anew():
-    memory, new = small_memory(), ContrastiveMemory(12, 4, 6).double()
-    memory(unit(3, 4, 0.7), unit(3, 4, 1.9), torch.tensor([1, 4, 7]))
-    memory.load_state_dict(new.state_dict())
-    assert memory(unit(3, 4, 0.7), unit(3, 4, 1.9), torch.tensor([1, 4, 7])).isfinite()
-    assert (memory.Z > 0).all()
-
-
 def test_memory_draw_is_uniform():
     memory = ContrastiveMemory(100, 4, 16384)
     counts = torch.zeros(100)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import command
 import data
+import fused
 import models
 import train
 from teachers import Teachers
@@ -226,19 +227,19 @@ def test_conv_relu_gives_cudnn_what_it_says(name, monkeypatch):
     """The fused kernels' arguments, by what they are documented to do."""
     calls = []
 
-    def fused(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+    def kernel(x, weight, z, alpha, bias, stride, padding, dilation, groups):
         calls.append(alpha)
         out = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return torch.relu(out + alpha * z)
 
-    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", fused)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", kernel)
     monkeypatch.setattr(torch, "cudnn_convolution_relu",
-                        lambda x, weight, *rest: fused(x, weight, 0.0, 1, *rest))
+                        lambda x, weight, *rest: kernel(x, weight, 0.0, 1, *rest))
     torch.manual_seed(0)
     frozen, images = models.freeze(models.build_model(name, 3)), torch.randn(2, 3, 32, 32)
     expected = frozen(images)
     assert not calls
-    monkeypatch.setattr(models, "has_fused", lambda x: True)
+    monkeypatch.setattr(fused, "has_fused", lambda x: True)
     for got, want in zip(frozen(images), expected):
         torch.testing.assert_close(got, want)
     convolutions = sum(isinstance(part, torch.nn.Conv2d) for part in frozen.modules())
