@@ -443,8 +443,7 @@ def jpeg_compression(images, severity, generator=None):
     """There and back through libjpeg (4:2:0 chroma), on the CPU: a GPU's coder differs from it."""
     quality = published(images, severity, [80, 65, 58, 50, 40],
                         [65, 58, 50, 40, 25], [25, 18, 15, 10, 7])
-    decoded = decode_jpeg(encode_jpeg(list(images.cpu()), quality))
-    return torch.stack(decoded).to(images.device)
+    return torch.stack(decode_jpeg(encode_jpeg(list(images.cpu()), quality))).to(images.device)
 
 
 COMMON = {f.__name__: f for f in (  # the benchmark's fifteen, in its order
