@@ -13,6 +13,7 @@ graph's time by KD's. f32 is float32 with TF32 products. Absolute times hold for
 
 import argparse
 import dataclasses
+import gc
 import sys
 import time
 from pathlib import Path
@@ -107,6 +108,7 @@ def measure(teacher, student, method, amp, args):
         network = models.freeze(models.build_model(teacher, K))
         teachers = train.Teachers([network], config).to(device)
     if device == "cuda":
+        gc.collect()  # the graphs of the rows before
         torch.cuda.reset_peak_memory_stats()
     training = train.begin(config, split, teachers, tables, 100.0)
     places = list(data.epoch_places(args.images, config.batch_size, 0, device=device))
