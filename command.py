@@ -159,25 +159,26 @@ def autocast(config):
 
 @functools.cache
 def second_stream(device):
-    return torch.cuda.Stream(device)
+    """Another stream of a GPU, the same one at every call; None for other devices."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.Stream(device) if there else None
 
 
 @contextlib.contextmanager
 def beside(device):
     """What a GPU is given here runs beside what follows, until `join`; elsewhere in its turn."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        yield
-        return
     stream = second_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
         yield
 
 
 def join(device):
     """What follows waits for what `beside` gave the GPU."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.current_stream(device).wait_stream(second_stream(device))
+    stream = second_stream(device)
+    if stream:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 class CudaGraph:

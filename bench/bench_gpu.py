@@ -51,14 +51,12 @@ def ms(function, arguments, device):
     return 1000 * (time.perf_counter() - began) / len(arguments)
 
 
-def kernels(function, argument, device):
-    """(kernels, their milliseconds) of one call."""
-    if device == "cpu":
-        return 0, 0.0
+def kernels(function, argument):
+    """(kernels, their milliseconds) of one call on a GPU."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         function(argument)
-        synchronize(device)
+        torch.cuda.synchronize()
     events = [event for event in profile.events()
               if event.device_type == torch.autograd.DeviceType.CUDA]
     return len(events), sum(event.device_time for event in events) / 1000
@@ -68,10 +66,6 @@ def warm(function, places, device):
     """The calls before a measurement: cuDNN chooses, a graph is captured."""
     for argument in places[:5 if device == "cuda" else 1]:
         function(argument)
-
-
-def graph_of(function, device):
-    return command.CudaGraph(function) if device == "cuda" else function
 
 
 def floor_of(training, places):
@@ -117,14 +111,14 @@ def measure(teacher, student, method, amp, args):
     called = train.step_of(training._replace(config=dataclasses.replace(config, no_graph=True)))
     warm(called, places, device)
     row = {"called": ms(called, places[:max(2, args.steps // 10)], device)}
-    row["kernels"], row["device"] = kernels(called, places[0], device)
+    floor, inputs = floor_of(training, places[0])
     if device == "cuda":
+        row["kernels"], row["device"] = kernels(called, places[0])
         step = train.step_of(training)
         warm(step, places, device)
         row["graph"] = ms(step, places[:args.steps], device)
         row["MiB"] = torch.cuda.max_memory_allocated() / 2**20
-    floor, inputs = floor_of(training, places[0])
-    floor = graph_of(floor, device)
+        floor = command.CudaGraph(floor)
     warm(floor, [inputs] * 5, device)
     row["floor"] = ms(floor, [inputs] * args.steps, device)
 
@@ -148,12 +142,12 @@ def steps(args):
             base = None
             for method in methods:
                 row = measure(teacher, student, method, amp, args)
-                time = row.get("graph", row["called"])
-                base = time if method == "kd" else base
+                took = row.get("graph", row["called"])
+                base = took if method == "kd" else base
                 cells = "".join(f"{row[name]:9.{0 if name in ('kernels', 'MiB') else 2}f}"
                                 if name in row else f"{'-':>9}" for name in columns)
                 print(f"{teacher + ', ' + student + ', ' + method:34}{'amp' if amp else 'f32':5}"
-                      f"{cells}" + (f"{time / base:7.2f}" if base else f"{'-':>7}"), flush=True)
+                      f"{cells}" + (f"{took / base:7.2f}" if base else f"{'-':>7}"), flush=True)
 
 
 def clip(args):

@@ -256,8 +256,7 @@ def test_make_parts_says_that_numbers_are_not_finite(tmp_path):
 
 @pytest.mark.parametrize("name", ["clip-cifar", "clip-mini"])
 def test_clip_view_in_float16_as_on_a_gpu_has_the_cosines_of_float32(shared, tmp_path, name):
-    """Of real CLIPs on real images, to 2e-3 but for one in a hundred, whose cosines change as much
-    by rounding its pixels to float16; bfloat16 is a tenth as fine."""
+    """Of real CLIPs on real images, to 2e-3 but for one in a hundred; bfloat16 is coarser."""
     config = train.Config(clip=str(shared / f"clip/{name}.pt"), device="cpu",
                           bpe=str(shared / "clip/bpe_simple_vocab_16e6.txt.gz"))
     clip, tokenizer, _ = targets.load_clip_teacher(config)
