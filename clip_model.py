@@ -22,10 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoints
-import clip_layout
-import clip_weights
-import files
+from support import checkpoints, clip_layout, clip_weights, files
 
 
 # Transformer: the text tower, and the body of the ViT ---------------------------------------------

@@ -22,10 +22,7 @@ import torchvision
 import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import v2
 
-import files
-import folders
-import keys
-import shapes
+from support import files, folders, keys, shapes
 
 
 class Split(NamedTuple):

@@ -24,22 +24,16 @@ from typing import NamedTuple
 
 import torch
 
-import checkpoints
-import clip_layout
 import clip_model
-import command
 import data
-import files
-import keys
 import metrics
 import models
 import richkd
-import runs
-import shifts
 import targets
 import train
-from command import setting
 from corruptions import COMMON, corrupt
+from support import checkpoints, clip_layout, command, files, keys, runs, shifts
+from support.command import setting
 
 # Runs and reports ---------------------------------------------------------------------------------
 # A report: {"of", "settings", "inputs", "teachers", "weights", "how": what it is about; then "test"

@@ -29,9 +29,8 @@ import torchvision
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoints
-import files
 from fused import conv_relu
+from support import checkpoints, files
 
 
 # Parts that several networks share ----------------------------------------------------------------

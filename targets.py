@@ -15,15 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import checkpoints
 import clip_model
-import command
 import data
-import files
-import keys
 import richkd
-import shapes
-from command import rank, world
+from support import checkpoints, command, files, keys, shapes
+from support.command import rank, world
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # the authors' templates
 PART = 10_000       # images whose targets are kept together: what an interruption can cost a rank

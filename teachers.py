@@ -8,12 +8,10 @@
 
 import torch
 
-import checkpoints
 import data
-import files
 import models
 import richkd
-import runs
+from support import checkpoints, files, runs
 
 
 class OwnInput(torch.nn.Module):

@@ -23,15 +23,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-import clip_layout
-import command
 import data
-import files
 import models
 import richkd
-import runs
 import targets
-from command import autocast, flag, rank, rank_zero_first, setting, world
+from support import clip_layout, command, files, runs
+from support.command import autocast, flag, rank, rank_zero_first, setting, world
 from teachers import Teachers, given_teacher
 
 # What a method fixes. All else is shared, so that methods differ in their loss alone.

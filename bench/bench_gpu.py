@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import command  # noqa: E402
+
 import clip_model  # noqa: E402
-import command  # noqa: E402
 import corruptions  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402

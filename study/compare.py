@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-import files
+from support import files
 
 # What every method has, so that it is said where it is not that of the first kd.
 SHARED = ("image_size", "lr", "weight_decay", "batch_size", "temperature", "ce_weight", "amp")

@@ -15,12 +15,11 @@ import torch
 import clip_model
 import data
 import evaluate
-import files
 import metrics
 import richkd
-import runs
 import targets
 import train
+from support import files, runs
 
 # Logits (N, K), target (N,) int64 -----------------------------------------------------------------
 

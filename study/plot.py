@@ -9,8 +9,8 @@ from PIL import Image
 
 import data
 import evaluate
-import files
 from corruptions import COMMON
+from support import files
 
 
 def draw(config, test, subject):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import clip_model
-import files
-import shapes
+from support import files, shapes
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,8 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoints
-from checkpoints import note, read_about, read_checkpoint, read_state_dict
+from support import checkpoints
+from support.checkpoints import note, read_about, read_checkpoint, read_state_dict
 
 
 def test_note_is_said_once_and_by_rank_0(monkeypatch, capsys):

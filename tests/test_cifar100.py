@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-import command
 import data
 import train
 from study import compare, published
+from support import command
 
 ROOT = Path(__file__).resolve().parents[1]
 

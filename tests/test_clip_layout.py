@@ -13,9 +13,8 @@ import pytest
 import torch
 from test_clip_model import filled, noise, relative, small_state, small_tokens
 
-import clip_layout
-import files
 from clip_model import build_clip, load_clip
+from support import clip_layout, files
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests/golden_clip_layout.json").read_text())

@@ -32,9 +32,7 @@ from torchvision.transforms import (
     ToTensor,
 )
 
-import clip_layout
 import clip_model
-import files
 from clip_model import (
     CLIP,
     Tokenizer,
@@ -45,6 +43,7 @@ from clip_model import (
     load_templates,
     preprocess,
 )
+from support import clip_layout, files
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests/golden_clip.json").read_text())

@@ -10,9 +10,8 @@ import torch
 from test_clip_layout import GOLDEN, assert_golden, said, write_snapshot
 from test_clip_model import filled, small_state
 
-import clip_weights
-import files
 from clip_model import load_clip
+from support import clip_weights, files
 
 L14 = "openai/clip-vit-large-patch14"
 

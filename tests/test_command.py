@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import command
+from support import command
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -24,8 +24,7 @@ from torchvision.transforms import v2
 
 import clip_model
 import data
-import files
-import folders
+from support import files, folders
 
 
 @pytest.fixture(autouse=True)

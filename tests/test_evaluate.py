@@ -16,17 +16,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 import clip_model
-import command
 import corruptions
 import data
 import evaluate
-import files
 import metrics
 import models
-import shapes
 import targets
 import train
 from study import fusion
+from support import command, files, shapes
 
 pytestmark = pytest.mark.filterwarnings(  # corruptions.py compresses to JPEG by it
     "ignore:The image decoding and encoding capabilities:DeprecationWarning")

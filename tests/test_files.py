@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import files
-from files import fetch, read_own, write_atomically
+from support import files
+from support.files import fetch, read_own, write_atomically
 
 # Writing ------------------------------------------------------------------------------------------
 

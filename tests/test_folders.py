@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import files
-import folders
+from support import files, folders
 
 
 def said(capsys):

@@ -10,8 +10,7 @@ from PIL import Image
 from test_data import numbered_stream, random_images
 
 import data
-import folders
-import keys
+from support import folders, keys
 
 
 def some_split(**change):

@@ -17,8 +17,8 @@ import torchvision
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-import files
 import models
+from support import files
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_models.json").read_text())
 TORCHVISION = {"resnet18": "fc", "resnet34": "fc", "resnet50_imagenet": "fc",

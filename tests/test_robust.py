@@ -22,15 +22,16 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import checkpoints  # noqa: E402
+from support import checkpoints  # noqa: E402
+from support import command  # noqa: E402
+from support import files  # noqa: E402
+from support import runs  # noqa: E402
+from support import shapes  # noqa: E402
+
 import clip_model  # noqa: E402
-import command  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
-import files  # noqa: E402
 import models  # noqa: E402
-import runs  # noqa: E402
-import shapes  # noqa: E402
 import targets  # noqa: E402
 import train  # noqa: E402
 from study import compare  # noqa: E402

@@ -16,12 +16,10 @@ from PIL import Image
 
 import data
 import evaluate
-import files
-import keys
 import models
-import runs
 import teachers
 import train
+from support import files, keys, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361"]
@@ -418,7 +416,7 @@ def test_help_is_there_without_a_home():
             "def none(*_): raise RuntimeError('no home')\n"
             "pathlib.Path.home = none\n"
             "os.path.expanduser = lambda path: path\n"
-            "import command, train, evaluate\n"
+            "import train, evaluate; from support import command\n"
             "command.parse(train.Config, '', ['--help'])\n")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
                           text=True, cwd=ROOT)

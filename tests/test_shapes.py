@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import clip_model
 import richkd
-import shapes
 import targets
+from support import shapes
 
 # Areas of the outlines, by hand: a star of n tips has n * R * r * sin(pi / n); the heart is a
 # square of diagonal 1.7 and two half discs on its sides; the crescent a disc less its lens with

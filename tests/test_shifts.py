@@ -12,9 +12,7 @@ from PIL import Image
 from test_data import random_images, refused, write_images
 
 import data
-import folders
-import shapes
-import shifts
+from support import folders, shapes, shifts
 
 # Published test sets ------------------------------------------------------------------------------
 

@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import command
 import data
 import fused
 import models
 import train
+from support import command
 from teachers import Teachers
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
-import files
 import metrics
 from study import compare, fusion, plot
+from support import files
 
 ROOT = Path(__file__).resolve().parents[1]
 

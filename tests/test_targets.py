@@ -11,11 +11,9 @@ from torchvision.transforms import PILToTensor
 
 import clip_model
 import data
-import files
-import keys
-import shapes
 import targets
 import train
+from support import files, keys, shapes
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
 

@@ -15,17 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoints
-import command
 import data
 import evaluate
-import files
-import keys
 import models
 import richkd
-import runs
-import shapes
 import train
+from support import checkpoints, command, files, keys, runs, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"config.json", "log.csv", "last.pt", "student.pt", "summary.json"}

@@ -21,14 +21,11 @@ from pathlib import Path
 import torch
 
 import clip_model
-import clip_weights
 import data
-import files
-import folders
-import keys
 import models
 import targets
-from command import flag, world
+from support import clip_weights, files, folders, keys
+from support.command import flag, world
 
 # What does not change a result; the other fields are a run's settings.
 PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "overwrite",

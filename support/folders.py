@@ -18,7 +18,7 @@ import numpy as np
 import torchvision
 from PIL import Image
 
-import files
+from support import files
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_ENTRY = 2**25  # bytes of a file in a zip, unpacked; Tiny-ImageNet's words.txt has 2.5 MB

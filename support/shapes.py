@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import clip_model
-import files
+from support import files
 
 SIDE = 32
 SIZES = {"train": 1000, "test": 1000, "shift": 1000}  # images of each split

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 import data
-import files
-import folders
+from support import files, folders
 
 
 def read_arrays(images_path, labels_path):

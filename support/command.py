@@ -27,7 +27,7 @@ if sys.version_info < (3, 11):  # met before a module that an older one cannot e
 import torch
 import torch.distributed as dist
 
-import files
+from support import files
 
 # Settings and the command line --------------------------------------------------------------------
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-import files
-import folders
+from support import files, folders
 
 
 def digest_files(paths):

@@ -8,8 +8,7 @@
 import os
 from pathlib import Path
 
-import clip_layout
-import files
+from support import clip_layout, files
 
 # Addresses ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-import files
+from support import files
 
 # What the shapes say ------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import is_web_page, note, read_checkpoint
+from support.checkpoints import is_web_page, note, read_checkpoint
 
 FORMAT = 2  # of every file that this project writes for itself; a file of another one is refused
 CHUNK = 2**16  # bytes of a download between two looks at the progress line
