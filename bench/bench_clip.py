@@ -24,10 +24,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support import clip_layout  # noqa: E402
 import test_clip_model as tests  # noqa: E402
 
 from clip_model import CLIP, build_clip  # noqa: E402
+from support import clip_layout  # noqa: E402
 
 try:
     import open_clip

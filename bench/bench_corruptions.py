@@ -22,10 +22,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from support import files  # noqa: E402
 from test_corruptions import ALL, FIXED, PIXELS, picture, strength  # noqa: E402
 
 import corruptions  # noqa: E402
+from support import files  # noqa: E402
 
 FILES = {32: "make_cifar_c.py", 64: "make_tinyimagenet_c.py", 224: "make_imagenet_c.py"}
 RENAMED = {

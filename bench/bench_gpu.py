@@ -22,14 +22,13 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import command  # noqa: E402
-
 import clip_model  # noqa: E402
 import corruptions  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
 import targets  # noqa: E402
 import train  # noqa: E402
+from support import command  # noqa: E402
 
 K, D, TEST = 100, 768, 10_000
 PAIRS = ("resnet110", "resnet20"), ("resnet32x4", "resnet8x4")

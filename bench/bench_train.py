@@ -26,12 +26,11 @@ import torchvision.transforms as T
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import files  # noqa: E402
-
 import data  # noqa: E402
 import models  # noqa: E402
 import richkd  # noqa: E402
 import train  # noqa: E402
+from support import files  # noqa: E402
 
 B, K, D, J, d = 64, 100, 768, 16384, 128
 INFO = data.DATASETS["cifar100"]

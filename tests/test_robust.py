@@ -22,12 +22,6 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from support import checkpoints  # noqa: E402
-from support import command  # noqa: E402
-from support import files  # noqa: E402
-from support import runs  # noqa: E402
-from support import shapes  # noqa: E402
-
 import clip_model  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
@@ -35,6 +29,13 @@ import models  # noqa: E402
 import targets  # noqa: E402
 import train  # noqa: E402
 from study import compare  # noqa: E402
+from support import (
+    checkpoints,  # noqa: E402
+    command,  # noqa: E402
+    files,  # noqa: E402
+    runs,  # noqa: E402
+    shapes,  # noqa: E402
+)
 
 SIZES = {"train": 100, "test": 25, "shift": 25}
 FILES = {"config.json", "log.csv", "last.pt", "student.pt", "summary.json"}
