@@ -1,7 +1,5 @@
-"""Common corruptions of images (Hendrycks and Dietterich 2019, arXiv 1903.12261): the benchmark's
-fifteen and four more, after hendrycks/robustness, ImageNet-C/create_c/make_*.py.
-
-    images = corrupt(images, "fog", severity=3, generator=torch.Generator().manual_seed(0))
+"""The fifteen common corruptions of images (Hendrycks and Dietterich 2019, arXiv 1903.12261), after
+hendrycks/robustness, ImageNet-C/create_c/make_*.py.
 
 Each function takes images uint8 (N, 3, H, W), a severity 1-5 and a torch.Generator (ignored where
 nothing is random) and returns new uint8 images on the same device; every image has its own draws.
@@ -13,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Generator, Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
 
@@ -97,14 +96,14 @@ def motion(x, radius, sigma, angle):
     return (total + 1e-3).floor()  # the margin keeps flat areas as they are
 
 
-def gaussian_noise(images, severity, generator):
+def gaussian_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Normal noise of standard deviation c, of a range of 1."""
     c = published(images, severity, [.04, .06, .08, .09, .10],
                   [.04, .08, .12, .15, .18], [.08, .12, .18, .26, .38])
     return to_uint8(images / 255 + c * draw(torch.randn, images.shape, images, generator))
 
 
-def shot_noise(images, severity, generator):
+def shot_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Poisson noise of c photons at full brightness."""
     c = published(images, severity, [500, 250, 100, 75, 50],
                   [250, 100, 50, 30, 15], [60, 25, 12, 5, 3])
@@ -112,7 +111,7 @@ def shot_noise(images, severity, generator):
     return to_uint8(photons.to(images.device) / c)
 
 
-def impulse_noise(images, severity, generator):
+def impulse_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Salt and pepper in equal parts, each channel on its own."""
     c = published(images, severity, [.01, .02, .03, .05, .07],
                   [.01, .02, .05, .08, .14], [.03, .06, .09, .17, .27])
@@ -120,21 +119,7 @@ def impulse_noise(images, severity, generator):
     return images.masked_fill(chance < c, 0).masked_fill(chance < c / 2, 255)
 
 
-def speckle_noise(images, severity, generator):
-    """Normal noise in proportion to the value."""
-    c = published(images, severity, [.06, .1, .12, .16, .2],
-                  [.15, .2, .25, .3, .35], [.15, .2, .35, .45, .6])
-    return to_uint8(images / 255 * (1 + c * draw(torch.randn, images.shape, images, generator)))
-
-
-def gaussian_blur(images, severity, generator=None):
-    """Edge pixels repeat."""
-    sigma = published(images, severity, [.4, .6, .7, .8, 1],
-                      [.5, .75, 1, 1.25, 1.5], [1, 2, 3, 4, 6])
-    return to_uint8(blur(images / 255, sigma))
-
-
-def defocus_blur(images, severity, generator=None):
+def defocus_blur(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """A disk, itself smoothed by a Gaussian of 3 x 3 or 5 x 5; both mirror at the border."""
     radius, sigma = published(images, severity, [(.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)],
                               [(.5, .6), (1, .1), (1.5, .1), (2.5, .01), (3, .1)],
@@ -153,7 +138,7 @@ def defocus_blur(images, severity, generator=None):
     return to_uint8(x.view(images.shape))
 
 
-def glass_blur(images, severity, generator):
+def glass_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Blurs, gives every pixel the value of one at most `reach` away, and blurs again.
 
     The published loop runs from the last pixel to the first and means to swap; NumPy's views make
@@ -182,7 +167,7 @@ def glass_blur(images, severity, generator):
     return to_uint8(blur(x.view(images.shape) / 255, sigma))
 
 
-def motion_blur(images, severity, generator):
+def motion_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Along a line at an angle between -45 and 45 degrees."""
     radius, sigma = published(images, severity, [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
                               [(10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)],
@@ -191,7 +176,7 @@ def motion_blur(images, severity, generator):
     return motion(images.float(), radius, sigma, angle).to(torch.uint8)
 
 
-def zoom_blur(images, severity, generator=None):
+def zoom_blur(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """The mean of the image and `count` enlargements of it, by 1, 1 + step, 1 + 2 step ..."""
     small = [(7, .01), (12, .01), (16, .01), (21, .01), (26, .01)]
     count, step = published(images, severity, small, small,
@@ -201,7 +186,7 @@ def zoom_blur(images, severity, generator=None):
     return to_uint8(total / (count + 1))
 
 
-def snow(images, severity, generator):
+def snow(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Thresholded noise, enlarged and blurred along a steep line, laid on twice (once turned by
     180 degrees) over the whitened image."""
     mean, deviation, zoom, threshold, radius, sigma, keep = published(
@@ -223,7 +208,7 @@ def snow(images, severity, generator):
     return to_uint8(x + flakes + flakes.flip(2, 3))
 
 
-def frost(images, severity, generator):
+def frost(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """The image and frost, each at its weight.
 
     The published code cuts frost from five photographs, which are not ours to ship. Here it is
@@ -271,7 +256,7 @@ def plasma(n, size, decay, images, generator):
     return cloud / cloud.amax(dim=(1, 2), keepdim=True)
 
 
-def fog(images, severity, generator):
+def fog(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Adds clouds and scales back to the image's own maximum."""
     weight, decay = published(images, severity, [(.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)],
                               [(.4, 3), (.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)],
@@ -284,79 +269,7 @@ def fog(images, severity, generator):
     return to_uint8((x + weight * clouds) * peak / (peak + weight))
 
 
-def edges(x):
-    """Edges of whole numbers x float (N, 1, H, W), as 0.0 or 1.0: OpenCV's Canny above its upper
-    threshold 150, without the weak edges that it joins on. Sobel, size |dx| + |dy|, peaks across
-    the edge along one of four directions."""
-    sobel = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    kernels = torch.stack([sobel, sobel.T])[:, None]
-    dx, dy = F.conv2d(F.pad(x, [1] * 4, mode="replicate"), kernels).split(1, dim=1)
-    size = dx.abs() + dy.abs()
-    near = F.unfold(size, 3, padding=1).unflatten(-1, x.shape[2:])  # (N, 9, H, W); itself is 4
-    flat = dy.abs() < 0.41421356 * dx.abs()  # tan 22.5 degrees
-    steep = dy.abs() > 2.41421356 * dx.abs()  # tan 67.5 degrees
-    diagonal = torch.where((dx < 0) == (dy < 0), 0, 2)
-    before = torch.where(flat, 3, torch.where(steep, 1, diagonal))
-    after = near.gather(1, 8 - before)
-    peak = (size > near.gather(1, before)) & ((size > after) | (size == after) & (flat | steep))
-    return (peak & (size > 150)).float()
-
-
-def distance_to(near):
-    """How many pixels each of (N, 1, H, W) is from one where `near` is 1.0, at most 20. Growing by
-    squares and diamonds in turn comes close to Euclid's distance."""
-    distance = 0
-    for step in range(20):
-        distance = distance + 1 - near
-        if step % 2 == 0:
-            near = F.max_pool2d(near, 3, 1, 1)
-        else:
-            near = torch.maximum(F.max_pool2d(near, (3, 1), 1, (1, 0)),
-                                 F.max_pool2d(near, (1, 3), 1, (0, 1)))
-    return distance
-
-
-def equalize(depth):
-    """Histogram equalisation of whole numbers 0 ... 20 (N, 1, H, W): to 0 ... 255, as OpenCV."""
-    flat = depth.long().flatten(1)  # (N, H * W)
-    rank = F.one_hot(flat, 21).sum(dim=1).cumsum(dim=1)  # (N, 21)
-    first = rank.gather(1, flat.amin(dim=1, keepdim=True))
-    scaled = (rank.gather(1, flat) - first) * 255 / (flat.shape[1] - first).clamp(min=1)
-    return scaled.round().view(depth.shape)
-
-
-def spatter(images, severity, generator):
-    """Drops: noise, blurred and thresholded. Water (severities 1-3) gets a relief from the distance
-    to its edges, equalised and filtered; mud (4-5) is opaque."""
-    mean, deviation, sigma, threshold, strength, is_mud = published(
-        images, severity,
-        [(.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
-         (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1)],
-        [(.62, .1, .7, .7, .6, 0), (.65, .1, .8, .7, .6, 0), (.65, .3, 1, .69, .6, 0),
-         (.65, .1, .7, .68, .6, 1), (.65, .1, .5, .67, .6, 1)],
-        [(.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
-         (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)])
-    x = images / 255
-    noise = draw(torch.randn, x[:, :1].shape, images, generator)
-    liquid = blur(mean + deviation * noise, sigma)
-    if is_mud:
-        mud = blur((liquid > threshold).float(), strength)
-        mud = mud * (mud >= 0.8)
-        return to_uint8(x * (1 - mud) + mud * x.new_tensor([63, 42, 20]).view(3, 1, 1) / 255)
-
-    def widen(y):  # by a pixel, mirrored
-        return F.pad(y, [1] * 4, mode="reflect")
-
-    liquid = (liquid * (liquid >= threshold) * 255).floor()
-    depth = F.avg_pool2d(widen(distance_to(edges(liquid))), 3, 1)
-    kernel = x.new_tensor([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])[None, None]
-    relief = F.conv2d(widen(equalize(depth)), kernel).clamp(0, 255)
-    water = liquid * F.avg_pool2d(widen(relief), 3, 1).round()
-    water = strength * water / water.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)  # 0: no drop
-    return to_uint8(x + water * x.new_tensor([175, 238, 238]).view(3, 1, 1) / 255)
-
-
-def brightness(images, severity, generator=None):
+def brightness(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Adds to the HSV value, which scales R, G and B alike."""
     c = published(images, severity, [.05, .1, .15, .2, .3],
                   [.1, .2, .3, .4, .5], [.1, .2, .3, .4, .5])
@@ -366,7 +279,7 @@ def brightness(images, severity, generator=None):
     return to_uint8(torch.where(value > 0, x * (brighter / value), brighter))
 
 
-def contrast(images, severity, generator=None):
+def contrast(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Pulls every channel towards its own mean over the image."""
     c = published(images, severity, [.75, .5, .4, .3, .15],
                   [.4, .3, .2, .1, .05], [.4, .3, .2, .1, .05])
@@ -375,22 +288,7 @@ def contrast(images, severity, generator=None):
     return to_uint8((x - mean) * c + mean)
 
 
-def saturate(images, severity, generator=None):
-    """Scales and shifts the HSV saturation. What is grey has hue 0, so that a shift turns it red,
-    as published."""
-    scale, shift = published(images, severity, [(.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)],
-                             [(.3, 0), (.1, 0), (2, 0), (5, .1), (30, .2)],
-                             [(.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)])
-    x = images / 255
-    value = x.amax(dim=1, keepdim=True)
-    spread = value - x.amin(dim=1, keepdim=True)
-    saturation = torch.where(value > 0, spread / value, 0)
-    red = x.new_tensor([0, 1, 1]).view(3, 1, 1)
-    below = torch.where(spread > 0, (value - x) / spread, red)  # 0...1 for each channel: the hue
-    return to_uint8(value * (1 - (saturation * scale + shift).clamp(max=1) * below))
-
-
-def elastic_transform(images, severity, generator):
+def elastic_transform(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """A random affine map, which moves three points by up to `jitter` pixels, then a displacement
     by smooth noise. Bilinear both times; the first mirrors at the centre of the edge pixel, the
     second at its rim."""
@@ -419,7 +317,7 @@ def elastic_transform(images, severity, generator):
     return to_uint8(F.grid_sample(x, grid, padding_mode="reflection", align_corners=False))
 
 
-def pixelate(images, severity, generator=None):
+def pixelate(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Shrinks and enlarges with Pillow's box filter: windows go by pixel centre, every pass rounds
     to whole levels."""
     c = published(images, severity, [.95, .9, .85, .75, .65],
@@ -439,7 +337,7 @@ def pixelate(images, severity, generator=None):
     return resize(resize(small, width).mT, height).mT.to(torch.uint8)
 
 
-def jpeg_compression(images, severity, generator=None):
+def jpeg_compression(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """There and back through libjpeg (4:2:0 chroma), on the CPU: a GPU's coder differs from it."""
     quality = published(images, severity, [80, 65, 58, 50, 40],
                         [65, 58, 50, 40, 25], [25, 18, 15, 10, 7])
@@ -449,23 +347,24 @@ def jpeg_compression(images, severity, generator=None):
 COMMON = {f.__name__: f for f in (  # the benchmark's fifteen, in its order
     gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur,
     snow, frost, fog, brightness, contrast, elastic_transform, pixelate, jpeg_compression)}
-EXTRA = {f.__name__: f for f in (speckle_noise, gaussian_blur, spatter, saturate)}
 
 
-def corrupt(images, name, severity, generator):
-    """images uint8 (N, 3, H, W), corrupted as `name` (of COMMON or EXTRA) at severity 1-5 says:
-    uint8 on their device, the draws made with `generator`.
+def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
+    """Corrupts images, uint8 (N, 3, H, W) to the same; name: one of COMMON, severity: 1-5.
+
+    >>> images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
+    >>> corrupt(images, "fog", severity=3, generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 3, 32, 32])
 
     Goes by parts of 2 ** 18 pixels, on a GPU 2 ** 21, to bound the memory; a call split elsewhere
     draws otherwise, and so does a generator of another kind of device.
     Raises ValueError for an unknown name, a severity outside 1-5, images of another type or shape.
     """
-    known = {**COMMON, **EXTRA}
-    if name not in known:
-        raise ValueError(f"unknown corruption {name!r}; known are {', '.join(known)}")
+    if name not in COMMON:
+        raise ValueError(f"unknown corruption {name!r}; known are {', '.join(COMMON)}")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; "
                          "expected torch.uint8 (N, 3, H, W), N > 0")
     pixels = 2 ** 21 if images.is_cuda else 2 ** 18
     parts = images.split(max(1, pixels // (images.shape[2] * images.shape[3])))
-    return torch.cat([known[name](part.contiguous(), severity, generator) for part in parts])
+    return torch.cat([COMMON[name](part.contiguous(), severity, generator) for part in parts])

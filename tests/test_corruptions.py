@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import seeded
 
 import corruptions
+from corruptions import COMMON
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The image decoding and encoding capabilities:DeprecationWarning")
-ALL = {**corruptions.COMMON, **corruptions.EXTRA}
-FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression",
-         "gaussian_blur", "saturate")
-RANDOM = tuple(name for name in ALL if name not in FIXED)
+FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
+RANDOM = tuple(name for name in COMMON if name not in FIXED)
 PIXELS = torch.arange(10) * 5003 + 77  # positions in the flattened image, modulo its size
 SIZES = (32, 64, 224)
 
@@ -45,10 +45,6 @@ def strength(before, after):
     change, after = after.double() - before.double(), after.double()
     gradient = after.diff(dim=2).square().mean() + after.diff(dim=3).square().mean()
     return [change.mean().item(), change.abs().mean().item(), change.std().item(), gradient.item()]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +78,7 @@ def test_corrupt_has_the_strength_of_the_public_code(golden, name, size):
         assert ours[0] == pytest.approx(theirs[0], abs=0.25 * theirs[1]), (severity, ours, theirs)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", COMMON)
 def test_corrupt_keeps_its_contract(name):
     images = picture(32).repeat(3, 1, 1, 1)
     before = images.clone()
@@ -96,42 +92,37 @@ def test_corrupt_keeps_its_contract(name):
         assert not after[0].equal(after[1])
         assert not after[0].equal(corruptions.corrupt(images, name, 3, seeded(8))[0])
     else:
-        assert after[0].equal(after[1]) and after.equal(ALL[name](images, 3))
-    for height, width in ((33, 47), (50, 40), (130, 121)):
-        shape = (2, 3, height, width)
+        assert after[0].equal(after[1]) and after.equal(COMMON[name](images, 3))
+    for shape in ((2, 3, 33, 47), (2, 3, 50, 40), (2, 3, 130, 121)):
         some = torch.randint(256, shape, dtype=torch.uint8, generator=seeded())
-        assert corruptions.corrupt(some, name, 5, seeded()).shape == some.shape
+        assert corruptions.corrupt(some, name, 5, seeded()).shape == shape
     for severity in (0, 6, -1, 2.5, "3"):
-        with pytest.raises(ValueError, match=f"severity {severity!r} is not one of 1, 2, 3, 4, 5"):
-            ALL[name](images, severity, seeded())
-    black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    blackened = corruptions.corrupt(black, name, 1, seeded())
-    assert blackened.float().mean() < 100  # no NaN on the way
+        with pytest.raises(ValueError, match=f"severity {severity!r}"):
+            COMMON[name](images, severity, seeded())
+    black = corruptions.corrupt(torch.zeros_like(images), name, 1, seeded())
+    assert black.float().mean() < 100  # no NaN on the way
 
 
 def test_corrupt_refuses():
     images = picture(32)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"'gauss'.*{', '.join(COMMON)}"):
         corruptions.corrupt(images, "gauss", 1, seeded())
-    assert all(name in str(error.value) for name in ALL) and "\n" not in str(error.value)
     for bad in (images.float(), images[0], images[:, :1], images[:0]):
-        with pytest.raises(ValueError, match=r"expected torch.uint8 \(N, 3, H, W\)"):
+        with pytest.raises(ValueError, match="uint8"):
             corruptions.corrupt(bad, "fog", 1, seeded())
 
 
 def test_corrupt_goes_on_from_part_to_part():
     images = picture(64).repeat(70, 1, 1, 1)  # 64 to a part
     generator = seeded(3)
-    parts = [corruptions.corrupt(some, "gaussian_noise", 2, generator)
-             for some in (images[:64], images[64:])]
+    parts = [corruptions.gaussian_noise(some, 2, generator) for some in images.split(64)]
     whole = corruptions.corrupt(images, "gaussian_noise", 2, seeded(3))
     assert torch.cat(parts).equal(whole)
 
 
 def test_published_goes_by_the_shorter_side():
-    cases = ((32, 300, "b"), (47, 47, "b"), (48, 64, "g"), (119, 500, "g"), (120, 120, "l"),
-             (224, 300, "l"))
-    for height, width, entry in cases:
+    for height, width, entry in ((32, 300, "b"), (47, 47, "b"), (48, 64, "g"), (119, 500, "g"),
+                                 (120, 120, "l"), (224, 300, "l")):
         images = torch.empty(1, 3, height, width)
         assert corruptions.published(images, 2, "abcde", "fghij", "klmno") == entry
 
@@ -152,8 +143,7 @@ def test_glass_blur_is_the_published_loop(monkeypatch):
                 for w in range(64 - reach, reach, -1):
                     a, b = (h, w), (h + dy[i, h, w], w + dx[i, h, w])
                     x[i][a], x[i][b] = x[i][b], x[i][a]
-    difference = ours.permute(0, 2, 3, 1).int().numpy() - x
-    assert np.abs(difference).max() <= 1  # / 255 * 255, truncated
+    assert np.abs(ours.permute(0, 2, 3, 1).int().numpy() - x).max() <= 1  # / 255 * 255, truncated
     assert (ours != images).float().mean() > 0.5
 
 
@@ -162,8 +152,7 @@ def test_motion_is_one_sided():
     spot[:, 0, 16, 16] = 255
     across, down = corruptions.motion(spot, 6, 1, torch.tensor([0.0, 90.0]))[:, 0]
     row = [0, 0, 0, 1, 19, 88, 145, 0, 0, 0]  # ImageMagick 6.9.11's own
-    assert across[16, 10:20].tolist() == row
-    assert down[10:20, 16].tolist() == row
+    assert across[16, 10:20].tolist() == down[10:20, 16].tolist() == row
     flat = torch.full((1, 3, 40, 40), 100.0)
     assert corruptions.motion(flat, 9, 2.5, torch.tensor([30.0])).equal(flat)
 
@@ -176,14 +165,6 @@ def test_snow_falls_and_motion_blur_goes_across():
     noise = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=seeded())
     noise = corruptions.corrupt(noise, "motion_blur", 5, seeded()).float()
     assert noise.diff(dim=3).abs().mean() < 0.8 * noise.diff(dim=2).abs().mean()
-
-
-@pytest.mark.parametrize("decay, roughness", (  # of the public plasma_fractal
-    (3, 0.02015), (2, 0.02454), (1.75, 0.02892)))
-def test_plasma_is_as_rough_as_the_public_one(decay, roughness):
-    clouds = corruptions.plasma(500, 32, decay, torch.empty(0), seeded())
-    assert clouds.amin() == 0 and clouds.amax() == 1 and clouds[3].amax() == 1
-    assert clouds.diff(dim=1).abs().mean().item() == pytest.approx(roughness, rel=0.03)
 
 
 def test_defocus_blur_mirrors_at_the_border():
@@ -208,11 +189,3 @@ def test_blur_at_its_borders():
     wide = corruptions.blur(ramp, 100.0, truncate=3, mirror=True)  # wider than the image
     assert wide.sub(1).abs().max() < 0.02
     assert corruptions.blur(x, 0.0).equal(x)
-
-
-def test_saturate_turns_grey_red_and_keeps_the_value():
-    grey = torch.full((1, 3, 64, 64), 200, dtype=torch.uint8)
-    colour = corruptions.corrupt(grey, "saturate", 5, seeded())[0, :, 0, 0].tolist()
-    assert colour in ([200, 160, 160], [199, 159, 159])  # shifted by 0.2
-    paler = corruptions.corrupt(grey, "saturate", 2, seeded())
-    assert paler.float().mean().item() == pytest.approx(200, abs=1)
