@@ -1,4 +1,4 @@
-"""Files: written whole, downloaded and checked; what is said of them, the progress line.
+"""Files: written whole, read with their damage named, downloaded and checked; notes, progress.
 
 Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file."""
 
@@ -6,7 +6,6 @@ import contextlib
 import glob
 import hashlib
 import http.client
-import io
 import json
 import os
 import shutil
@@ -18,10 +17,24 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoints import is_web_page, note, read_checkpoint
-
 FORMAT = 2  # of every file that this project writes for itself; a file of another one is refused
-CHUNK = 2**16  # bytes of a download between two looks at the progress line
+
+
+class Damaged(ValueError):
+    """A file of this project's own, or an archive, that is not as it was written."""
+
+
+def note(text):
+    """Say a fall-back, a guess, what is left out: one line on stderr, once a process for each text
+    (`note.said` has them, which tests clear), and under torchrun by rank 0 alone."""
+    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
+    if rank == "0" and text not in note.said:
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
+        print(clear + " ".join(text.splitlines()), file=sys.stderr)
+    note.said.add(text)
+
+
+note.said = set()
 
 
 def one_line(error):
@@ -40,29 +53,31 @@ def cache_folder(cache_dir=None):
 
 
 def check_folder(path):
-    """Raises NotADirectoryError where `path` is no folder and could not be made one, which is not
-    made yet."""
+    """Raises NotADirectoryError where `path` neither is a folder nor can become one."""
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is no folder; expected one, or a name for a new one")
 
 
-# Writing ------------------------------------------------------------------------------------------
+# Written and read ---------------------------------------------------------------------------------
 
 
 def write_atomically(path, data):
-    """Write `data`, bytes or an iterator of bytes: whatever happens, kill -9 and a full disk
-    included, `path` holds all of it or what it held before. Raises OSError, naming the file."""
+    """Write `data`: bytes, an iterable of bytes, or a function that is given the open file.
+    Whatever happens, kill -9 and a full disk included, `path` then holds all of it or what it held
+    before. Raises OSError, naming the file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            for part in [data] if isinstance(data, (bytes, memoryview)) else data:
-                file.write(part)
+        with open(temporary, "xb") as file:
+            if callable(data):
+                data(file)
+            else:
+                file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
-        take_place(temporary, path)
+        os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # that of a full disk names no file
         raise
@@ -74,43 +89,52 @@ def write_atomically(path, data):
                 stale.unlink()
 
 
-def take_place(temporary, path):
-    """A file, written and flushed, becomes `path`, also after a power cut."""
-    os.replace(temporary, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
 def save(path, content):
-    """A dict as a checkpoint file, atomically. Through memory, because torch reports a full disk as
-    a RuntimeError without a reason, Python as an OSError with one."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
-    write_atomically(path, buffer.getbuffer())
+    """A dict as a checkpoint file, by torch.save, atomically; `checkpoints.read_own` reads it."""
+    def write(file):
+        try:
+            torch.save({"format": FORMAT, **content}, file)
+        except RuntimeError as error:  # torch's own; the reason, of a full disk, is before it
+            reason = error.__context__
+            raise (reason if isinstance(reason, OSError) else error) from None
+
+    write_atomically(path, write)
 
 
 def write_json(path, content):
-    """A dict of JSON values, atomically, with a digest by which `read_own` notices a change."""
+    """A dict of JSON values, atomically, with a digest by which `read_json` notices a change."""
     text = json.dumps({"format": FORMAT, **content, "digest": json_digest(content)}, indent=1)
     write_atomically(path, text.encode())
 
 
-def json_digest(content):
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def read_json(path, advice):
+    """The dict that `write_json` wrote. Raises FileNotFoundError; `Damaged`, ending in `advice`."""
+    with undamaged(path, advice):
+        content = json.loads(Path(path).read_text("utf-8"))
+        kind, digest = content.pop("format"), content.pop("digest")
+        if kind != FORMAT or digest != json_digest(content):
+            raise ValueError
+    return content
 
 
-# Reading ------------------------------------------------------------------------------------------
+def read_own(path, advice):  # goes with its last caller
+    from support import checkpoints
+    if Path(path).suffix == ".json":
+        return read_json(path, advice)
+    with undamaged(path, advice):
+        content = checkpoints.read_checkpoint(path)
+        if content.pop("format", 1) != FORMAT:
+            raise ValueError
+    return content
 
 
 @contextlib.contextmanager
 def undamaged(path, advice):
-    """What reading a file of another shape raises becomes one ValueError that names it."""
+    """What reading a file of another shape raises becomes one `Damaged` that names it."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
-        raise ValueError(f"{path} is damaged; {advice}") from None
+        raise Damaged(f"{path} is damaged, or of another version; {advice}") from None
 
 
 def read_text(path):
@@ -122,138 +146,101 @@ def read_text(path):
         raise ValueError(f"{path}: expected text in UTF-8; save it as that") from None
 
 
-def read_own(path, advice):
-    """The dict in a file that `save` or (.json) `write_json` wrote. Raises FileNotFoundError, and
-    ValueError, ending in `advice`, for damage and for another format."""
-    is_json = Path(path).suffix == ".json"
-    with undamaged(path, advice):
-        content = json.loads(Path(path).read_text("utf-8")) if is_json else read_checkpoint(path)
-        found = content.pop("format", 1)
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found}, this version reads {FORMAT}; {advice}")
-    if is_json and content.pop("digest", "") != json_digest(content):
-        raise ValueError(f"{path} is damaged; {advice}")
-    return content
+def json_digest(content):
+    """The SHA-256 of JSON values, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def file_digest(path, algorithm="sha256"):
+    """The digest of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 # Downloads ----------------------------------------------------------------------------------------
 
 
-def file_digest(path, algorithm="sha256"):
-    """The hexadecimal digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
 def fetch(urls, path, digest, advice):
     """The file `path`; where it is absent, downloaded from the first of `urls` that has it. What
-    came before a connection ended is kept beside it as NAME.*.part, and gone on with.
+    came before a connection ended is kept as NAME.part, and gone on with.
 
     digest: "md5:" or "sha256:" and hexadecimal digits, the first few suffice; checked each time.
     Raises FileNotFoundError with every address, the place and `advice`; ValueError for a file that
     lies there with another digest.
     """
-    path, (algorithm, expected) = Path(path), digest.split(":")
+    path = Path(path)
+    algorithm, expected = digest.split(":")
     if path.is_file():
-        found = file_digest(path, algorithm)
-        if not found.startswith(expected):
-            raise ValueError(f"{path}: {algorithm} is {found}, expected {expected}; move it away, "
+        there = file_digest(path, algorithm)
+        if not there.startswith(expected):
+            raise ValueError(f"{path}: {algorithm} is {there}, expected {expected}; move it away, "
                              f"or {advice}")
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
     failures = []
-    with partial_file(path, expected) as part:
-        for url in map(at_endpoint, urls):
-            try:
-                download(url, part, algorithm, expected)
-                take_place(part, path)
-                return path
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                failures.append(f"{url} ({one_line(error)})")
-                note(f"could not download {failures[-1]}")
+    for url in urls:
+        if os.environ.get("HF_ENDPOINT"):  # Hugging Face's own variable, for mirrors
+            url = url.replace("https://huggingface.co", os.environ["HF_ENDPOINT"].rstrip("/"))
+        try:
+            download(url, part, algorithm, expected)
+            os.replace(part, path)
+            return path
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if path.is_file():  # another process was faster
+                return fetch(urls, path, digest, advice)
+            failures.append(f"{url} ({one_line(error)})")
+            note(f"could not download {failures[-1]}")
     raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
                             f"or {advice}")
-
-
-def at_endpoint(url):
-    """An address on huggingface.co at $HF_ENDPOINT, where that is set, as Hugging Face has it."""
-    origin, endpoint = "https://huggingface.co/", os.environ.get("HF_ENDPOINT")
-    if endpoint and url.startswith(origin):
-        return f"{endpoint.rstrip('/')}/{url.removeprefix(origin)}"
-    return url
-
-
-@contextlib.contextmanager
-def partial_file(path, expected):
-    """The name of this process's own partial file of `path`: a new one, or the largest of those
-    that another process left. A download writes at least every ten seconds, or ends; what ended by
-    an exception is made old, so that the next one need not wait."""
-    check_folder(path.parent)
-    part = path.with_name(f"{path.name}.{expected[:8]}.{os.getpid()}.part")
-    left = path.parent.glob(f"{glob.escape(path.name)}.{expected[:8]}.*.part")
-    with contextlib.suppress(FileNotFoundError):  # yet another process was faster
-        for other in sorted(left, key=lambda file: file.stat().st_size):
-            if time.time() - other.stat().st_mtime > 60:
-                os.replace(other, part)
-    try:
-        yield part
-    finally:
-        if part.exists():
-            os.utime(part, (0, 0))
 
 
 def download(url, part, algorithm, expected):
     """What is at an address, into `part`, which may hold its beginning. Raises OSError,
     HTTPException, and ValueError where another file came, of which nothing stays."""
-    done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    anew = not done
+    begun = part.exists()
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            anew = anew or answer.status != 206
-            if anew or answer.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
-                receive(answer, url, part, 0 if anew else done)
+        receive(url, part, part.stat().st_size if begun else 0)
     except urllib.error.HTTPError as error:
         error.close()
-        if anew or error.code != 416:  # nothing follows what is here
+        if error.code != 416:  # nothing follows what is here
             raise
-    found = file_digest(part, algorithm)
-    if not found.startswith(expected):
+    came = file_digest(part, algorithm)
+    if not came.startswith(expected):
         part.unlink()
-        if anew:
-            raise ValueError(f"{algorithm} of what came is {found}, expected {expected}")
-        note(f"{part} was the beginning of another file; from the start")
-        download(url, part, algorithm, expected)
+        if begun:  # with another file
+            return download(url, part, algorithm, expected)
+        raise ValueError(f"{algorithm} of what came is {came}, expected {expected}")
 
 
-def receive(answer, url, part, done):
-    """Append an answer to the first `done` bytes of `part`, with a progress line, which goes to a
-    log every minute. Raises ValueError for a web page, OSError where the connection ends early."""
-    length = answer.headers.get("Content-Length")
-    total = done + int(length or 0)
-    chunk = answer.read(CHUNK)
-    if not chunk:
-        raise OSError("nothing came")
-    if not done and is_web_page(chunk):
-        raise ValueError("a web page came")
-    name, size = part.name.rsplit(".", 3)[0], f" ({total / 1e6:.1f} MB)" if length else ""
-    note(f"downloading {name}{size} from {url}" + (f" behind {done / 1e6:.1f} MB" if done else ""))
-    progress, said = Progress(name, total / 1e6, "MB", done / 1e6), time.time()
-    part.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to keep
-    with open(part, "ab" if done else "wb") as file:
-        while chunk:
-            file.write(chunk)
-            done += len(chunk)
-            late = time.time() - said > 60
-            said = time.time() if late else said
-            if done < total:
-                progress.update(done / 1e6, keep=late)
-            chunk = answer.read(CHUNK)
-        file.flush()
-        os.fsync(file.fileno())
+def receive(url, part, done):
+    """Write what follows the first `done` bytes behind them; all of it, if a server ignores Range.
+    Raises OSError where the connection ends early, HTTPException, and ValueError for a web page."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        done = done if answer.status == 206 else 0
+        total = done + int(answer.headers.get("Content-Length", 0))
+        chunk = answer.read(2**16)
+        if done == 0 and is_web_page(chunk):
+            raise ValueError("a web page came")
+        note(f"downloading {part.stem} ({total / 1e6:.1f} MB) from {url}")
+        progress = Progress(part.stem, total / 1e3, "kB", done / 1e3)
+        with open(part, "r+b" if done else "wb") as file:
+            file.seek(done)  # not appended: another process may be writing the same
+            while chunk:
+                file.write(chunk)
+                done += len(chunk)
+                progress.update(done / 1e3)
+                chunk = answer.read(2**16)
     if done < total:
         raise OSError(f"the connection ended at {done} of {total} bytes")
-    progress.total = done / 1e6
-    progress.update(progress.total, keep=True)
+    progress.update(done / 1e3, keep=True)
+
+
+def is_web_page(head):
+    """Whether what begins with these bytes is HTML, or XML, in which some servers refuse."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:9].lower()
+    return text.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error"))
 
 
 # Progress -----------------------------------------------------------------------------------------
@@ -261,7 +248,7 @@ def receive(answer, url, part, done):
 
 def duration(seconds):
     """"0:07", "1:02:03"."""
-    minutes, seconds = divmod(int(round(seconds)), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
@@ -269,28 +256,23 @@ def duration(seconds):
 class Progress:
     """One line on stderr: what, how much of it, rate, time left. On a terminal it rewrites itself;
     elsewhere (in a log) the lines to keep are printed. `start` was done before and does not count
-    into the rate. MB have a digit behind the point."""
+    into the rate."""
 
     def __init__(self, label, total, unit="images", start=0):
-        self.label, self.total, self.unit = label, total, unit
-        self.start, self.done = start, start
+        self.label, self.total, self.unit, self.start, self.done = label, total, unit, start, start
         self.began, self.shown = time.time(), 0.0
 
     def update(self, done, note="", keep=False):
         """`done` of the total is ready; `note` is shown beside it; `keep`: a line for the log."""
-        self.done = done
-        terminal, now = sys.stderr.isatty(), time.time()
+        self.done, now, terminal = done, time.time(), sys.stderr.isatty()
         if not keep and (not terminal or now - self.shown < 0.2):
             return
-        self.shown = now
-        rate = (done - self.start) / max(now - self.began, 1e-9)
-        left = f"{duration((self.total - done) / max(rate, 1e-9))} left"
-        digits = 1 if self.unit == "MB" else 0
-        parts = (f"{self.label} {done:.{digits}f}/{self.total:.{digits}f}", note,
-                 f"{rate:.{digits}f} {self.unit}/s",
-                 left if done < self.total else duration(now - self.began))
+        self.shown, spent = now, max(now - self.began, 1e-9)
+        rate = (done - self.start) / spent
+        left = duration((self.total - done) / max(rate, 1e-9)) + " left"
+        parts = [f"{self.label} {done:.0f}/{self.total:.0f}", note, f"{rate:.0f} {self.unit}/s",
+                 left if done < self.total else duration(spent)]
         line = " | ".join(part for part in parts if part)
         if terminal:  # a line that wraps could not be rewritten
             line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
-        end = "" if terminal and done < self.total else "\n"
-        print(line, end=end, file=sys.stderr, flush=True)
+        print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
