@@ -1,38 +1,44 @@
 """Metrics of classifiers: accuracy, calibration, proper scores, errors under corruptions.
 
-They take logits, never a model: a file to copy from, that needs torch alone.
-
 logits (N, K) of any float dtype, target (N,) int64. Computed in float64; shares and errors lie
 between 0 and 1. p = softmax(logits); an image's confidence is its largest probability.
 
+>>> logits, target = torch.tensor([[4.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
+>>> top_k_accuracy(logits, target), round(ece(logits, target), 3)
+(0.5, 0.449)
+
 References: Brier 1950; Efron 1979; Guo 2017, arXiv 1706.04599; Hendrycks and Dietterich 2019, arXiv
-1903.12261; Nguyen and O'Connor 2015, arXiv 1508.05154.
+1903.12261; Nguyen and O'Connor 2015, arXiv 1508.05154. Needs torch alone.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import Generator, Tensor
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 
 
-def top_k_accuracy(logits, target, k=1):
+def top_k_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> float:
     """Share of the images whose target is among the k largest logits (all of them, if fewer)."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices  # (N, k)
     return (top == target[:, None]).any(dim=1).double().mean().item()
 
 
-def nll(logits, target):
+def nll(logits: Tensor, target: Tensor) -> float:
     """Negative log-likelihood, mean over the images of -log p[target], in nats."""
     return F.cross_entropy(logits.double(), target).item()
 
 
-def brier(logits, target):
+def brier(logits: Tensor, target: Tensor) -> float:
     """Brier score, mean over the images of sum_k (p[k] - [k = target])^2: 0 to 2 (Brier 1950)."""
     p = logits.double().softmax(dim=1)
     return (p - F.one_hot(target, logits.shape[1])).square().sum(dim=1).mean().item()
 
 
-def calibration_bins(logits, target, bins=15, equal_mass=False):
+def calibration_bins(logits: Tensor, target: Tensor, bins: int = 15,
+                     equal_mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The points of a reliability diagram: mean confidence, accuracy and count, (bins,) float64.
 
     Bin b of equal width holds the confidences in (b / bins, (b + 1) / bins] (Guo 2017, section 2).
@@ -40,7 +46,6 @@ def calibration_bins(logits, target, bins=15, equal_mass=False):
     larger first (Nguyen and O'Connor 2015). An empty bin has confidence and accuracy 0.
     """
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    right = (predicted == target).double()
     if equal_mass:
         bin_of = torch.empty_like(predicted)
         for b, images in enumerate(confidence.argsort(stable=True).tensor_split(bins)):
@@ -49,21 +54,18 @@ def calibration_bins(logits, target, bins=15, equal_mass=False):
         edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)
         bin_of = torch.bucketize(confidence, edges[1:-1])
     count = torch.bincount(bin_of, minlength=bins).double()
-    mean_confidence = torch.bincount(bin_of, confidence, minlength=bins) / count.clamp(min=1)
-    accuracy = torch.bincount(bin_of, right, minlength=bins) / count.clamp(min=1)
+    mean_confidence = torch.bincount(bin_of, confidence, bins) / count.clamp(min=1)
+    accuracy = torch.bincount(bin_of, predicted == target, bins) / count.clamp(min=1)
     return mean_confidence, accuracy, count
 
 
-def ece(logits, target, bins=15, equal_mass=False):
+def ece(logits: Tensor, target: Tensor, bins: int = 15, equal_mass: bool = False) -> float:
     """Expected calibration error, sum_b count_b/N |accuracy_b - confidence_b| (Guo 2017, eq. 3)."""
     confidence, accuracy, count = calibration_bins(logits, target, bins, equal_mass)
     return (count / len(target) * (accuracy - confidence).abs()).sum().item()
 
 
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
-
-
-def fit_temperature(logits, target):
+def fit_temperature(logits: Tensor, target: Tensor) -> float:
     """The T in 0.001 ... 1000 at which logits / T have the least NLL (Guo 2017, section 4.2).
 
     Fit it on images that are not reported. The NLL is convex in 1 / T, with the derivative
@@ -81,7 +83,7 @@ def fit_temperature(logits, target):
     return temperature
 
 
-def quadrants(logits, target, threshold):
+def quadrants(logits: Tensor, target: Tensor, threshold: float) -> dict[str, Tensor]:
     """Which images are confident (confidence >= threshold) or unsure, and right or wrong: bool (N,)
     each. The paper's abstract: fusing makes more confident_right and fewer confident_wrong."""
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
@@ -91,12 +93,13 @@ def quadrants(logits, target, threshold):
             "unsure_right": ~confident & right, "unsure_wrong": ~confident & ~right}
 
 
-def bootstrap_interval(values, generator, resamples=1000, level=0.95):
+def bootstrap_interval(values: Tensor, generator: Generator, resamples: int = 1000,
+                       level: float = 0.95) -> tuple[float, float]:
     """(low, high) of the mean of values (N,): percentiles of the means of N images drawn from these
     with replacement (Efron 1979). For a paired difference, pass each image's difference."""
     N, values = len(values), values.double().cpu()
-    means = torch.stack([values[torch.randint(N, (N,), generator=generator)].mean()
-                         for _ in range(resamples)])
+    draws = (torch.randint(N, (N,), generator=generator) for _ in range(resamples))
+    means = torch.stack([values[drawn].mean() for drawn in draws])
     return means.quantile((1 - level) / 2).item(), means.quantile((1 + level) / 2).item()
 
 
@@ -111,7 +114,8 @@ ALEXNET_ERRORS = {
 ALEXNET_CLEAN_ERROR = 0.43478
 
 
-def mean_corruption_error(errors, clean_error=None, alexnet=False):
+def mean_corruption_error(errors: dict[str, float], clean_error: float | None = None,
+                          alexnet: bool = False) -> float:
     """mCE: the mean over the fifteen corruptions c of E_c, the error averaged over severities; on
     ImageNet-C (alexnet=True) of E_c / E_c(AlexNet). With clean_error the relative mCE: of
     E_c - E_clean, over the same of AlexNet (Hendrycks and Dietterich 2019, section 4).
@@ -120,10 +124,6 @@ def mean_corruption_error(errors, clean_error=None, alexnet=False):
     missing = [name for name in ALEXNET_ERRORS if name not in errors]
     if missing:
         raise ValueError(f"mCE needs all fifteen corruptions; missing are {', '.join(missing)}")
-    total = 0.0
-    for name, baseline in ALEXNET_ERRORS.items():
-        error = errors[name]
-        if clean_error is not None:
-            error, baseline = error - clean_error, baseline - ALEXNET_CLEAN_ERROR
-        total += error / baseline if alexnet else error
-    return total / len(ALEXNET_ERRORS)
+    own, theirs = (0, 0) if clean_error is None else (clean_error, ALEXNET_CLEAN_ERROR)
+    pairs = [(errors[name] - own, error - theirs) for name, error in ALEXNET_ERRORS.items()]
+    return sum(error / baseline if alexnet else error for error, baseline in pairs) / len(pairs)
