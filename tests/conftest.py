@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from support import files, shapes
 
 
 @pytest.fixture(autouse=True)
-def unsaid():
-    """What is said once a process is said once a test."""
+def unsaid(monkeypatch):
+    """What is said once a process is said once a test; nothing has to outlast a power cut."""
     files.note.said.clear()
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture(scope="session")
