@@ -176,7 +176,6 @@ def fetch(urls, path, digest, advice):
             raise ValueError(f"{path}: {algorithm} is {there}, expected {expected}; move it away, "
                              f"or {advice}")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     failures = []
     for url in urls:
@@ -224,6 +223,7 @@ def receive(url, part, done):
         if done == 0 and is_web_page(chunk):
             raise ValueError("a web page came")
         note(f"downloading {part.stem} ({total / 1e6:.1f} MB) from {url}")
+        part.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to keep
         progress = Progress(part.stem, total / 1e3, "kB", done / 1e3)
         with open(part, "r+b" if done else "wb") as file:
             file.seek(done)  # not appended: another process may be writing the same

@@ -1,12 +1,18 @@
 """What several test files build."""
 
+import contextlib
+import http.server
+import io
 import subprocess
 import sys
+import threading
+import warnings
+import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
-
 
 
 def seeded(seed=0):
@@ -60,3 +66,89 @@ def python(*arguments, **settings):
     """This Python as another process, finished: returncode, stdout, stderr."""
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
                           **settings)
+
+
+def random_images(*size, seed=0):
+    """uint8 tensor of that size."""
+    return torch.randint(256, size, dtype=torch.uint8, generator=seeded(seed))
+
+
+def refused(call, *arguments):
+    """The one line by which a call refuses what it is given, without a warning."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises((ValueError, OSError)) as error:
+            call(*arguments)
+    assert not warned and "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Files and folders --------------------------------------------------------------------------------
+
+
+def encoded(colour=(9, 99, 199), size=(8, 8), form="PNG"):
+    """The bytes of a picture of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, form)
+    return buffer.getvalue()
+
+
+def class_pictures(root, classes, n=2, size=(8, 8)):
+    """root/<class>/<i>.png, n a class: red tells the class's first letter, green the picture."""
+    for name in classes:
+        write_files(root / name, {f"{i}.png": encoded((ord(name[0]), i, 0), size)
+                                  for i in range(n)})
+
+
+def write_files(root, content):
+    """{name: bytes} below root, which may be there."""
+    for name, value in content.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(value)
+    return root
+
+
+def write_zip(path, content):
+    """{name or ZipInfo: bytes} as a zip."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, value in content.items():
+            archive.writestr(name, value)
+    return path
+
+
+@contextlib.contextmanager
+def web_server(content):
+    """A server of one file on this machine, with `url` and the requests it was `asked`: /good/..
+    has the file and goes on where it is asked to, /half/.. likewise, but ends in the middle,
+    /all/.. always starts anew, /page/.. is a web page, /other/.. another file; else 404."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked = self.headers.get("Range", "")
+            server.asked.append(f"{self.path} {asked}".strip())
+            kind = self.path.split("/")[1]
+            body = {"page": b"<!DOCTYPE html>", "other": content[::-1]}.get(kind, content)
+            start = int(asked[len("bytes="):-1]) if asked and kind in ("good", "half") else 0
+            if kind not in ("good", "half", "all", "page", "other"):
+                self.send_error(404)
+            elif start >= len(body):
+                self.send_error(416)
+            else:
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", len(body) - start)
+                self.end_headers()
+                end = (start + len(body)) // 2 if kind == "half" else len(body)
+                self.wfile.write(body[start:end])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url, server.asked = f"http://127.0.0.1:{server.server_port}", []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
