@@ -2,14 +2,17 @@
 
 One convention: `forward(images)` takes float32 images (B, 3, H, W) and returns `(logits (B, K),
 features (B, C))`, the features being what the last linear layer reads; `num_features` is C. Names
-and shapes of the tensors are those of the public RepDistiller / mdistiller code, so that its
-CIFAR-100 teachers load as they are; the ImageNet networks have torchvision's names.
+and shapes of the tensors are those of the public RepDistiller / mdistiller code, whose CIFAR-100
+teachers load as they are, and torchvision's in the networks for ImageNet.
 
-    python models.py        prints the whole zoo: input, features, parameters, multiply-adds
+>>> logits, features = build_model("resnet8x4", num_classes=100)(torch.zeros(2, 3, 32, 32))
+>>> logits.shape, features.shape
+(torch.Size([2, 100]), torch.Size([2, 256]))
 
 `resnet50` and `resnet18_cifar` are the papers' CIFAR networks (a 3x3 stem, no max-pooling),
-`resnet50_imagenet` and `resnet18` torchvision's; `load_weights("resnet50", ...)` finds out from the
-file which of the two is meant. `mobilenetv2` (width 0.5) is for CIFAR, `mobilenet_v2` for ImageNet.
+`resnet50_imagenet` and `resnet18` torchvision's: a file tells `load_weights` which is meant.
+`mobilenetv2` (width 0.5) is for CIFAR, `mobilenet_v2` for ImageNet. Needs torch and torchvision
+alone; only `load_weights`, which reads files, needs support/.
 
 References: He et al. 2016 (ResNet), Zagoruyko & Komodakis 2016 (WRN), Simonyan & Zisserman 2015
 (VGG), Howard et al. 2017 and Sandler et al. 2018 (MobileNet), Zhang et al. 2018 and Ma et al. 2018
@@ -17,7 +20,6 @@ References: He et al. 2016 (ResNet), Zagoruyko & Komodakis 2016 (WRN), Simonyan 
 """
 
 import copy
-import difflib
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -27,10 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.flop_counter import FlopCounterMode
-
-from fused import conv_relu
-from support import checkpoints, files
 
 
 # Parts that several networks share ----------------------------------------------------------------
@@ -123,16 +121,15 @@ def projection(in_channels, out_channels, stride):
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, in_channels, out_channels, stride, shortcut="downsample"):
+    def __init__(self, in_channels, out_channels, stride):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(in_channels, out_channels, 3, stride)
         self.conv2, self.bn2 = conv_bn(out_channels, out_channels, 3)
-        self.shortcut_name = shortcut  # the public codes differ in it
-        self.add_module(shortcut, projection(in_channels, out_channels, stride))
+        self.downsample = projection(in_channels, out_channels, stride)
 
     def forward(self, x):
-        out = conv_relu(x, self.conv1, self.bn1)
-        return conv_relu(out, self.conv2, self.bn2, getattr(self, self.shortcut_name)(x))
+        out = F.relu_(self.bn1(self.conv1(x)))
+        return F.relu_(self.bn2(self.conv2(out)) + self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -145,9 +142,9 @@ class Bottleneck(nn.Module):
         self.shortcut = projection(in_channels, out_channels, stride)
 
     def forward(self, x):
-        out = conv_relu(x, self.conv1, self.bn1)
-        out = conv_relu(out, self.conv2, self.bn2)
-        return conv_relu(out, self.conv3, self.bn3, self.shortcut(x))
+        out = F.relu_(self.bn1(self.conv1(x)))
+        out = F.relu_(self.bn2(self.conv2(out)))
+        return F.relu_(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
 def resnet(depth, widths, num_classes):
@@ -155,15 +152,10 @@ def resnet(depth, widths, num_classes):
     return init_convs(chain(**body, pool=global_pool(), fc=Head(widths[-1], num_classes)))
 
 
-def resnet18_cifar(num_classes):
-    block = partial(BasicBlock, shortcut="shortcut")
-    body = trunk(block, 3, (64, 64, 128, 256, 512), (2, 2, 2, 2), (1, 2, 2, 2))
-    return init_convs(chain(**body, pool=global_pool(), linear=Head(512, num_classes)))
-
-
-def resnet50(num_classes):
-    body = trunk(Bottleneck, 3, (64, 256, 512, 1024, 2048), (3, 4, 6, 3), (1, 2, 2, 2))
-    return init_convs(chain(**body, pool=global_pool(), linear=Head(2048, num_classes)))
+def resnet_of_four(block, widths, counts, num_classes):
+    """ResNet18 and 50 with a 3x3 stem and no max-pooling, as in kuangliu/pytorch-cifar."""
+    body = trunk(block, 3, (64, *widths), counts, (1, 2, 2, 2))
+    return init_convs(chain(**body, pool=global_pool(), linear=Head(widths[-1], num_classes)))
 
 
 # WideResNet ---------------------------------------------------------------------------------------
@@ -183,7 +175,7 @@ class WideBlock(nn.Module):
     def forward(self, x):
         out = F.relu_(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return shortcut + self.conv2(conv_relu(out, self.conv1, self.bn2))
+        return shortcut + self.conv2(F.relu_(self.bn2(self.conv1(out))))
 
 
 def wrn(depth, widen, num_classes):
@@ -360,7 +352,8 @@ CIFAR_MODELS = {  # name: function of num_classes, for 32x32 images
     "vgg13": partial(vgg, (2, 2, 2, 2, 2)), "vgg16": partial(vgg, (2, 2, 3, 3, 3)),
     "vgg19": partial(vgg, (2, 2, 4, 4, 4)),
     "mobilenetv2": mobilenetv2, "shufflenetv1": shufflenetv1, "shufflenetv2": shufflenetv2,
-    "resnet18_cifar": resnet18_cifar, "resnet50": resnet50,
+    "resnet18_cifar": partial(resnet_of_four, BasicBlock, (64, 128, 256, 512), (2, 2, 2, 2)),
+    "resnet50": partial(resnet_of_four, Bottleneck, (256, 512, 1024, 2048), (3, 4, 6, 3)),
 }
 IMAGENET_MODELS = {  # the same, for 224x224 images
     "resnet18": partial(from_torchvision, "resnet18", "fc"),
@@ -372,20 +365,11 @@ IMAGENET_MODELS = {  # the same, for 224x224 images
 ZOO = {**CIFAR_MODELS, **IMAGENET_MODELS}
 
 
-def check_name(name):
-    if name not in ZOO:
-        near = " or ".join(difflib.get_close_matches(str(name).lower(), ZOO))
-        hint = f", did you mean {near}?" if near else ";"
-        raise ValueError(f"unknown model '{name}'{hint} the zoo has {', '.join(ZOO)}")
-
-
-def build_model(name, num_classes):
+def build_model(name: str, num_classes: int) -> nn.Module:
     """The network `name` with `num_classes` outputs, freshly initialised as its public code does,
-    on the CPU.
-
-    Its forward takes float images (B, 3, H, W) and returns (logits (B, K), features (B, C)); its
-    `num_features` is C. Raises ValueError for a name not in `ZOO` or fewer classes than one."""
-    check_name(name)
+    on the CPU. Raises ValueError for a name not in `ZOO` or fewer classes than one."""
+    if name not in ZOO:
+        raise ValueError(f"unknown model '{name}'; the zoo has {', '.join(ZOO)}")
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be a whole number of at least 1, not {num_classes!r}")
     model = ZOO[name](num_classes)
@@ -394,9 +378,10 @@ def build_model(name, num_classes):
 
 
 # Weights ------------------------------------------------------------------------------------------
-def imagenet_file(name):
-    """The path of torchvision's ImageNet weights (its first version, which the papers' teachers
-    are) in torch.hub's folder, downloaded where they are not there yet."""
+def imagenet_file(name: str) -> tuple[str, Path, str]:
+    """(address, path in torch.hub's folder, "sha256:" and the first digits) of torchvision's public
+    ImageNet weights, in their first version, which the papers' teachers are. Downloads nothing.
+    Raises ValueError for a network that has none."""
     known = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
     public = name.removesuffix("_imagenet")
     if public not in known:
@@ -404,85 +389,57 @@ def imagenet_file(name):
                          f"{', '.join(known)}")
     url = torchvision.models.get_model_weights(public).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
-    digest = path.stem.split("-")[1]  # resnet34-b627a593.pth: the first digits of its SHA-256
-    return files.fetch([url], path, f"sha256:{digest}", "name it with --teacher-weights PATH")
+    return url, path, "sha256:" + path.stem.split("-")[1]  # resnet34-b627a593.pth
 
 
-def empty_like(name, state):
-    """The network `name` without memory (on the meta device), with as many classes as the tensors
-    `state` of a file have, and with their kind of shortcut."""
-    num_classes = next(len(tensor) for tensor in state.values() if tensor.dim() == 2)
-    with torch.device("meta"):
-        model = build_model(name, num_classes)
-    if not any("downsample" in key or "shortcut" in key for key in state):
-        for block in model.modules():  # option A leaves no tensors in the file
-            shortcut = getattr(block, "downsample", None)  # of a BasicBlock
-            if isinstance(shortcut, nn.Sequential):
-                old = shortcut[0]
-                block.downsample = ZeroPadShortcut(old.in_channels, old.out_channels, old.stride[0])
-    return model
+def use_option_a(model):
+    """Turns every shortcut of a CIFAR ResNet that has tensors into one that pads with zeros."""
+    for block in model.modules():
+        shortcut = getattr(block, "downsample", None)  # of a BasicBlock
+        if isinstance(shortcut, nn.Sequential):
+            old = shortcut[0]
+            block.downsample = ZeroPadShortcut(old.in_channels, old.out_channels, old.stride[0])
 
 
-def match(model, state):
-    """The tensors `state` of a file under the names that `model` has for them, and what does not
-    fit, in words, or None."""
-    wanted, found = model.state_dict(), {}
-    for key, tensor in state.items():  # other codes have other words
-        plain = key.replace("compressible_", "")  # akamaster/pytorch_resnet_cifar10
-        names = (plain, plain.replace("linear", "fc").replace("shortcut", "downsample"),
-                 plain.replace("fc", "linear").replace("downsample", "shortcut"))
-        ours = (name for name in names if name in wanted and name not in state)
-        found[key if key in wanted else next(ours, key)] = tensor
-    for key in wanted:
-        if key.endswith("num_batches_tracked"):  # files older than PyTorch 0.4.1 have no counters
-            found.setdefault(key, torch.tensor(0))
-    for key in (*wanted, *found):
-        expected = list(wanted[key].shape) if key in wanted else "none"
-        got = list(found[key].shape) if key in found else "none"
-        if expected != got:
-            return found, f"tensor '{key}': expected {expected}, found {got}"
-    return found, None
-
-
-def load_weights(model_name, path, num_classes=None):
+def load_weights(model_name: str, path: str | Path, num_classes: int | None = None) -> nn.Module:
     """The network `model_name` with the weights of a file, in eval mode, float32, on the CPU.
 
     path: a checkpoint of the public RepDistiller / mdistiller / kuangliu/pytorch-cifar /
     akamaster/pytorch_resnet_cifar10 / torchvision code or this project's student.pt; or the word
     "imagenet", which downloads torchvision's. num_classes: None reads it from the file. CIFAR
     ResNets may have either shortcut: a file with no tensors for them means zero-padding. Raises
-    FileNotFoundError where there is no such file and it cannot be had; ValueError for an unknown
-    name, what is no checkpoint of tensors and plain values, a tensor that does not fit (with names
-    that are there and the model that would fit, if any), another class count than the file's."""
-    check_name(model_name)
+    FileNotFoundError where there is no such file and it cannot be had; ValueError for what is no
+    checkpoint, an unknown name, a tensor that does not fit, another class count than the file's."""
+    from support import checkpoints, files  # here, since all else in this file stands alone
+
     if str(path) == "imagenet":
-        path = imagenet_file(model_name)
+        url, path, digest = imagenet_file(model_name)
+        files.fetch([url], path, digest, "name it with --teacher-weights PATH")
     state = checkpoints.read_state_dict(path)
-    if not any(tensor.dim() == 2 for tensor in state.values()):
+    classes = next((len(tensor) for tensor in state.values() if tensor.dim() == 2), 0)
+    if classes == 0:
         raise ValueError(f"{path}: no classifier in it: expected one with a last linear layer")
     stem = state.get("conv1.weight", torch.empty(0)).shape[2:]
     by_stem = {("resnet50", (7, 7)): "resnet50_imagenet", ("resnet18", (3, 3)): "resnet18_cifar"}
     model_name = by_stem.get((model_name, tuple(stem)), model_name)  # the networks for CIFAR: 3x3
-    model = empty_like(model_name, state)
-    found, problem = match(model, state)
+    with torch.device("meta"):  # without memory
+        model = build_model(model_name, classes)
+    if not any("downsample" in name or "shortcut" in name for name in state):
+        use_option_a(model)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    matched, problem = checkpoints.match(wanted, state)
     if problem:
-        if problem.endswith("found none"):
-            names = [key for key in found if key not in model.state_dict()] or list(state)
-            problem += f"; the file has {', '.join(names[:3])}, ... ({len(state)} tensors)"
-        fitting = (name for name in ZOO if match(empty_like(name, state), state)[1] is None)
-        hint = next((f"; the file fits {name}" for name in fitting), "")
-        raise ValueError(f"{path} does not fit {model_name}: {problem}{hint}")
-    classes = head_of(model).out_features
+        raise ValueError(f"{path} does not fit {model_name}: {problem}")
     if num_classes not in (None, classes):
         raise ValueError(f"{path} has {classes} classes, expected {num_classes}")
     if model_name in ("resnet18_cifar", "resnet50") and "fc.weight" in state:
         files.note(f"{path}: torchvision's names with a 3x3 stem: read as {model_name}, without "
                    "the max-pooling that some such networks have, which no tensor tells")
-    model.to_empty(device="cpu").load_state_dict(found)
+    model.to_empty(device="cpu").load_state_dict(matched)
     return model.eval()
 
 
-def freeze(model):
+def freeze(model: nn.Module) -> nn.Module:
     """A teacher: a copy of `model`, a network of this zoo, in eval mode and without gradients, each
     BatchNorm that directly follows a convolution folded into it (the same outputs up to rounding).
     `model` is left as it is."""
@@ -495,21 +452,3 @@ def freeze(model):
                 setattr(parent, name, fuse_conv_bn_eval(layer, bn))
                 setattr(parent, bn_name, nn.Identity())
     return frozen.to(memory_format=torch.channels_last)  # in which convolutions run faster
-
-
-def print_zoo():
-    """Multiply-adds are those of convolutions and linear layers for one image."""
-    print(f"{'model':18}{'input':>8}{'classes':>8}{'features':>9}{'parameters':>12}"
-          f"{'multiply-adds':>15}")
-    for name in ZOO:
-        size, num_classes = (32, 100) if name in CIFAR_MODELS else (224, 1000)
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # runs nothing
-            model = build_model(name, num_classes)
-            model(torch.empty(1, 3, size, size))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{name:18}{f'{size}x{size}':>8}{num_classes:>8}{model.num_features:>9}"
-              f"{parameters:>12,}{counter.get_total_flops() // 2:>15,}")
-
-
-if __name__ == "__main__":
-    print_zoo()

@@ -1,113 +1,78 @@
-"""Checkpoints as other programs write them, read without executing anything in them.
+"""Checkpoints, of other programs and this one's own, read without executing anything in them.
 
-Imports torch alone. Errors are `ValueError` and `OSError` of one line that names the file."""
+Errors are `ValueError` and `OSError` of one line that names the file."""
 
+import functools
 import json
 import math
-import mmap
 import os
 import pickle
-import struct
-import sys
 import textwrap
 import zipfile
-import zlib
 from collections import OrderedDict
 
 import torch
 
-
-def note(text):
-    """Say a fall-back, a guess, what is left out: one line on stderr, once a process for each text
-    (`note.said` has them, which tests clear), and by rank 0 alone."""
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    told = os.environ.get("RANK", "") if "LOCAL_RANK" in os.environ else ""  # by torchrun
-    rank = torch.distributed.get_rank() if ranks else told if told.isdecimal() else 0
-    if int(rank) == 0 and text not in note.said:
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
-        print(clear + " ".join(text.splitlines()), file=sys.stderr)
-    note.said.add(text)
+from support import files
 
 
-note.said = set()
-
-
-class Shell(dict):
-    """Stands for an object of a class that is not imported: attributes and items, no action."""
+class Inert(dict):
+    """Stands for every class and function that a pickle names, but those in `KNOWN`: it takes
+    arguments, items and attributes (as items), and does nothing."""
     __hash__ = object.__hash__  # a path, or a NumPy number, may be a key
 
     def __init__(self, *arguments, **named):
-        super().__init__()
+        """Nothing."""
+
+    append = extend = __init__  # items of a list are left out
+
+    def __call__(self, *arguments, **named):
+        return self
 
     def __setstate__(self, state):
-        vars(self).update(state if isinstance(state, dict) else {})  # a NumPy dtype's is a tuple
-
-    append = extend = lambda self, item: None  # items of a list are left out
+        self.update(state if isinstance(state, dict) else {})  # a NumPy dtype's is a tuple
 
 
-def rebuild_tensor(data, offset, size, stride, *_):
-    if math.prod(size) > data.numel():
-        raise pickle.UnpicklingError("a tensor is larger than its storage")
-    return data.as_strided(size, stride, offset)
+def rebuild_tensor(storage, offset, size, stride, *_):
+    if math.prod(size) > len(storage):
+        raise ValueError("a tensor is larger than its storage")
+    return storage.as_strided(size, stride, offset)
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,  # by safetensors' names
-          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+KNOWN = {
+    "collections.OrderedDict": OrderedDict,
+    "torch._utils._rebuild_tensor": rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8,  # stand for their dtype
+    **{f"torch.{name}Storage": getattr(torch, name.lower())
+       for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")},
+}
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Admits tensors and plain values, turns known bystanders of theirs (command-line arguments,
-    paths, NumPy numbers, TorchScript modules) into shells, refuses all else by its name."""
-    KNOWN = {
-        "collections.OrderedDict": OrderedDict,
-        "torch._utils._rebuild_tensor": rebuild_tensor,
-        "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
-        "torch.jit._pickle.build_intlist": list,
-        "torch.Size": tuple,
-        **{f"builtins.{kind.__name__}": Shell for kind in (
-            object, list, tuple, dict, set, frozenset, int, float, complex, bool, str, bytes)},
-        "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8,  # named by dtype
-        **{f"torch.{name}Storage": getattr(torch, name.lower())
-           for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")},
-        **{str(dtype): dtype for dtype in DTYPES.values()},
-    }
-    SHELLS = ("__torch__.", "argparse.", "collections.", "copyreg._reconstructor", "datetime.",
-              "easydict.", "functools.partial", "lightning.", "lightning_fabric.", "numpy.",
-              "omegaconf.", "pathlib.", "pytorch_lightning.", "torch.device", "torch.optim.",
-              "torch.torch_version.", "types.SimpleNamespace", "typing.", "yacs.", "_codecs.encode")
+class Unpickler(pickle.Unpickler):
+    """`find_class` is the only way in which a pickle comes to anything outside itself; here nothing
+    is imported. persistent_load: function of a storage's key, which returns it as a tensor (n,)."""
+
+    def __init__(self, file, persistent_load):
+        super().__init__(file, encoding="latin1")  # of Python 2's strings
+        self.persistent_load = persistent_load
 
     def find_class(self, module, name):
-        name = f"{module}.{name}".replace("__builtin__", "builtins").replace("copy_reg", "copyreg")
-        if name in self.KNOWN:
-            return self.KNOWN[name]
-        if name.startswith(self.SHELLS):
-            return Shell
-        raise pickle.UnpicklingError(f"it asks for {name}, which is refused; save a state dict")
+        return KNOWN.get(f"{module}.{name}", Inert)
+
+
+def flatten(module, prefix=""):
+    for name, value in module.items():
+        nested = isinstance(value, Inert)
+        yield from flatten(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", value)]
 
 
 def read_zip(file):
-    """What `torch.save` (since 1.6) wrote, or {dotted name: attribute} of a TorchScript module; the
-    tensors are views of the mapped file, each checked against its CRC."""
-    def flatten(shell, prefix):
-        for name, value in vars(shell).items():
-            nested = isinstance(value, Shell)
-            yield from flatten(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
-
-    def storage(key):
-        _, dtype, record, _, elements = key  # "storage", dtype, record's name, device, elements
-        info = archive.getinfo(f"{folder}data/{record}")
-        lengths = struct.unpack_from("<HH", mapped, info.header_offset + 26)  # of name and extra
-        start = info.header_offset + 30 + sum(lengths)
-        data = memoryview(mapped)[start : start + info.file_size]
-        if zlib.crc32(data) != info.CRC or len(data) != elements * dtype.itemsize:
-            raise zipfile.BadZipFile(f"record {info.filename} is damaged")
-        return torch.frombuffer(data, dtype=dtype) if elements else torch.empty(0, dtype=dtype)
-
+    """What `torch.save` (since 1.6) wrote, or {dotted name: attribute} of a TorchScript module.
+    zipfile compares what it reads with its CRC."""
     archive = zipfile.ZipFile(file)
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     names = archive.namelist()
     pickled = next((name for name in names if name.endswith("/data.pkl")), None)
     if pickled is None:
@@ -115,111 +80,111 @@ def read_zip(file):
     folder = pickled.removesuffix("data.pkl")
     if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
-    unpickler = TensorUnpickler(archive.open(pickled), encoding="latin1")  # of Python 2's strings
-    unpickler.persistent_load = storage
-    content = unpickler.load()
-    return dict(flatten(content, "")) if isinstance(content, Shell) and not content else content
+
+    @functools.cache  # several tensors may be views of one storage
+    def storage(key):
+        _, dtype, record, _, count = key  # "storage", dtype, record's name, device, elements
+        data = bytearray(archive.read(f"{folder}data/{record}"))
+        if len(data) != count * dtype.itemsize:
+            raise ValueError("a storage has another length than its tensors")
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+    content = Unpickler(archive.open(pickled), storage).load()
+    return dict(flatten(content)) if isinstance(content, Inert) else content
 
 
 def read_legacy(file):
-    """What `torch.save` wrote before 1.6: a magic number, version, machine, the object, the names
-    of its storages; then each storage's length and bytes."""
-    storages, size = {}, os.fstat(file.fileno()).st_size
+    """What `torch.save` wrote before 1.6, a pickle each: a magic number, version, machine, content,
+    names of storages; then each storage's length and bytes."""
+    storages = {}
 
     def storage(key):
-        _, dtype, name, _, elements, view = key
-        if view is not None or elements * dtype.itemsize > size:
-            raise pickle.UnpicklingError("a storage is a view, or larger than the file")
-        return storages.setdefault(name, torch.empty(elements, dtype=dtype))
+        if key[0] != "storage" or key[-1] is not None:
+            raise ValueError("it holds whole modules, or parts of storages; save a state dict")
+        _, dtype, name, _, count, _ = key
+        return storages.setdefault(name, torch.empty(count, dtype=dtype))
 
-    content = None
-    for part in range(5):
-        unpickler = TensorUnpickler(file, encoding="latin1")
-        unpickler.persistent_load = storage
-        found = unpickler.load()
-        if part == 0 and found != 0x1950A86A20F9469CFC6C:
-            raise pickle.UnpicklingError("it is no file by torch.save")
-        content = found if part == 3 else content
-    for name in found:
-        data = storages[name]
-        if struct.unpack("<q", file.read(8)) != (len(data),):
-            raise pickle.UnpicklingError("a storage has another length than its tensors")
-        if len(data):
-            data.copy_(torch.frombuffer(bytearray(file.read(data.nbytes)), dtype=data.dtype))
+    magic, _, _, content, names = (Unpickler(file, storage).load() for _ in range(5))
+    if magic != 0x1950A86A20F9469CFC6C:
+        raise ValueError("it is no file by torch.save")
+    for name in names:
+        data = storages[name].view(torch.uint8).numpy()
+        count = int.from_bytes(file.read(8), "little")
+        if count != len(storages[name]) or file.readinto(data) != len(data):
+            raise ValueError("a storage has another length than its tensors")
     return content
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,  # by safetensors' names
+          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(file):
     """{name: tensor} of a .safetensors file (github.com/huggingface/safetensors, Format): the
-    header's length, the header in JSON, the tensors without a gap, here views of the mapped file.
-    The format has no checksums: a changed bit in a tensor goes unnoticed."""
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name is there twice")
-        return dict(pairs)
-
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    (length,) = struct.unpack_from("<Q", mapped)
-    if length > min(10**8, len(mapped) - 8):
+    header's length, the header in JSON, the tensors without a gap. The format has no checksums: a
+    changed bit in a tensor goes unnoticed."""
+    length = int.from_bytes(file.read(8), "little")
+    size = os.fstat(file.fileno()).st_size - 8 - length  # of all tensors together
+    if length > 10**8 or size < 0:
         raise ValueError("its header is larger than the file, or than 100 MB")
-    header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=unique)
+    header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    data, end, tensors = memoryview(mapped)[8 + length :], 0, {}
-    for (start, stop), name in sorted((header[name]["data_offsets"], name) for name in header):
-        dtype, shape = DTYPES[header[name]["dtype"]], header[name]["shape"]
-        if any(type(n) is not int or n < 0 for n in [*shape, start, stop]):
-            raise ValueError(f"{name} has a size that is no number")
-        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+    end, tensors = 0, {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        start, stop = entry["data_offsets"]
+        if start != end or stop > size or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} is not where, or as large as, its shape asks for")
-        flat = data[start:stop]
-        flat = torch.frombuffer(flat, dtype=dtype) if flat else torch.empty(0, dtype=dtype)
-        tensors[name], end = flat.view(shape), stop
-    if end != len(data):
+        tensors[name], end = torch.empty(shape, dtype=dtype), stop
+        file.readinto(tensors[name].flatten().view(torch.uint8).numpy())
+    if end != size:
         raise ValueError("it does not end where its tensors do")
     return tensors
 
 
-def is_web_page(head):
-    """Whether what begins with these bytes is HTML, or XML, in which some servers refuse."""
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:9].lower()
-    return text.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error"))
-
-
-def no_checkpoint(head):
-    """What a file that begins with these bytes (262, or all) is and what to do, or None."""
+def read_file(file):
+    """The content of an open file, whose first bytes tell its kind. Damaged ones raise anything."""
+    head = file.read(262)
+    file.seek(0)
     packed = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")
+    if head[8:9] == b"{":  # behind a length, which may be any bytes, those of a zip, too
+        return read_safetensors(file)
+    if head.startswith(b"PK"):
+        return read_zip(file)
     if not head:
-        return "it is empty: get it again"
-    if is_web_page(head):
-        return "it is a web page: get the file itself"
+        raise ValueError("it is empty: get it again")
+    if files.is_web_page(head):
+        raise ValueError("it is a web page: get the file itself")
     if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of git-lfs: run `git lfs pull` where it is from"
+        raise ValueError("it is a pointer of git-lfs: run `git lfs pull` where it is from")
     if head.startswith(packed) or head[257:262] == b"ustar":
-        return "it is an archive: unpack it"
-    return None
+        raise ValueError("it is an archive: unpack it")
+    return read_legacy(file)
 
 
 def read_checkpoint(path):
     """What a file by torch.save, of any version, a TorchScript archive or a .safetensors file has:
-    tensors (on the CPU) and plain values in dicts and lists. The bytes tell the kind, not the name.
-    Nothing in it is executed. Raises ValueError, naming what is refused, and telling what a file is
-    that is no checkpoint."""
+    tensors (on the CPU) and plain values in dicts and lists, whatever its name. Nothing in it is
+    executed. Raises OSError; ValueError, which tells what a file is that is no checkpoint."""
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, expected a checkpoint: name a file in it")
     with open(path, "rb") as file:
-        head = file.read(262)
-        file.seek(0)
         try:
-            if head[8:9] == b"{":  # behind a length, which may be any bytes, those of a zip, too
-                return read_safetensors(file)
-            told = no_checkpoint(head)
-            if told:
-                raise ValueError(told)
-            return read_zip(file) if head.startswith(b"PK") else read_legacy(file)
-        except Exception as error:  # damaged bytes can raise anything
+            return read_file(file)
+        except Exception as error:
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-            raise ValueError(f"{path}: not a checkpoint of tensors and plain values, or damaged "
-                             f"({reason}); nothing in it was executed") from None
+            raise ValueError(f"{path} is no checkpoint of tensors, or damaged ({reason})") from None
+
+
+def read_own(path, advice):
+    """The dict in a file that `files.save` wrote. Raises FileNotFoundError; `files.Damaged`, which
+    ends in `advice`, for another file or version."""
+    with files.undamaged(path, advice):
+        content = read_checkpoint(path)
+        if content.pop("format") != files.FORMAT:
+            raise ValueError
+    return content
 
 
 # The network in it --------------------------------------------------------------------------------
@@ -233,7 +198,7 @@ BESIDE = ("teacher", "criterion", "loss", "ema", "model_ema", "n_averaged")  # a
 
 def say_taken(path, taken, others):
     if others:
-        note(f"{path} holds {taken} and {', '.join(others)}; {taken} is read")
+        files.note(f"{path} holds {taken} and {', '.join(others)}; {taken} is read")
 
 
 def states(content, keys=()):
@@ -269,14 +234,13 @@ def read_state_dict(path):
     prefixes of what wrapped the network; one of several networks is taken in the order of `KEYS`,
     and `note` says which. Raises as `read_checkpoint`, and ValueError where there is none."""
     content = read_checkpoint(path)
-    content = content if isinstance(content, dict) else {}
-    found = list(states(content))
-    if not found:
-        there = textwrap.shorten(str([key for key in content if isinstance(key, str)]), 80)
+    networks = list(states(content)) if isinstance(content, dict) else []
+    if not networks:
+        there = textwrap.shorten(str(list(content)), 80) if isinstance(content, dict) else "none"
         raise ValueError(f"{path}: no tensors in it: expected a state dict, bare or under "
-                         f"'state_dict', 'model' or 'net', found {there}")
-    keys, state = found[0]
-    others = [".".join(other) for other, _ in found if other != keys[: len(other)]]
+                         f"'state_dict', 'model' or 'net'; its keys: {there}")
+    keys, state = networks[0]
+    others = [".".join(other) for other, _ in networks if other != keys[: len(other)]]
     say_taken(path, ".".join(keys), others)
     state = unwrapped(state, path)
     for name, tensor in state.items():
@@ -292,3 +256,26 @@ def read_about(path):
     content = read_checkpoint(path)
     ours = isinstance(content, dict) and {"model_name", "format"} <= content.keys()
     return {key: content[key] for key in about if ours and key in content}
+
+
+def match(wanted, state):
+    """The tensors `state` of a file under the names of a model, which wants {name: shape}, and what
+    does not fit, in words, or None."""
+    matched = {}
+    for key, tensor in state.items():
+        plain = key.replace("compressible_", "")  # akamaster/pytorch_resnet_cifar10
+        names = (key, plain, plain.replace("linear", "fc").replace("shortcut", "downsample"),
+                 plain.replace("fc", "linear").replace("downsample", "shortcut"))
+        ours = (name for name in names if name in wanted and (name == key or name not in state))
+        matched[next(ours, key)] = tensor
+    for key in wanted:
+        if key.endswith("num_batches_tracked"):  # files older than PyTorch 0.4.1 have no counters
+            matched.setdefault(key, torch.tensor(0))
+    for key in (*wanted, *matched):
+        expected = list(wanted[key]) if key in wanted else "none"
+        there = list(matched[key].shape) if key in matched else "none"
+        if expected != there:
+            others = [name for name in matched if name not in wanted] or list(state)
+            return matched, (f"tensor '{key}': expected {expected}, found {there}; in the file are "
+                             f"{', '.join(others[:3])}, ... ({len(state)} tensors)")
+    return matched, None

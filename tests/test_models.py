@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from helpers import equal, refused, seeded
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -44,8 +45,7 @@ def one_thread():
 
 def filled(state):
     """Random values by name and shape alone; every BatchNorm far from the identity."""
-    generator = torch.Generator().manual_seed(1)
-    values = {}
+    generator, values = seeded(1), {}
     for name, tensor in sorted(state.items()):
         noise = torch.randn(tensor.shape, generator=generator)
         if name.endswith("num_batches_tracked"):
@@ -60,7 +60,7 @@ def filled(state):
 
 
 def batch(size):
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    return torch.randn(2, 3, size, size, generator=seeded(2))
 
 
 def assert_close(found, expected):
@@ -97,19 +97,11 @@ def test_build_model_has_the_public_layout(name, shared):
 
 
 def test_build_model_of_resnet18_cifar_is_torchvisions_but_for_the_stem():
-    """Shapes by name, where the public CIFAR code says linear and shortcut."""
-    def shapes(state):
-        return {key.replace("shortcut", "downsample").replace("linear", "fc"): list(value.shape)
-                for key, value in state.items()}
-
-    ours = meta_model("resnet18_cifar", 10)
-    assert sum(parameter.numel() for parameter in ours.parameters()) == 11_173_962
-    assert ours.num_features == 512
-    state = ours.state_dict()
-    assert {"layer2.0.shortcut.0.weight", "layer2.0.shortcut.1.bias", "linear.weight"} <= {*state}
-    assert not any("downsample" in key or key.startswith("fc") for key in state)
-    expected = {**shapes(meta_model("resnet18", 10).state_dict()), "conv1.weight": [64, 3, 3, 3]}
-    assert shapes(state) == expected
+    """Shapes by name, where the public CIFAR code says linear."""
+    ours, theirs = (meta_model(name, 10).state_dict() for name in ("resnet18_cifar", "resnet18"))
+    shapes = {key.replace("linear.", "fc."): value.shape for key, value in ours.items()}
+    expected = {key: value.shape for key, value in theirs.items()}
+    assert shapes == {**expected, "conv1.weight": (64, 3, 3, 3)}
 
 
 @pytest.mark.parametrize("name", GOLDEN["networks"])
@@ -143,9 +135,7 @@ def test_build_model_and_freeze_against_torchvision(name):
     model = models.build_model(name, 5).eval()
     torch.manual_seed(0)
     public = torchvision.models.get_model(name.removesuffix("_imagenet"), num_classes=5).eval()
-    state = model.state_dict()
-    assert list(state) == list(public.state_dict())
-    assert all(torch.equal(value, state[key]) for key, value in public.state_dict().items())
+    assert equal(model.state_dict(), public.state_dict())
     last = public.get_submodule(TORCHVISION[name])
     read = []
     last.register_forward_pre_hook(lambda module, args: read.append(args[0]))
@@ -180,38 +170,14 @@ def test_vgg_pools_once_more_at_64():
         assert_close(model.eval()(batch(64))[0][:, :4], GOLDEN["vgg8_at_64"])
 
 
-@pytest.mark.parametrize("name, near", [
-    ("resnet9", "resnet8"), ("ResNet50", "resnet50"), ("VGG13", "vgg13"), ("wrn-40-2", "wrn_40_2"),
-    ("ShuffleV1", "shufflenetv1"), ("qqq", None)])
-def test_check_name_of_both_callers(name, near, tmp_path):
-    calls = (lambda: models.build_model(name, 10),
-             lambda: models.load_weights(name, tmp_path / "none.pt"))
-    for call in calls:
-        with pytest.raises(ValueError) as caught:
-            call()
-        message = str(caught.value)
-        hint, everything = message.split("the zoo has")
-        assert name in hint and "vgg13" in everything and "\n" not in message
-        assert ("did you mean" in hint and near in hint) if near else "did you mean" not in hint
-
-
-@pytest.mark.parametrize("num_classes", [0, -1, 2.5, None])
-def test_build_model_refuses_a_bad_class_count(num_classes):
-    with pytest.raises(ValueError, match="num_classes"):
-        models.build_model("resnet8", num_classes)
-
-
-def test_print_zoo(monkeypatch, capsys):
-    chosen = {name: models.ZOO[name] for name in ("resnet8", "mobilenet_v1")}
-    monkeypatch.setattr(models, "ZOO", chosen)
-    models.print_zoo()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
-    stem, stage1 = 3 * 16 * 9 * 32 * 32, 2 * 16 * 16 * 9 * 32 * 32
-    stage2 = (16 * 32 * 9 + 32 * 32 * 9 + 16 * 32) * 16 * 16
-    stage3 = (32 * 64 * 9 + 64 * 64 * 9 + 32 * 64) * 8 * 8
-    multiply_adds = stem + stage1 + stage2 + stage3 + 64 * 100
-    assert rows[0] == ["resnet8", "32x32", "100", "64", "83,892", f"{multiply_adds:,}"]
-    assert rows[1][:5] == ["mobilenet_v1", "224x224", "1000", "1024", "4,231,976"]
+def test_build_model_refuses_names_and_class_counts(tmp_path):
+    save_filled(tmp_path / "file.pt", "resnet8")
+    for message in (refused(models.build_model, "resnet9", 10),
+                    refused(models.load_weights, "resnet9", tmp_path / "file.pt")):
+        assert "resnet9" in message and all(name in message for name in models.ZOO)
+    for count in (0, -1, 2.5, None):
+        assert f"num_classes must be a whole number of at least 1, not {count}" == refused(
+            models.build_model, "resnet8", count)
 
 
 @pytest.mark.parametrize("name, left", [
@@ -228,7 +194,7 @@ def test_freeze_folds_what_it_can(name, left):
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert frozen.num_features == model.num_features
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert equal(model.state_dict(), before)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     assert own.isdisjoint(parameter.data_ptr() for parameter in frozen.parameters())
 
@@ -260,8 +226,7 @@ def test_load_weights_whatever_wraps_them(kind, tmp_path):
             assert value.dtype == (torch.int64 if key.endswith("tracked") else torch.float32)
             torch.testing.assert_close(value, state[key], atol=2e-3 * (kind == "half"), rtol=0)
     assert torch.equal(torch.get_rng_state(), random_state)
-    with pytest.raises(ValueError, match="has 7 classes, expected 10"):
-        models.load_weights("wrn_16_1", path, 10)
+    assert "weights.pt has 7 classes" in refused(models.load_weights, "wrn_16_1", path, 10)
 
 
 @pytest.mark.parametrize("depth", GOLDEN["option_a"])
@@ -287,48 +252,37 @@ def test_load_weights_option_b_under_akamasters_names(tmp_path):
               for key in state}
     torch.save(theirs, tmp_path / "theirs.pt")
     model = models.load_weights("resnet20", tmp_path / "theirs.pt")
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-
-
-def torchvision_names(state):
-    return {key.replace("linear", "fc").replace("shortcut", "downsample"): state[key]
-            for key in state}
+    assert equal(model.state_dict(), state)
 
 
 @pytest.mark.parametrize("name", ["resnet18_cifar", "resnet50"])
 def test_load_weights_of_a_3x3_stem_under_torchvisions_names(name, tmp_path, capsys):
     """The stem tells the CIFAR network from ImageNet's; what no tensor tells is said."""
     state = save_filled(tmp_path / "ours.pt", name, 10)
-    torch.save({"net": {f"module.{key}": state[key] for key in state}}, tmp_path / "kuangliu.pth")
-    torch.save(torchvision_names(state), tmp_path / "torchvision.pt")
+    kuangliu = {f"module.{key.replace('downsample', 'shortcut')}": state[key] for key in state}
+    torch.save({"net": kuangliu}, tmp_path / "kuangliu.pth")
+    torch.save({key.replace("linear", "fc").replace("shortcut", "downsample"): state[key]
+                for key in state}, tmp_path / "torchvision.pt")
     for file in ("ours.pt", "kuangliu.pth", "torchvision.pt"):
         assert capsys.readouterr().err == ""
         model = models.load_weights(name, tmp_path / file, 10)
-        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert equal(model.state_dict(), state)
     said = capsys.readouterr().err
-    assert re.fullmatch(f".*torchvision.pt: .* read as {name}, without the max-pooling.*\n", said)
+    assert "torchvision.pt" in said and "max-pooling" in said and said.count("\n") == 1
 
 
-def test_load_weights_of_both_resnet18(tmp_path, capsys):
-    """The field calls both networks resnet18: the stem of a file tells which one it is."""
-    state = save_filled(tmp_path / "cifar.pt", "resnet18_cifar", 3)
-    save_filled(tmp_path / "imagenet.pt", "resnet18", 3)
-    found = models.load_weights("resnet18", tmp_path / "cifar.pt").state_dict()
-    assert found.keys() == state.keys() and found["conv1.weight"].shape == (64, 3, 3, 3)
-    assert models.load_weights("resnet18", tmp_path / "imagenet.pt").conv1.kernel_size == (7, 7)
-    with pytest.raises(ValueError, match=r"expected \[64, 3, 3, 3\], found \[64, 3, 7, 7\]; "
-                                         "the file fits resnet18$"):
-        models.load_weights("resnet18_cifar", tmp_path / "imagenet.pt")
+@pytest.mark.parametrize("asked, cifar, imagenet", [
+    ("resnet18", "resnet18_cifar", "resnet18"), ("resnet50", "resnet50", "resnet50_imagenet")])
+def test_load_weights_finds_out_which_network_is_meant(asked, cifar, imagenet, tmp_path, capsys):
+    """The field calls both by one name; the stem of a file tells. The other two names are plain."""
+    save_filled(tmp_path / "cifar.pt", cifar, 3)
+    save_filled(tmp_path / "imagenet.pt", imagenet, 3)
+    assert models.load_weights(asked, tmp_path / "cifar.pt").conv1.kernel_size == (3, 3)
+    assert models.load_weights(asked, tmp_path / "imagenet.pt").conv1.kernel_size == (7, 7)
+    other, file = (cifar, "imagenet.pt") if asked == "resnet18" else (imagenet, "cifar.pt")
+    message = refused(models.load_weights, other, tmp_path / file)
+    assert file in message and "conv1.weight" in message
     assert capsys.readouterr().err == ""
-
-
-def test_match_of_a_file_with_two_layers_for_one_name():
-    """`linear` may stand for `fc`, but not where the file has an `fc` of its own."""
-    state = filled(meta_model("resnet8", 7).state_dict())
-    changed = {**state, "linear.weight": torch.zeros(7, 64)}
-    found, problem = models.match(models.empty_like("resnet8", changed), changed)
-    assert torch.equal(found["fc.weight"], state["fc.weight"])
-    assert problem == "tensor 'linear.weight': expected none, found [7, 64]"
 
 
 def test_load_weights_of_a_public_resnet20(shared):
@@ -341,112 +295,51 @@ def test_load_weights_of_a_public_resnet20(shared):
     model = models.freeze(models.load_weights("resnet20", weights, 10))
     with torch.no_grad():
         predicted = model((images - mean) / std)[0].argmax(1)
-    assert len(paths) == 100 and (predicted == labels).sum() >= 95
+    assert len(paths) == 100 and (predicted == labels).sum() == 97
 
 
-def test_load_weights_of_both_resnet50(tmp_path):
-    """A file tells which of the two is meant; `resnet50_imagenet` cannot mean the other one."""
-    torchvision_file, cifar_file = tmp_path / "tv.pt", tmp_path / "cifar.pt"
-    save_filled(torchvision_file, "resnet50_imagenet", 3)
-    save_filled(cifar_file, "resnet50", 3)
-    for name in ("resnet50", "resnet50_imagenet"):
-        assert models.load_weights(name, torchvision_file).conv1.kernel_size == (7, 7)
-    assert models.load_weights("resnet50", cifar_file).conv1.kernel_size == (3, 3)
-    message = r"conv1.weight.*\[64, 3, 7, 7\].*\[64, 3, 3, 3\].*fits resnet50$"
-    with pytest.raises(ValueError, match=message):
-        models.load_weights("resnet50_imagenet", cifar_file)
-
-
-@pytest.mark.parametrize("name, tensor, problem", [
-    ("layer1.0.conv1.weight", torch.zeros(16, 16, 5, 5),
-     "tensor 'layer1.0.conv1.weight': expected [16, 16, 3, 3], found [16, 16, 5, 5]"),
-    ("layer2.0.bn1.weight", None, "tensor 'layer2.0.bn1.weight': expected [32], found none"),
-    ("layer3.0.downsample.0.weight", None,
-     "tensor 'layer3.0.downsample.0.weight': expected [64, 32, 1, 1], found none"),
-    ("extra", torch.zeros(3), "tensor 'extra': expected none, found [3]"),
-    ("count", torch.tensor(3), "tensor 'count': expected none, found []"),
-    ("fc.bias", torch.zeros(8), "tensor 'fc.bias': expected [7], found [8]"),
+@pytest.mark.parametrize("change", [
+    lambda state: {**state, "layer1.0.conv1.weight": torch.zeros(16, 16, 5, 5)},
+    lambda state: {key: state[key] for key in state if key != "layer3.0.downsample.0.weight"},
+    lambda state: {**state, "extra.weight": torch.zeros(3)},
+    lambda state: {key.replace("conv1", "stem"): state[key] for key in state},
+    lambda state: {key: state[key] for key in state if key != "fc.weight"},  # no classifier
 ])
-def test_match_names_the_tensor(name, tensor, problem):
+def test_load_weights_names_file_and_tensor_that_do_not_fit(change, tmp_path):
     state = filled(meta_model("resnet8", 7).state_dict())
-    assert models.match(models.empty_like("resnet8", state), state)[1] is None
-    changed = {key: value for key, value in state.items() if key != name}
-    if tensor is not None:
-        changed[name] = tensor
-    assert models.match(models.empty_like("resnet8", changed), changed)[1] == problem
+    changed = change(state)
+    torch.save(changed, tmp_path / "weights.pt")
+    message = refused(models.load_weights, "resnet8", tmp_path / "weights.pt")
+    different = {key for key in {**state, **changed} if key not in state or key not in changed
+                 or state[key].shape != changed[key].shape}
+    assert "weights.pt" in message
+    assert any(f"'{key}'" in message for key in different) or "classifier" in message
 
 
-def test_load_weights_of_no_classifier(tmp_path):
-    state = save_filled(tmp_path / "weights.pt", "resnet8", 7)
-    del state["fc.weight"]
-    torch.save(state, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="weights.pt: no classifier in it.* last linear layer$"):
-        models.load_weights("resnet8", tmp_path / "weights.pt")
-
-
-@pytest.mark.parametrize("saved, asked", [
-    ("resnet8", "resnet20"), ("resnet110", "resnet56"), ("wrn_16_2", "resnet32x4"),
-    ("mobilenetv2", "mobilenet_v2")])
-def test_load_weights_names_the_model_that_fits(saved, asked, tmp_path):
-    save_filled(tmp_path / "weights.pt", saved, 4)
-    with pytest.raises(ValueError) as caught:
-        models.load_weights(asked, tmp_path / "weights.pt")
-    assert re.fullmatch(f".*weights.pt does not fit {asked}: tensor .*; the file fits {saved}",
-                        str(caught.value))
-
-
-@pytest.mark.parametrize("change, there", [
-    (lambda state: {key.replace("conv1", "stem"): state[key] for key in state},
-     "stem.weight, layer1.0.stem.weight, layer2.0.stem.weight, ... (56 tensors)"),
-    (lambda state: {key: state[key] for key in state if key != "conv1.weight"},
-     "bn1.bias, bn1.num_batches_tracked, bn1.running_mean, ... (55 tensors)"),
-    (lambda state: {"features.0.weight": torch.zeros(1, 1, 1, 1), "fc.weight": state["fc.weight"]},
-     "features.0.weight, ... (2 tensors)"),
-])
-def test_load_weights_of_other_names_shows_some_that_are_there(change, there, tmp_path):
-    state = filled(meta_model("resnet8", 100).state_dict())
-    torch.save(change(state), tmp_path / "weights.pt")
-    message = (f"{tmp_path / 'weights.pt'} does not fit resnet8: tensor 'conv1.weight': expected "
-               f"[16, 3, 3, 3], found none; the file has {there}")
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        models.load_weights("resnet8", tmp_path / "weights.pt")
-
-
-def test_load_weights_without_a_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.pt"):
-        models.load_weights("resnet8", tmp_path / "none.pt")
-
-
-def test_imagenet_file_without_a_network(tmp_path, monkeypatch):
+def test_load_weights_without_a_file_or_network(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
+    assert "none.pt" in refused(models.load_weights, "resnet8", tmp_path / "none.pt")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    public = {"resnet34": "resnet34-b627a593.pth", "resnet50": "resnet50-0676ba61.pth"}
-    for name, file in public.items():
-        with pytest.raises(FileNotFoundError) as caught:
-            models.load_weights(name, "imagenet")
-        message = str(caught.value)
-        assert f"https://download.pytorch.org/models/{file}" in message and "\n" not in message
-        assert str(tmp_path / "checkpoints" / file) in message
-        assert "--teacher-weights PATH" in message
+    message = refused(models.load_weights, "resnet34", "imagenet")
+    assert "https://download.pytorch.org/models/resnet34-b627a593.pth" in message
+    assert str(tmp_path / "checkpoints" / "resnet34-b627a593.pth") in message
+    assert "--teacher-weights" in message
+
+
+def test_imagenet_file_is_downloaded_by_the_digest_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    asked = models.imagenet_file("resnet18")
+    path = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    assert asked == (f"https://download.pytorch.org/models/{path.name}", path, "sha256:f37072fd")
+    assert models.imagenet_file("resnet50_imagenet")[2] == "sha256:0676ba61"
     for name in ("mobilenet_v1", "resnet20"):
-        with pytest.raises(ValueError, match=f"no public ImageNet weights for {name}"):
-            models.load_weights(name, "imagenet")
-
-
-def test_imagenet_file_asks_for_the_digest_in_its_name(tmp_path, monkeypatch):
-    served, asked = tmp_path / "served.pt", []
-    state = save_filled(served, "resnet18", 1000)
-
-    def fetch(urls, path, digest, advice):
-        asked.append((urls, str(path), digest))
-        return served
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
-    monkeypatch.setattr(files, "fetch", fetch)
-    model = models.load_weights("resnet18", "imagenet", 1000)
-    assert torch.equal(model.fc.bias, state["fc.bias"])
-    assert asked == [(["https://download.pytorch.org/models/resnet18-f37072fd.pth"],
-                      str(Path("hub/checkpoints/resnet18-f37072fd.pth")), "sha256:f37072fd")]
+        assert name in refused(models.imagenet_file, name)
+    path.parent.mkdir()
+    state = save_filled(path, "resnet18", 1000)
+    fetched = []
+    monkeypatch.setattr(files, "fetch", lambda urls, *how: fetched.append((*urls, *how[:2])))
+    assert torch.equal(models.load_weights("resnet18", "imagenet").fc.bias, state["fc.bias"])
+    assert fetched == [asked]
