@@ -13,23 +13,25 @@ percent; the one reported is the last epoch's.
 
 import dataclasses
 import functools
-import importlib.util
+import hashlib
 import math
 import sys
 import time
-import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
+import clip_model
 import data
 import models
 import richkd
-import targets
-from support import clip_layout, command, files, runs
+from support import checkpoints, clip_files, command, files, folders, runs, shapes
 from support.command import autocast, flag, rank, rank_zero_first, setting, world
-from teachers import Teachers, given_teacher
+
+PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # the authors' templates
 
 # What a method fixes. All else is shared, so that methods differ in their loss alone.
 METHODS = {
@@ -66,7 +68,7 @@ class Config:
     dataset: str = setting("shapes", "data set", choices=tuple(data.DATASETS))
     data_dir: str = setting("data", "where it lies or is downloaded to; some as a zip")
     image_size: int = setting(None, "side of the classifiers' images; default: the data set's",
-                              type=int, within=(8, math.inf))
+                              within=(8, math.inf))
     fraction: float = setting(1.0, "share of the training images, the same ones in every run",
                               within=(0, 1))
     holdout: float = setting(0.0, "share of the training images in the place of the test split, to "
@@ -76,20 +78,15 @@ class Config:
                              nargs="+", metavar="NAME")
     teacher_weights: tuple = setting(None, "a checkpoint a teacher, or `imagenet`; without, it is "
                                      "trained first, and kept", nargs="+", metavar="FILE")
-    teacher_shares: tuple = setting(None, "each teacher's share of the mean logits; default: equal",
-                                    nargs="+", type=float, metavar="SHARE")
-    student: str = setting(None, "the student's architecture", type=str)
+    student: str = setting(None, "the student's architecture")
     class_names: str = setting(None, "a file of the names that CLIP is asked for, one a line in "
-                               "the order of the classes; default: the data set's", type=str)
-    clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint", type=str)
+                               "the order of the classes; default: the data set's")
+    clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint")
     clip_activation: str = setting(None, "CLIP's, where its file does not tell; default: OpenAI's "
-                                   "quickgelu", choices=clip_layout.ACTIVATIONS)
-    bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded", type=str)
-    prompts: str = setting(None, "templates, {} for the name; default: the twelve", type=str)
-    average: str = setting("embeddings", "what is averaged over the templates",
-                           choices=("embeddings", "logits"))
-    clip_scale: float = setting(None, "scale of CLIP's cosines; default: exp(logit_scale)",
-                                type=float, above=0)
+                                   "quickgelu", choices=clip_files.ACTIVATIONS)
+    bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded")
+    prompts: str = setting(None, "templates, {} for the name; default: the twelve")
+    clip_scale: float = setting(None, "scale of CLIP's cosines; default: exp(logit_scale)", above=0)
     alpha: float = setting(0.7, "the teacher's share of the fused logits", within=(0, 1))
     lam: float = setting(0.7, "the teacher's share of the fused features", within=(0, 1))
     temperature: float = setting(3.0, "of the logit loss", above=0)
@@ -98,14 +95,14 @@ class Config:
     feature_weight: float = setting(0.8, "of the feature loss; 0: none", within=(0, math.inf))
     logit_loss: str = setting("kd", "against the fused logits", choices=("kd", "dkd", "mlkd"))
     standardize: bool = setting(False, "standardise both logits first (Sun 2024)")
-    num_negatives: int = setting(None, "of the feature loss", type=int, within=(1, math.inf))
+    num_negatives: int = setting(None, "of the feature loss", within=(1, math.inf))
     negatives: str = setting("shared", "one draw of them for a batch, or one an image",
                              choices=("shared", "per-image"))
-    epochs: int = setting(None, "passes over the training images, the teacher's too", type=int,
+    epochs: int = setting(None, "passes over the training images, the teacher's too",
                           within=(1, math.inf))
-    batch_size: int = setting(None, "images a step", type=int, within=(1, math.inf))
-    lr: float = setting(None, "learning rate at the start", type=float, above=0)
-    weight_decay: float = setting(None, "of SGD with momentum .9", type=float, within=(0, math.inf))
+    batch_size: int = setting(None, "images a step", within=(1, math.inf))
+    lr: float = setting(None, "learning rate at the start", above=0)
+    weight_decay: float = setting(None, "of SGD with momentum .9", within=(0, math.inf))
     seed: int = setting(0, "of weights, order, crops and negatives (a teacher trained here: 0)",
                         within=(0, 2**31))
     amp: bool = setting(False, "bfloat16, for student and frozen teacher; on a CPU for CLIP, too")
@@ -115,25 +112,24 @@ class Config:
     workers: int = setting(min(8, data.cores()), "loader processes where images stream",
                            within=(0, math.inf))
     cache_dir: str = setting(None, "for teachers, CLIP's weights and targets; default: "
-                             "$RICHKD_CACHE, or ~/.cache/richkd", type=str)
-    out: str = setting(None, "run folder; default: runs/<data set>-<method>-...", type=str)
+                             "$RICHKD_CACHE, or ~/.cache/richkd")
+    out: str = setting(None, "run folder; default: runs/<data set>-<method>-...")
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
-    tensorboard: bool = setting(False, "log for tensorboard, too, into the run folder")
 
 
 def for_size(name, image_size):
     """`resnet18` and `resnet50` as the zoo calls them: at more than 64 pixels ImageNet's networks,
     else those that papers on CIFAR call so."""
     small, large = {"resnet18": "resnet18_cifar"}, {"resnet50": "resnet50_imagenet"}
-    found = (small if image_size <= 64 else large).get(name, name)
-    if found != name:
-        files.note(f"{name} for images of {image_size} x {image_size} is {found} here")
-    return found
+    meant = (small if image_size <= 64 else large).get(name, name)
+    if meant != name:
+        files.note(f"{name} for images of {image_size} x {image_size} is {meant} here")
+    return meant
 
 
 def resolve(config):
-    """Fill in what depends on the data set and the method. Raises ValueError, naming the valid
-    values, for a wrong one."""
+    """Fill in what depends on the data set and the method; the device becomes a torch.device.
+    Raises ValueError, naming the valid values, for a wrong one."""
     command.check(config)
     fixed, default, imagenet = METHODS[config.method], Config(), config.dataset == "imagenet"
     for name, value in fixed.items():
@@ -148,129 +144,310 @@ def resolve(config):
     config = dataclasses.replace(config, **missing, **fixed)
 
     logit, feature = config.logit_weight > 0, config.feature_weight > 0
-    needs_teacher = logit and config.alpha > 0 or feature and config.lam > 0
-    needs_clip = logit and config.alpha < 1 or feature and config.lam < 1
-    unused = () if needs_teacher else ("teacher_weights", "teacher_shares")
-    unused += () if needs_clip else ("clip", "clip_activation", "bpe", "prompts")
     if not (logit or feature or config.ce_weight):
         raise ValueError("--ce-weight, --logit-weight, --feature-weight: all are 0")
-    teacher = config.teacher if needs_teacher else ()
+    unused = {}
+    if not (logit and config.alpha > 0 or feature and config.lam > 0):
+        unused = {"teacher": (), "teacher_weights": None}
+    if not (logit and config.alpha < 1 or feature and config.lam < 1):
+        unused |= dict.fromkeys(("clip", "clip_activation", "bpe", "prompts"))
+    config = dataclasses.replace(config, student=for_size(student, config.image_size), **unused)
     if not config.teacher_weights:  # else the file has what it has
-        teacher = tuple(for_size(name, config.image_size) for name in teacher)
-    config = dataclasses.replace(config, student=for_size(student, config.image_size),
-                                 teacher=teacher, **dict.fromkeys(unused))
-    shares = config.teacher_shares
-    if shares and not min(shares) >= 0 < max(shares):
-        raise ValueError(f"--teacher-shares {shares}: expected none below 0 and one above")
-    for name in ("teacher_weights", "teacher_shares"):
-        values = getattr(config, name)
-        if values and len(values) != len(teacher):
-            raise ValueError(f"{len(teacher)} --teacher, but {len(values)} {flag(name)}: "
-                             "expected one a teacher")
+        teacher = tuple(for_size(name, config.image_size) for name in config.teacher)
+        config = dataclasses.replace(config, teacher=teacher)
+    elif len(config.teacher_weights) != len(config.teacher):
+        raise ValueError(f"{len(config.teacher)} --teacher, but {len(config.teacher_weights)} "
+                         "--teacher-weights: expected one a teacher")
     with torch.device("meta"):  # an unknown name raises; no weights are made for that
         for name in (config.student, *config.teacher):
             models.build_model(name, 2)
-    command.check_device(config.device)
-    if config.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise ValueError("--tensorboard needs the package of that name: pip install tensorboard")
-    return config
+    device = command.use_device(config.device, config.deterministic)
+    return dataclasses.replace(config, device=device)
 
 
-# Data and teachers --------------------------------------------------------------------------------
+# What a run depends on ----------------------------------------------------------------------------
 
 
-def resized(split, image_size, config):
-    """A split as the classifiers see it, in training and in evaluation alike: at image_size, on the
-    device where it fits in memory. config: train.py's or evaluate.py's."""
-    if config.dataset == "folder":
-        images = data.in_memory(split.images, image_size, config.cache_dir, config.workers)
-    else:
-        images = data.resize(split.images, image_size)
-    if isinstance(images, torch.Tensor):
-        images = images.to(config.device)
-    return split._replace(images=images)
+def load_split(config, name):
+    """A split of the config's data set, with --class-names; train.py's config or evaluate.py's."""
+    split = data.load_dataset(config.dataset, config.data_dir, name, config.cache_dir)
+    return data.rename_classes(split, config.class_names) if config.class_names else split
 
 
-def load_teachers(config, splits, inputs):
+def load_splits(config):
+    """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
+    splits = {"train": load_split(config, "train")}
+    held, used = 1 - config.holdout, (1 - config.holdout) * config.fraction
+    if config.holdout:
+        splits["test"] = data.subset(splits["train"], held, 1)
+        labels = {k: k for k in splits["test"].labels.tolist()}
+        folders.say_absent(labels, splits["train"].ids, "--holdout", "the training images")
+    for name in ("test", *data.DATASETS[config.dataset].shifts):
+        if name not in splits:
+            splits[name] = load_split(config, name)
+    if used < 1:
+        splits["train"] = data.subset(splits["train"], 0, used)
+    N, least = len(splits["train"].labels), max(2, world())
+    if N < least:  # BatchNorm needs two, each rank one
+        raise ValueError(f"{config.data_dir}: {N} training images; expected at least {least}")
+    return splits
+
+
+def teacher_file(name, path):
+    """The file that `path` names, which may be the word imagenet: torchvision's, downloaded."""
+    if path != "imagenet":
+        return path
+    url, place, digest = models.imagenet_file(name)
+    return files.fetch([url], place, digest, "name it with --teacher-weights PATH")
+
+
+def inputs(config, splits):
+    """What a run depends on beside its settings, as config.json has it: {"data": {split:
+    `runs.identity`}, "files": {setting: digest of what it names}}, of a method without a teacher or
+    without CLIP nothing that only these read. Raises OSError and ValueError for files that cannot
+    be read."""
+    named = {}
+    if config.teacher_weights:
+        paths = map(teacher_file, config.teacher, config.teacher_weights)
+        named["teacher_weights"] = [files.file_digest(path) for path in paths]
+    if config.clip:
+        named = {**named, "clip": config.clip, "bpe": clip_files.BPE_DIGEST,
+                 "prompts": clip_model.load_templates(config.prompts or PROMPTS)}
+        if config.clip not in ("tiny", *clip_files.PUBLIC_CLIPS):  # of these it says all
+            path, said = clip_files.find(config.clip, config.cache_dir)
+            named["clip"] = files.json_digest([files.file_digest(path), said])
+        if config.bpe:
+            named["bpe"] = f"sha256:{files.file_digest(config.bpe)}"
+    return {"data": {name: runs.identity(split) for name, split in splits.items()},
+            "files": named}
+
+
+# The teacher --------------------------------------------------------------------------------------
+
+
+class Teachers(torch.nn.Module):
+    """Frozen conventional teachers as one: mean logits, concatenated features, float32. With amp
+    their weights are bfloat16 once and for all: autocast would cast them at every step."""
+
+    def __init__(self, teachers, amp):
+        super().__init__()
+        self.dtype = torch.bfloat16 if amp else torch.float32
+        self.teachers = torch.nn.ModuleList(teachers).to(self.dtype)
+        self.num_features = sum(teacher.num_features for teacher in teachers)
+
+    @torch.no_grad()
+    def forward(self, images):
+        with torch.autocast(images.device.type, enabled=False):
+            pairs = [teacher(images.to(self.dtype)) for teacher in self.teachers]
+        logits, features = zip(*pairs)
+        return richkd.fuse_teachers(logits), torch.cat(features, 1).float()        # (B,K), (B,C)
+
+
+def load_teachers(config, splits):
     """The conventional teachers, frozen, on the device; None if there are none. One without a
-    checkpoint is trained first, in the cache, the same for every student, method and seed. inputs:
-    `runs.inputs` of the splits."""
+    checkpoint is trained first. Raises ValueError where a file says that its classes, or the images
+    that it reads, are others."""
+    train, teachers = splits["train"], []
+    info = data.DATASETS[config.dataset]._replace(image_size=config.image_size)
     given = config.teacher_weights or [None] * len(config.teacher)
-    teachers = [given_teacher(config, name, path, splits["train"]) if path else
-                models.freeze(cached_teacher(config, name, splits, inputs))
-                for name, path in zip(config.teacher, given)]
-    return Teachers(teachers, config).to(config.device) if teachers else None
+    for name, path in zip(config.teacher, given):
+        about = {}
+        if path is None:
+            path = trained_teacher(config, name, splits)
+        elif path != "imagenet":
+            about = checkpoints.read_about(path)
+        size = runs.input_size(path, about, train, info)
+        if size != config.image_size:
+            raise ValueError(f"{path} reads images of {size} x {size}, here they are of "
+                             f"{config.image_size}: --image-size {size}, or another teacher")
+        model = models.load_weights(name, teacher_file(name, path), len(train.class_names))
+        teachers.append(models.freeze(model))
+    return Teachers(teachers, config.amp).to(config.device) if teachers else None
 
 
-def cached_teacher(config, name, splits, inputs):
-    """The network of a teacher in the cache, trained first where there is none of these settings
-    and training images, or a damaged one."""
+def trained_teacher(config, name, splits):
+    """The path of a teacher in the cache, trained first where there is none of these settings and
+    training images: the same one for every student, method and seed."""
     shared = ("dataset", "data_dir", "image_size", "fraction", "holdout", "epochs", "batch_size",
               "weight_decay", "amp", "no_graph", "device", "workers", "cache_dir")
     own = resolve(Config(method="scratch", student=name,
                          **{field: getattr(config, field) for field in shared}))
-    # The names of the classes are CLIP's: whatever they are, the teacher is the same.
-    images = {key: value for key, value in inputs["data"]["train"].items() if key != "class_names"}
+    images = runs.identity(splits["train"])
+    del images["class_names"]  # CLIP's: whatever they are, the teacher is the same
     digest = files.json_digest({"settings": runs.settings(own), "train": images})[:16]
     folder = files.cache_folder(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest}"
-    for anew in (False, True):
-        try:
-            if anew or not (folder / "summary.json").is_file():
-                own = dataclasses.replace(own, overwrite=anew)
-                fit(own, folder, splits, {"data": inputs["data"], "files": {}})
-            return models.load_weights(name, folder / "student.pt",
-                                       len(splits["train"].class_names))
-        except (ValueError, FileNotFoundError) as error:
-            if anew or str(folder) not in str(error):
-                raise
-            files.note(f"{folder} is damaged: this teacher is trained anew")
+    if not (folder / "summary.json").is_file():
+        fit(own, folder, splits, inputs(own, splits))
+    return folder / "student.pt"
+
+
+# CLIP ---------------------------------------------------------------------------------------------
+
+
+def tiny_clip(config):
+    """The tensors of the tiny CLIP that reads `shapes`, trained first where the cache has none."""
+    def train():
+        line = files.Progress("tiny CLIP", 1000, "steps")
+        with torch.random.fork_rng(devices=[]):  # its weights draw from the global generator
+            torch.manual_seed(0)
+            clip = clip_model.CLIP(**shapes.TINY_CLIP).to(config.device)
+        shapes.train_tiny_clip(
+            clip, clip_model.Tokenizer(), clip_model.preprocess, *shapes.render_captions(24000),
+            shapes.CAPTIONS, progress=lambda done, total: line.update(done, keep=done == total))
+        return {name: tensor.cpu() for name, tensor in clip.state_dict().items()}
+
+    path = files.cache_folder(config.cache_dir) / "clip-tiny"
+    return runs.cached(path, {"version": shapes.VERSION}, train)
+
+
+def load_clip(config):
+    """-> CLIP on the device, its tokenizer, the scale of its logits. The image tower is float32 on
+    a CPU (bfloat16 with --amp) and float16 on a GPU, as OpenAI's weights are: on average cosines
+    change by 1e-4, in bfloat16 by 2e-3. Raises as `clip_model.load_clip`."""
+    if config.clip == "tiny":
+        clip = clip_model.build_clip(tiny_clip(config))
+    else:
+        clip = clip_model.load_clip(config.clip, config.cache_dir, config.clip_activation)
+    tokenizer = clip_model.Tokenizer()  # bytes alone, as the tiny one has it
+    if clip.vocab_size != tokenizer.vocab_size:
+        merges = clip_model.load_merges(config.bpe or clip_files.fetch_bpe(config.cache_dir))
+        tokenizer = clip_model.Tokenizer(merges)
+    scale = config.clip_scale or clip.logit_scale.exp().item()
+    if config.device.type == "cuda":
+        clip.visual.half()
+    elif config.amp:
+        clip.visual.bfloat16()
+    return clip.to(config.device), tokenizer, scale
+
+
+def class_embeddings(config, clip, tokenizer, class_names):
+    """What CLIP's cosines are taken with: (K,D), the mean over the templates, equation (1)."""
+    templates = clip_model.load_templates(config.prompts or PROMPTS)
+    line = files.Progress("prompts", len(class_names) * len(templates), "prompts")
+    text = clip_model.class_features(                                               # (K,M,D)
+        clip, tokenizer, class_names, templates,
+        progress=lambda done, total: line.update(done, keep=done == total))
+    return richkd.ensemble_text_features(text)
+
+
+@torch.inference_mode()
+def clip_view(clip, classes, images):
+    """What CLIP says of uint8 images (B,3,H,W): cosines (B,K) with `class_embeddings`, equation (2)
+    at scale 1, and unit-length features (B,D)."""
+    images = clip_model.preprocess(images, clip.visual.input_resolution)
+    dtype = next(clip.visual.parameters()).dtype
+    features = clip.encode_image(images.to(dtype)).float()
+    if dtype == torch.float16 and not features.isfinite().all():
+        files.note("this CLIP exceeds float16: it goes on in float32")
+        features = clip.visual.float()(images)
+    features = F.normalize(features, dim=1)
+    return richkd.zero_shot_logits(features, classes, 1.0), features
+
+
+def clip_targets(config, clip, tokenizer, splits):
+    """CLIP's view of every plain image of each split, from the cache or computed now: {split name:
+    (cosines (N,K), unit-length features (N,D))}, float16 on the CPU."""
+    # What the tensors do not tell: QuickGELU or GELU, and into how many heads a width is split.
+    kinds = [[type(module).__name__, getattr(module, "heads", 0)] for module in clip.modules()]
+    weights = hashlib.sha256(files.json_digest(kinds).encode())
+    for name, tensor in sorted(clip.state_dict().items()):
+        values = tensor.cpu().contiguous().flatten().view(torch.uint8)  # NumPy has no bfloat16
+        weights.update(name.encode() + values.numpy().tobytes())
+    class_names = splits["train"].class_names if "train" in splits else splits["test"].class_names
+    asked = {"clip": weights.hexdigest(), "merges": files.json_digest([*tokenizer.priority]),
+             "names": clip_model.prompt_names(class_names, tokenizer),
+             "templates": clip_model.load_templates(config.prompts or PROMPTS)}
+    # The prompts are encoded once for all splits, and only where one is not in the cache.
+    classes = functools.cache(lambda: class_embeddings(config, clip, tokenizer, class_names))
+
+    def targets(name, split):
+        images = data.clip_images(split.images, clip.visual.input_resolution)
+        rows, line = [], files.Progress(f"CLIP's targets ({name})", len(images))
+        for block in data.blocks(images, 250, config.workers, config.device):
+            view = clip_view(clip, classes(), block)
+            if not torch.cat(view, 1).isfinite().all():
+                raise FloatingPointError("CLIP's features are not finite numbers")
+            rows.append([part.to("cpu", torch.float16) for part in view])           # (b,K), (b,D)
+            line.update(line.done + len(block), keep=line.done + len(block) == len(images))
+        return tuple(torch.cat(part) for part in zip(*rows))
+
+    kept = {}
+    for name, split in splits.items():
+        path = files.cache_folder(config.cache_dir) / f"targets-{config.dataset}-{name}"
+        key = {**asked, "images": runs.identity(split)["content"]}
+        kept[name] = rank_zero_first(
+            lambda: runs.cached(path, key, functools.partial(targets, name, split)))  # noqa: B023
+    return kept
 
 
 # Training -----------------------------------------------------------------------------------------
 
 
-class Classifier(NamedTuple):
-    """A network and how it reads images: side in pixels, mean and std of images in 0..1."""
-    model: torch.nn.Module
-    mean: tuple
-    std: tuple
-    image_size: int
+class Run(NamedTuple):
+    """What every step works with, on the device."""
+    config: Config
+    split: data.Split
+    tables: tuple         # CLIP's cosines (N,K) and features (N,D), float16, or nothing
+    scale: float          # of the cosines, or None
+    teachers: Teachers    # or None
+    student: torch.nn.Module
+    criterion: richkd.RichKD
+    optimizer: torch.optim.Optimizer
+    mean: torch.Tensor    # (3,), of the images
+    std: torch.Tensor     # (3,)
+    rate: torch.Tensor    # (), the learning rate: within a CUDA graph a number would stand still
+    sums: torch.Tensor    # (M,) float64, of the means that `train_step` returns
 
 
-@torch.inference_mode()
-def predict(classifiers, blocks, config, progress=None, note=""):
-    """Blocks of uint8 images (b,3,H,W) -> a list of logits (N,K), float32 on the CPU, one a
-    classifier; a block is made once for all of them."""
-    logits = [[] for _ in classifiers]
-    for classifier in classifiers:
-        classifier.model.eval()
-    for images in blocks:
-        for (model, mean, std, image_size), rows in zip(classifiers, logits):
-            with autocast(config):
-                rows.append(model(data.to_input(images, image_size, mean, std))[0].float())
-        if progress:
-            done = progress.done + len(images)
-            progress.update(done, note, keep=done >= progress.total)
-    return [torch.cat(rows).cpu() for rows in logits]
-
-
-def predict_split(model, images, config):
-    """-> logits (N,K), float32 on the CPU; each rank sees its share of the images."""
-    info, share = data.DATASETS[config.dataset], slice(rank(), None, world())
-    classifier = Classifier(model, info.mean, info.std, config.image_size)
-    blocks = data.blocks(data.take(images, share), None, config.workers, config.device)
-    [mine] = predict([classifier], blocks, config)
+def average_gradients(run):
+    """Under torchrun: every gradient becomes its mean over the ranks, in one message."""
     if world() == 1:
-        return mine
-    logits = torch.zeros(len(images), mine.shape[1], device=config.device)
-    logits[share] = mine.to(config.device)
-    dist.all_reduce(logits)
-    return logits.cpu()
+        return
+    gradients = [parameter.grad for group in run.optimizer.param_groups
+                 for parameter in group["params"] if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    means = (flat / world()).split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means):
+        gradient.copy_(mean.view_as(gradient))
 
 
-def top1(logits, labels):
-    """Accuracy in percent."""
-    return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+def train_step(run, drawn):
+    """One step, from the batch to the optimiser. It reads nothing from the device and copies
+    nothing to it, so that a CUDA graph can replay it. -> (M,) float64: the loss, its parts and the
+    accuracy, means over the batch, also added to run.sums. drawn: one item of `data.epoch`."""
+    images, y, index, *clip = data.look_up(run.split, run.tables, drawn)
+    x = data.to_input(images, run.mean, run.std)     # (B,3,H,W): one crop for both networks
+    z_t, f_t, z_c, f_c = None, None, None, None
+    if clip:  # of the plain image, computed beforehand
+        cosines, features = clip
+        z_c, f_c = run.scale * cosines.float(), features.float()                    # (B,K), (B,D)
+    with autocast(run.config):
+        with command.beside(x.device) as join:  # neither network alone fills a GPU
+            if run.teachers:
+                z_t, f_t = run.teachers(x)                                          # (B,K), (B,C)
+        z_s, f_s = run.student(x)                                                   # (B,K), (B,C)
+        join()
+        loss, parts = run.criterion(z_s, f_s, z_t, f_t, z_c, f_c, y, index)
+    run.optimizer.zero_grad()
+    loss.backward()
+    average_gradients(run)
+    run.optimizer.step()
+
+    accuracy = 100 * (z_s.detach().argmax(1) == y).float().mean()
+    means = torch.stack([loss.detach(), *parts.values(), accuracy]).double()
+    run.sums.add_(means)
+    return means
+
+
+def step_of(run):
+    """`train_step` of this run as a function of what is drawn alone: on one GPU that holds the
+    images a CUDA graph of it, elsewhere (torchrun's ranks talk, streams wait for files) a call."""
+    step, config = functools.partial(train_step, run), run.config
+    alone = data.is_in_memory(run.split.images) and not dist.is_initialized()
+    if config.device.type == "cuda" and alone and not config.no_graph:
+        return command.CudaGraph(step)
+    return step
 
 
 def learning_rate(config, epoch):
@@ -280,116 +457,32 @@ def learning_rate(config, epoch):
     return config.lr * 0.1 ** sum(100 * epoch >= percent * config.epochs for percent in decays)
 
 
-class StudentAndLoss(torch.nn.Module):
-    """Student and criterion as one module, whose gradients DistributedDataParallel averages."""
-
-    def __init__(self, student, criterion):
-        super().__init__()
-        self.student, self.criterion = student, criterion
-
-    def forward(self, inputs, teachers, *supervision):
-        teacher_logits, teacher_features = None, None
-        if teachers:
-            with command.beside(inputs.device):  # neither network alone fills a GPU
-                teacher_logits, teacher_features = teachers(inputs)                 # (B,K), (B,C)
-        logits, features = self.student(inputs)                                     # (B,K), (B,C)
-        if teachers:
-            command.join(inputs.device)
-        loss, parts = self.criterion(logits, features, teacher_logits, teacher_features,
-                                     *supervision)
-        return loss, parts, logits
-
-
 def loss_parts(config):
     return [name for name in ("ce", "logit", "feature") if getattr(config, f"{name}_weight")]
 
 
-class Training(NamedTuple):
-    """What every step works with, on the device."""
-    config: Config
-    split: data.Split
-    model: torch.nn.Module  # a StudentAndLoss
-    optimizer: torch.optim.Optimizer
-    teachers: Teachers | None
-    tables: tuple         # CLIP's cosines (N,K) and features (N,D), float16, or nothing
-    clip_scale: float
-    mean: torch.Tensor    # (3,), of the images
-    std: torch.Tensor     # (3,)
-    rate: torch.Tensor    # (), the learning rate: within a CUDA graph a number would stand still
-    sums: torch.Tensor    # (M,) float64, of the means that `train_step` returns
-
-
-def train_step(training, batch):
-    """One step, from the batch to the optimiser. It reads nothing from the device and copies
-    nothing to it, so that a CUDA graph can replay it. -> (M,) float64: the loss, its parts and the
-    accuracy, means over the batch, also added to training.sums.
-
-    batch: (4,B) int64, where to find it (`data.epoch_places`); of a stream, what its loader gave.
-    """
-    config, split, model, optimizer, teachers, tables, clip_scale = training[:7]
-    if isinstance(batch, torch.Tensor):
-        batch = data.look_up(split, tables, batch)
-    # Teacher and student see the same crop (B,3,H,W); CLIP saw the plain image, beforehand.
-    pixels, labels, index, *clip = batch
-    inputs = data.to_input(pixels, config.image_size, training.mean, training.std)
-    clip_logits, clip_features = None, None
-    if clip:
-        clip_logits, clip_features = clip_scale * clip[0].float(), clip[1].float()  # (B,K), (B,D)
-
-    # The student, then equation (7): its logits against labels and fused logits, its features
-    # against the memory's fused ones; `index` tells the memory which images these are.
-    with autocast(config):
-        loss, parts, logits = model(inputs, teachers, clip_logits, clip_features, labels, index)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-    accuracy = 100 * (logits.detach().argmax(1) == labels).float().mean()
-    means = torch.stack([loss.detach(), *parts.values(), accuracy]).double()
-    training.sums.add_(means)
-    return means
-
-
-def step_of(training):
-    """`train_step` of this training as a function of the batch alone: on one GPU that holds the
-    images a CUDA graph of it, elsewhere (torchrun's ranks talk, streams wait for files) a call."""
-    config, step = training.config, functools.partial(train_step, training)
-    in_memory = isinstance(training.split.images, torch.Tensor)
-    alone = in_memory and not dist.is_initialized()
-    if config.device.startswith("cuda") and alone and not config.no_graph:
-        return command.CudaGraph(step)
-    return step
-
-
-def train_epoch(training, step, epoch, progress, caught):
-    """One pass over the training images. step: `step_of(training)`, the same in every epoch.
-    -> {"loss", its parts, "train_accuracy"}, their means over the steps; None where a signal in
-    `caught` ended it. FloatingPointError: a loss not finite."""
-    config, N = training.config, len(training.split.labels)
-
+def train_epoch(run, step, epoch, progress):
+    """One pass over the training images. step: `step_of(run)`, the same in every epoch. -> {"loss",
+    its parts, "train_accuracy"}, means over the steps. FloatingPointError: a loss not finite."""
+    config, N = run.config, len(run.split.labels)
     # All that an epoch draws is a function of seed and epoch: it can be repeated to the bit.
     seed = config.seed * 100_003 + epoch
-    torch.manual_seed(seed)  # dropout's
-    training.rate.fill_(learning_rate(config, epoch))
-    for group in training.optimizer.param_groups:
-        group["lr"] = training.rate  # also after a checkpoint, which brings its own
-    training.model.train()
-    training.sums.zero_()
-    share = (config.batch_size, seed, rank(), world())
-    if isinstance(training.split.images, torch.Tensor):
-        batches = data.epoch_places(N, *share, config.device)
-    else:
-        batches = data.batches(training.split, *share, config.workers, config.device,
-                               training.tables)
+    torch.manual_seed(seed)  # of negatives and dropout
+    run.rate.fill_(learning_rate(config, epoch))
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.rate  # also after a checkpoint, which brings its own
+    run.student.train()
+    run.sums.zero_()
 
     # Reading a number stalls a GPU, so the sums for the log stay there and are looked at rarely.
-    steps, every = 0, 1 if torch.device(config.device).type == "cpu" else 50
-    for batch in batches:
-        means = step(batch)
+    steps, every = 0, 1 if config.device.type == "cpu" else 50
+    for drawn in data.epoch(run.split, run.tables, config.batch_size, seed, rank(), world(),
+                            config.workers, config.device):
+        means = step(drawn)
         steps += 1
         if steps % every == 0 or N - steps * config.batch_size < 2:  # last: of 1 image is no batch
             loss, accuracy = means[[0, -1]].tolist()
-            if not math.isfinite(loss) or not math.isfinite(training.sums[0]):
+            if not math.isfinite(loss) or not math.isfinite(run.sums[0]):
                 raise FloatingPointError(
                     f"epoch {epoch + 1}, step {steps}: the loss is not finite; the run folder "
                     f"keeps epoch {epoch}; a smaller --lr may help")
@@ -397,19 +490,70 @@ def train_epoch(training, step, epoch, progress, caught):
                 progress.update(epoch * N + min(N, steps * config.batch_size),
                                 f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | "
                                 f"accuracy {accuracy:.1f} %")
-            if command.any_rank(caught, config.device):
-                return None
     if world() > 1:
-        dist.all_reduce(training.sums)
-    means = (training.sums / world() / steps).tolist()
+        dist.all_reduce(run.sums)
+    means = (run.sums / world() / steps).tolist()
     return dict(zip(["loss", *loss_parts(config), "train_accuracy"], means, strict=True))
 
 
-def begin(config, split, teachers, tables, clip_scale):
-    """The `Training` of a new student. split: the training images, `resized`; teachers: as
-    `load_teachers` returns them; tables: CLIP's targets of the split, or ()."""
+# Evaluation ---------------------------------------------------------------------------------------
+
+
+def classifier(model, mean, std, config):
+    """A network as a function from uint8 images (B,3,H,W) on the device to logits (B,K). mean and
+    std are those of the images, in 0..1, that it reads."""
+    def logits(images):
+        with autocast(config):
+            return model(data.to_input(images, mean, std))[0]
+    return logits
+
+
+@torch.inference_mode()
+def predict(subjects, blocks, progress=None, note=""):
+    """Blocks of uint8 images (b,3,H,W) go once through all subjects, {name: function of images to
+    logits (b,K)} -> {name: logits (N,K), float32 on the CPU}."""
+    rows = {name: [] for name in subjects}
+    for images in blocks:
+        for name, subject in subjects.items():
+            rows[name].append(subject(images).float())
+        if progress:
+            done = progress.done + len(images)
+            progress.update(done, note, keep=done >= progress.total)
+    return {name: torch.cat(blocks).cpu() for name, blocks in rows.items()}
+
+
+def top1(logits, labels):
+    """Accuracy in percent."""
+    return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def accuracies(run, splits, targets):
+    """{"clip", "teacher", "fused", "student": {split: top-1 in percent}} on splits at the
+    classifiers' size; without a teacher, or without CLIP's targets, what needs it is empty."""
+    config, table = run.config, {"clip": {}, "teacher": {}, "fused": {}, "student": {}}
+    networks = {"teacher": run.teachers, "student": run.student.eval()}
+    subjects = {who: classifier(network, run.mean, run.std, config)
+                for who, network in networks.items() if network}
+    for name, split in splits.items():
+        blocks = data.blocks(split.images, None, config.workers, config.device)
+        logits = predict(subjects, blocks)
+        if name in targets:
+            logits["clip"] = run.scale * targets[name][0].float()
+        if {"clip", "teacher"} <= logits.keys():
+            logits["fused"] = richkd.fuse_logits(logits["teacher"], logits["clip"], config.alpha)
+        for who, z in logits.items():
+            table[who][name] = top1(z, split.labels)
+    return table
+
+
+# A whole run --------------------------------------------------------------------------------------
+
+
+def begin(config, split, teachers, tables, scale):
+    """The `Run` of a new student. split: the training images, as the classifiers see them; tables,
+    scale: CLIP's targets of them and their scale, or () and None."""
     info, device = data.DATASETS[config.dataset], config.device
-    if isinstance(split.images, torch.Tensor):  # the images are on the device, so can these be
+    if data.is_in_memory(split.images):  # the images are on the device, so can these be
         tables = tuple(table.to(device) for table in tables)
         split = split._replace(labels=split.labels.to(device))
     torch.manual_seed(config.seed)
@@ -421,127 +565,97 @@ def begin(config, split, teachers, tables, clip_scale):
         logit_weight=config.logit_weight, feature_weight=config.feature_weight,
         logit_loss=config.logit_loss, standardize=config.standardize,
         num_negatives=config.num_negatives, labels=split.labels, negatives=config.negatives,
-        seed=config.seed)
-    model = StudentAndLoss(student, criterion).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9,
-                                weight_decay=config.weight_decay, fused=True)
+        seed=config.seed).to(device)
+    student.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD([*student.parameters(), *criterion.parameters()], lr=config.lr,
+                                momentum=0.9, weight_decay=config.weight_decay, fused=True)
     mean, std, rate = (torch.tensor(x, device=device) for x in (info.mean, info.std, config.lr))
     sums = torch.zeros(2 + len(loss_parts(config)), dtype=torch.float64, device=device)
-    return Training(config, split, model, optimizer, teachers, tables, clip_scale, mean, std, rate,
-                    sums)
-
-
-def prepare(config, splits, inputs):
-    """-> the `Training` of a new student, and CLIP's targets of every split."""
-    # What can be missing comes before what takes long: given teachers, CLIP, teachers to train.
-    teachers = load_teachers(config, splits, inputs) if config.teacher_weights else None
-    clip_targets, clip_scale = {}, None
-    if config.clip:
-        clip, tokenizer, clip_scale = rank_zero_first(lambda: targets.load_clip_teacher(config))
-        clip_targets = targets.load_targets(config, clip, tokenizer, splits, inputs["data"])
-    teachers = teachers or load_teachers(config, splits, inputs)
-    train = resized(splits["train"], config.image_size, config)
-    return begin(config, train, teachers, clip_targets.get("train", ()), clip_scale), clip_targets
+    return Run(config, split, tables, scale, teachers, student, criterion, optimizer, mean, std,
+               rate, sums)
 
 
 def fit(config, folder, splits, inputs):
     """Train config.student, from folder/last.pt on where there is one; write student.pt and
-    summary.json. -> the summary. A signal raises KeyboardInterrupt within a step, on a GPU 50."""
-    training, clip_targets = prepare(config, splits, inputs)
-    splits = {name: resized(split, config.image_size, config)
-              for name, split in splits.items() if name != "train"}
-    model, N = training.model, len(training.split.labels)
-    stateful = {"student": model.student, "criterion": model.criterion,
-                "optimizer": training.optimizer}
+    summary.json. -> the summary. inputs: as `inputs` has them, for config.json."""
+    # What can be missing comes before what takes long: given teachers, CLIP, teachers to train.
+    teachers = load_teachers(config, splits) if config.teacher_weights else None
+    targets, scale = {}, None
+    if config.clip:
+        clip, tokenizer, scale = rank_zero_first(lambda: load_clip(config))
+        targets = clip_targets(config, clip, tokenizer, splits)
+    teachers = teachers or load_teachers(config, splits)
+    splits = {name: data.at_size(split, config.image_size, config.cache_dir, config.workers,
+                                 config.device) for name, split in splits.items()}
+    run = begin(config, splits.pop("train"), teachers, targets.get("train", ()), scale)
+    stateful = {"student": run.student, "criterion": run.criterion, "optimizer": run.optimizer}
     log = [] if config.overwrite else runs.restore(folder / "last.pt", stateful)
-    if world() > 1:  # BatchNorm statistics are each rank's own; the memory keeps itself equal
-        with warnings.catch_warnings():  # torch 2.14 has another word for it, older ones do not
-            warnings.simplefilter("ignore", FutureWarning)
-            ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        training = training._replace(model=ddp)
-    step = step_of(training)
     if rank() == 0 and not log:
         runs.begin_run(config, folder, inputs)
     if rank() == 0 and log:
         print(f"{folder}: going on after epoch {len(log)}", file=sys.stderr)
+
+    step, N = step_of(run), len(run.split.labels)
     progress = files.Progress(f"{config.method} {config.student}", config.epochs * N,
                               start=len(log) * N)
-    with command.signals() as caught:
-        for epoch in range(len(log), config.epochs):
-            began = time.time()
-            means = train_epoch(training, step, epoch, progress, caught)
-            seconds = time.time() - began
-            if means:
-                if world() > 1:  # BatchNorm's statistics: those of rank 0 are tested and saved
-                    for buffer in model.student.buffers():
-                        dist.broadcast(buffer, 0)
-                logits = predict_split(model.student, splits["test"].images, config)
-                log.append({"epoch": epoch + 1, "lr": learning_rate(config, epoch), **means,
-                            "test_accuracy": top1(logits, splits["test"].labels),
-                            "images_per_second": N / seconds, "seconds": seconds})
-                if rank() == 0:
-                    runs.keep_epoch(config, folder, log, stateful, progress)
-            number = command.any_rank(caught, config.device)
-            if number:
-                kept = f"; {folder} keeps epoch {len(log)} of {config.epochs}"
-                raise KeyboardInterrupt(number, kept)
-    table = accuracies(training, model.student, clip_targets, splits)
-    summary = runs.summarize(config, log, table)
+    for epoch in range(len(log), config.epochs):
+        began = time.time()
+        means = train_epoch(run, step, epoch, progress)
+        seconds = time.time() - began
+        if rank() == 0:  # whose BatchNorm statistics are the run's
+            alone = accuracies(run._replace(teachers=None), {"test": splits["test"]}, {})
+            log.append({"epoch": epoch + 1, "lr": learning_rate(config, epoch), **means,
+                        "test_accuracy": alone["student"]["test"],
+                        "images_per_second": N / seconds, "seconds": seconds})
+            runs.keep_epoch(folder, log, stateful)
+            progress.update((epoch + 1) * N, "epoch {epoch}/{epochs} | loss {loss:.3f} | accuracy "
+                            "{train_accuracy:.1f} % | test {test_accuracy:.1f} %".format(
+                                epochs=config.epochs, **log[-1]), keep=True)
     if rank() == 0:
-        info = data.DATASETS[config.dataset]
-        weights = {name: tensor.cpu() for name, tensor in model.student.state_dict().items()}
+        info, state = data.DATASETS[config.dataset], run.student.state_dict()
         files.save(folder / "student.pt", {
-            "model_name": config.student, "model": weights, "dataset": config.dataset,
-            "class_names": list(training.split.class_names),
-            "class_ids": list(training.split.class_ids), "mean": list(info.mean),
-            "std": list(info.std), "image_size": config.image_size})
-        files.write_json(folder / "summary.json", summary)
+            "model_name": config.student, "model": {name: x.cpu() for name, x in state.items()},
+            "dataset": config.dataset, "class_names": list(run.split.class_names),
+            "class_ids": list(run.split.ids), "mean": list(info.mean), "std": list(info.std),
+            "image_size": config.image_size})
+        table = accuracies(run, splits, targets)
+        files.write_json(folder / "summary.json", summarize(config, log, table))
     if world() > 1:
         dist.barrier()  # the files are there
-    return summary
+    return files.read_json(folder / "summary.json", runs.ANEW)
 
 
-def accuracies(training, student, clip_targets, splits):
-    """{"clip", "teacher", "fused", "student": {split: top-1 in percent}} on the splits that nothing
-    was trained on; without a teacher or without CLIP, what needs it is empty."""
-    config, table = training.config, {"clip": {}, "teacher": {}, "fused": {}, "student": {}}
-    for name, split in splits.items():
-        logits = {"student": predict_split(student, split.images, config)}
-        if training.teachers:
-            logits["teacher"] = predict_split(training.teachers, split.images, config)
-        if clip_targets:
-            logits["clip"] = training.clip_scale * clip_targets[name][0].float()
-        if training.teachers and clip_targets:
-            logits["fused"] = richkd.fuse_logits(logits["teacher"], logits["clip"], config.alpha)
-        for who, z in logits.items():
-            table[who][name] = top1(z, split.labels)
-    return table
+def summarize(config, log, table):
+    """What summary.json holds. The accuracies, `table`, are the last epoch's; the best one is
+    chosen on the test split itself and stands there for information only. Seconds are those of the
+    student."""
+    of = {name: getattr(config, name) for name in ("dataset", "method", "student", "seed", "epochs",
+                                                   "clip")}
+    best = max(log, key=lambda row: row["test_accuracy"])
+    return {
+        **of, "teacher": "+".join(config.teacher) or None, "accuracies": table,
+        **{f"{who}_accuracy": row.get("test") for who, row in table.items()},
+        "shift_accuracy": table["student"].get("shift"),
+        "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"],
+        "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
+        "seconds": sum(row["seconds"] for row in log), "device": str(config.device),
+        "torch": torch.__version__}
 
 
 def run(config):
     """Train, unless the run folder holds the finished run. -> the summary, a dict."""
     given, config = config, command.join_ranks(resolve(config))
-    command.set_up_gpu(config.device, config.deterministic)
-    folder = runs.open_run(config)
-    finished = (folder / "summary.json").is_file() and not config.overwrite
-    try:
-        splits = rank_zero_first(lambda: runs.load_splits(config))
-        inputs = rank_zero_first(lambda: runs.inputs(config, splits))
-    except (OSError, ValueError) as error:
-        if finished:
-            raise ValueError(f"{folder} holds a finished run, but what it depends on cannot be "
-                             f"compared: {files.one_line(error)}") from None
-        raise
-    runs.check_inputs(folder, config, inputs)
-    if not finished:
-        usual = RECIPES[config.dataset]["batch_size"]
-        if given.lr is None and config.batch_size != usual:
-            files.note(f"--batch-size {config.batch_size}: the learning rate was tuned for "
-                       f"{usual}; --lr sets another")
-        return fit(config, folder, splits, inputs)
-    summary = files.read_own(folder / "summary.json", "--overwrite trains anew")
-    command.show(f"{folder} holds this run, finished; --overwrite trains anew")
-    return summary
+    splits = rank_zero_first(lambda: load_splits(config))
+    depends_on = rank_zero_first(lambda: inputs(config, splits))
+    folder, summary = runs.open_run(config, depends_on)
+    if summary:
+        command.show(f"{folder} holds this run, finished; --overwrite trains anew")
+        return summary
+    usual = RECIPES[config.dataset]["batch_size"]
+    if given.lr is None and config.batch_size != usual:
+        files.note(f"--batch-size {config.batch_size}: the learning rate was tuned for {usual}; "
+                   "--lr sets another")
+    return fit(config, folder, splits, depends_on)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import clip_model  # noqa: E402
 import corruptions  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
-import targets  # noqa: E402
 import train  # noqa: E402
 from support import command  # noqa: E402
 
@@ -37,7 +36,7 @@ METHODS = "scratch", "kd", "richkd-l", "richkd"
 
 
 def synchronize(device):
-    if device == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -62,23 +61,22 @@ def kernels(function, argument):
     return len(events), sum(event.device_time for event in events) / 1000
 
 
-def warm(function, places, device):
+def warm(function, drawn, device):
     """The calls before a measurement: cuDNN chooses, a graph is captured."""
-    for argument in places[:5 if device == "cuda" else 1]:
+    for argument in drawn[:5 if device.type == "cuda" else 1]:
         function(argument)
 
 
-def floor_of(training, places):
+def floor_of(run, drawn):
     """The networks alone, as a function of one batch of images."""
-    pixels = data.look_up(training.split, (), places)[0]
-    inputs = data.to_input(pixels, 32, training.mean, training.std)
+    inputs = data.to_input(data.look_up(run.split, (), drawn)[0], run.mean, run.std)
 
     def floor(inputs):
-        if training.teachers:
-            training.teachers(inputs)
-        with command.autocast(training.config):
-            loss = training.model.student(inputs)[0].float().logsumexp(1).mean()
-        training.optimizer.zero_grad()
+        if run.teachers:
+            run.teachers(inputs)
+        with command.autocast(run.config):
+            loss = run.student(inputs)[0].float().logsumexp(1).mean()
+        run.optimizer.zero_grad()
         loss.backward()
 
     return floor, inputs
@@ -86,9 +84,9 @@ def floor_of(training, places):
 
 def measure(teacher, student, method, amp, args):
     """A row of the table: {column: number}."""
-    device = args.device
     config = train.resolve(train.Config(dataset="cifar100", teacher=(teacher,), student=student,
-                                        method=method, amp=amp, device=device))
+                                        method=method, amp=amp, device=args.device))
+    device = config.device
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (args.images, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(K, (args.images,), generator=generator)
@@ -100,30 +98,32 @@ def measure(teacher, student, method, amp, args):
     teachers = None
     if config.teacher:
         network = models.freeze(models.build_model(teacher, K))
-        teachers = train.Teachers([network], config).to(device)
-    if device == "cuda":
+        teachers = train.Teachers([network], amp).to(device)
+    if device.type == "cuda":
         gc.collect()  # the graphs of the rows before
         torch.cuda.reset_peak_memory_stats()
-    training = train.begin(config, split, teachers, tables, 100.0)
-    places = list(data.epoch_places(args.images, config.batch_size, 0, device=device))
-    places = (places[:-1] or places) * (1 + args.steps // len(places))  # without the smaller one
+    run = train.begin(config, split, teachers, tables, 100.0)
+    drawn = list(data.epoch(run.split, run.tables, config.batch_size, 0, device=device))
+    drawn = (drawn[:-1] or drawn) * (1 + args.steps // len(drawn))  # without the smaller one
 
-    called = train.step_of(training._replace(config=dataclasses.replace(config, no_graph=True)))
-    warm(called, places, device)
-    row = {"called": ms(called, places[:max(2, args.steps // 10)], device)}
-    floor, inputs = floor_of(training, places[0])
-    if device == "cuda":
-        row["kernels"], row["device"] = kernels(called, places[0])
-        step = train.step_of(training)
-        warm(step, places, device)
-        row["graph"] = ms(step, places[:args.steps], device)
+    called = train.step_of(run._replace(config=dataclasses.replace(config, no_graph=True)))
+    warm(called, drawn, device)
+    row = {"called": ms(called, drawn[:max(2, args.steps // 10)], device)}
+    floor, inputs = floor_of(run, drawn[0])
+    if device.type == "cuda":
+        row["kernels"], row["device"] = kernels(called, drawn[0])
+        step = train.step_of(run)
+        warm(step, drawn, device)
+        row["graph"] = ms(step, drawn[:args.steps], device)
         row["MiB"] = torch.cuda.max_memory_allocated() / 2**20
         floor = command.CudaGraph(floor)
     warm(floor, [inputs] * 5, device)
     row["floor"] = ms(floor, [inputs] * args.steps, device)
 
+    subjects = {"student": train.classifier(run.student, run.mean, run.std, config)}
+
     def test(images):
-        train.predict_split(training.model.student, images, config)
+        train.predict(subjects, data.blocks(images, None, 0, device))
 
     images = split.images[:TEST]
     test(images)
@@ -156,23 +156,22 @@ def clip(args):
         model, side = clip_model.CLIP(32, 32, 1, 64, 16, 64, 514, 64, 1, 1), 32
     else:
         model, side = clip_model.CLIP(768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12), 224
-    config = train.Config(device=args.device)
     model = model.eval().to(args.device)
     images = torch.randint(256, (250, 3, 32, 32), dtype=torch.uint8, device=args.device)
-    classes = [torch.randn(K, model.embed_dim, device=args.device)]
+    classes = torch.randn(K, model.embed_dim, device=args.device)
     few, rows = 4, {}
 
     def preprocess(images):
         clip_model.preprocess(images, side)
 
     def views(images):
-        targets.clip_view(config, model, classes, images)
+        train.clip_view(model, classes, images)
 
     for name, function in (("preprocess", preprocess), ("float32", views), ("float16", views)):
         if name == "float16":
-            exact = targets.clip_view(config, model, classes, images)[0]
-            targets.halve(model.visual)
-            change = (targets.clip_view(config, model, classes, images)[0] - exact).abs().max()
+            exact = train.clip_view(model, classes, images)[0]
+            model.visual.half()
+            change = (train.clip_view(model, classes, images)[0] - exact).abs().max()
         function(images)
         rows[name] = 250_000 / ms(function, [images] * few, args.device)
     try:
@@ -185,7 +184,8 @@ def clip(args):
         if args.small:
             settings.num_hidden_layers = 1
         theirs = CLIPVisionModel(settings).eval().to(args.device, torch.float16)
-        pixels = torch.randn(250 if args.device == "cuda" else 2, 3, 224, 224, device=args.device,
+        count = 250 if args.device.type == "cuda" else 2
+        pixels = torch.randn(count, 3, 224, 224, device=args.device,
                              dtype=torch.float16)
         with torch.inference_mode():
             theirs(pixels)
@@ -226,8 +226,8 @@ def main():
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --small is a smoke test")
-    command.set_up_gpu(args.device)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    args.device = command.use_device(args.device)
+    name = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}; "
           f"{args.images} images, graphs of {args.steps} steps")
     for part, function in (("steps", steps), ("clip", clip), ("corruptions", corrupt)):

@@ -13,7 +13,6 @@ each bank; the losses are the same.
 """
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import time
@@ -97,11 +96,11 @@ def straightforward_epoch(loader, steps, student, teacher, criterion, memory, op
         optimizer.step()
 
 
-def new_training(split, tables):
-    """-> a train.Training of a new student, and its teacher as it was before it was frozen."""
+def new_run(split, tables):
+    """-> a train.Run of a new student, and its teacher as it was before it was frozen."""
     torch.manual_seed(0)
     teacher = models.build_model("resnet56", K).eval()
-    frozen = train.Teachers([models.freeze(teacher)], CONFIG)
+    frozen = train.Teachers([models.freeze(teacher)], False)
     return train.begin(CONFIG, split, frozen, tables, 100.0), teacher
 
 
@@ -113,10 +112,10 @@ def augmentation(split, rounds):
             pass
 
     def ours():
-        for pixels, _, _ in data.batches(split, B, seed=0):
-            data.to_input(pixels, 32, INFO.mean, INFO.std)
+        for drawn in data.epoch(split, (), B, seed=0):
+            data.to_input(data.look_up(split, (), drawn)[0], INFO.mean, INFO.std)
 
-    seconds = take_turns({"torchvision, 2 workers": torchvisions, "data.batches": ours}, rounds)
+    seconds = take_turns({"torchvision, 2 workers": torchvisions, "data.epoch": ours}, rounds)
     print(f"\n(a) crop, flip, normalise{'images/s':>22}{'ratio':>8}")
     for name, value in seconds.items():
         ratio = seconds["torchvision, 2 workers"] / value
@@ -126,12 +125,10 @@ def augmentation(split, rounds):
 def frozen_teacher(split, rounds):
     torch.manual_seed(0)
     teacher = models.build_model("resnet56", K).eval()
-    pixels, _, _ = next(data.batches(split, B, seed=0))
-    inputs = data.to_input(pixels, 32, INFO.mean, INFO.std)
+    inputs = data.to_input(split.images[:B], INFO.mean, INFO.std)
     plain = inputs.contiguous()
-    amp = dataclasses.replace(CONFIG, amp=True)
-    frozen = train.Teachers([models.freeze(teacher)], CONFIG)
-    bfloat16 = train.Teachers([models.freeze(teacher)], amp)
+    frozen = train.Teachers([models.freeze(teacher)], False)
+    bfloat16 = train.Teachers([models.freeze(teacher)], True)
     with torch.no_grad():
         expected = teacher(plain)[0]
         functions = {"plain, eval mode": lambda: teacher(plain), "frozen": lambda: frozen(inputs),
@@ -149,44 +146,45 @@ def epoch(split, tables, steps, rounds):
     N, images = len(split.labels), steps * B
     few = data.Split(split.images[:images], split.labels[:images], split.class_names)
     few_tables = tuple(table[:images] for table in tables)
-    training, _ = new_training(split, tables)  # with banks of N rows
-    training = training._replace(split=few, tables=few_tables)
-    step, model, teachers = train.step_of(training), training.model, training.teachers
+    run, _ = new_run(split, tables)  # with banks of N rows
+    run = run._replace(split=few, tables=few_tables)
+    step, teachers = train.step_of(run), run.teachers
 
-    pixels, labels, index, cosines, features = next(data.batches(few, B, 0, tables=few_tables))
-    inputs = data.to_input(pixels, 32, INFO.mean, INFO.std)
-    outputs = [x.detach().requires_grad_() for x in model.student(inputs)]
+    drawn = next(data.epoch(few, few_tables, B, 0))
+    pixels, labels, index, cosines, features = data.look_up(few, few_tables, drawn)
+    inputs = data.to_input(pixels, INFO.mean, INFO.std)
+    outputs = [x.detach().requires_grad_() for x in run.student(inputs)]
     supervision = (*teachers(inputs), 100 * cosines.float(), features.float(), labels, index)
 
     def ours():
-        train.train_epoch(training, step, 0, files.Progress("", N), [])
+        train.train_epoch(run, step, 0, files.Progress("", N))
 
     def floor():
         for _ in range(steps):
             teachers(inputs)
-            F.cross_entropy(model.student(inputs)[0], labels).backward()
+            F.cross_entropy(run.student(inputs)[0], labels).backward()
 
     def losses():
         for _ in range(steps):
-            model.criterion(*outputs, *supervision)[0].backward()
+            run.criterion(*outputs, *supervision)[0].backward()
 
     def look_up():
-        for pixels, *_ in data.batches(few, B, 0, tables=few_tables):
-            data.to_input(pixels, 32, INFO.mean, INFO.std)
+        for drawn in data.epoch(few, few_tables, B, 0):
+            data.to_input(data.look_up(few, few_tables, drawn)[0], INFO.mean, INFO.std)
 
     def optimise():
         for _ in range(steps):
-            training.optimizer.step()
+            run.optimizer.step()
 
-    other, plain_teacher = new_training(split, tables)
-    plain = other.model.to(memory_format=torch.contiguous_format)
+    plain, plain_teacher = new_run(split, tables)
+    plain.student.to(memory_format=torch.contiguous_format)
     memory = richkd.ContrastiveMemory(N, d, J, negatives="per-image")
     loader = straightforward_loader(split, J)
     fewer = min(4, steps)  # of its steps, which are slow
 
     def straightforward():
         straightforward_epoch(loader, fewer, plain.student, plain_teacher, plain.criterion, memory,
-                              other.optimizer, tables)
+                              plain.optimizer, tables)
 
     seconds = take_turns({
         "straightforward loop": straightforward, "epoch of train.py": ours, "floor": floor,

@@ -1,4 +1,4 @@
-"""A script as a command: its settings, its command line, its errors, its signals, its processes.
+"""A script as a command: its settings, its command line, its errors, its device, its processes.
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -6,8 +6,8 @@
 
     main(lambda: show(run(parse(Config, __doc__))))
 
-What a user can mend is one line on stderr and exit status 2; Ctrl-C and SIGTERM end a script by a
-KeyboardInterrupt, under `signals` after the step. torchrun starts one process a GPU, its ranks.
+What a user can mend is one line on stderr and exit status 2. torchrun starts one process a GPU, its
+ranks, which every script here joins by `join_ranks`.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import functools
 import os
 import signal
 import sys
+import warnings
 from datetime import timedelta
 
 if sys.version_info < (3, 11):  # met before a module that an older one cannot evaluate
@@ -33,8 +34,8 @@ from support import files
 
 
 def setting(default, text, **metadata):
-    """A dataclass field with its line of help. metadata: argparse's type, nargs, metavar, const,
-    choices; `within`, the bounds of a number; `above`, what it must exceed."""
+    """A dataclass field with its line of help. metadata: argparse's nargs, metavar, const, choices;
+    `within`, the bounds of a number; `above`, what it must exceed."""
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
@@ -52,9 +53,9 @@ def check(config):
             raise ValueError(f"{name} {value!r}: expected one of {', '.join(known['choices'])}")
         if "above" in known and not value > known["above"]:
             raise ValueError(f"{name} {value}: expected more than {known['above']}")
-        low, high = known.get("within", (value, value))
-        if not low <= value <= high:
-            raise ValueError(f"{name} {value}: expected {low} to {high}")
+        if "within" in known and not known["within"][0] <= value <= known["within"][1]:
+            raise ValueError(f"{name} {value}: expected {known['within'][0]} to "
+                             f"{known['within'][1]}")
 
 
 def parse(config_class, text, arguments=None):
@@ -70,13 +71,12 @@ def parse(config_class, text, arguments=None):
     for field in dataclasses.fields(config_class):
         extra = {key: value for key, value in field.metadata.items()
                  if key not in ("within", "above")}
-        if field.default is False:
+        if field.type is bool:
             extra["action"] = "store_true"
-        elif "nargs" not in extra:
-            extra.setdefault("type", type(field.default))
-        told = field.default is not None and field.default is not False
-        default = f" ({field.default})" if told else ""
-        extra["help"] = extra["help"].replace("%", "%%") + default
+        elif field.type is not tuple:
+            extra["type"] = field.type
+        told = "" if field.default in (None, False) else f" ({field.default})"
+        extra["help"] = extra["help"].replace("%", "%%") + told
         parser.add_argument(flag(field.name), default=field.default, **extra)
     return config_class(**vars(parser.parse_args(arguments)))
 
@@ -88,17 +88,20 @@ def show(text):
 
 
 def main(job):
-    """Run a script's job. What the user can mend is one line on stderr and exit status 2; a signal
-    ends it with one line and, as shells have it, status 128 + its number."""
+    """Run a script's job. What the user can mend is one line on stderr and exit status 2; SIGINT
+    and SIGTERM end it wherever it is, by a KeyboardInterrupt, with one line and, as shells have
+    it, status 128 + the signal's number. A warning is one line, too."""
     def interrupt(number, frame):
-        raise KeyboardInterrupt(number, "")
+        raise KeyboardInterrupt(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    warnings.showwarning = lambda message, *_: files.note(str(message))
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
     try:
         job()
-        leave_ranks()
+        if dist.is_initialized():  # whose threads must end before Python does
+            dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
         said = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:  # without "[Errno 2]"
@@ -106,55 +109,37 @@ def main(job):
         print(f"{clear}error: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        number, state = error.args or (signal.SIGINT, "")
         if rank() == 0:
-            print(f"{clear}interrupted{state}; the same command goes on", file=sys.stderr)
-        if state:  # all ranks have stopped at one step
-            leave_ranks()
-        sys.exit(128 + number)
+            print(f"{clear}interrupted; the same command goes on from what is kept",
+                  file=sys.stderr)
+        sys.exit(128 + (error.args or (signal.SIGINT,))[0])
 
 
-@contextlib.contextmanager
-def signals():
-    """-> a list that SIGINT and SIGTERM add themselves to, instead of ending the process."""
-    caught = []
-    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+# Device -------------------------------------------------------------------------------------------
+
+
+def use_device(name, deterministic=False):
+    """-> the torch.device, a GPU told how to compute. Raises ValueError where torch cannot use it.
+    """
     try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# Device and processes -----------------------------------------------------------------------------
-
-
-def check_device(device):
-    """Raises ValueError where torch cannot use the device."""
-    try:
+        device = torch.device(name)
         torch.empty(0, device=device).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
-
-
-def set_up_gpu(device, deterministic=False):
-    """How a GPU of CUDA's is to compute; nothing for another device."""
-    if torch.device(device).type != "cuda":
-        return
-    torch.cuda.set_device(torch.device(device).index or 0)  # whose streams are used
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it anyway
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # what has none is named
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # whose streams are used
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it anyway
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)  # what has none is named
+    return device
 
 
 def autocast(config):
     """bfloat16 autocast on config.device where config.amp asks for it."""
-    device = torch.device(config.device).type
-    return torch.autocast(device, torch.bfloat16, enabled=config.amp)
+    return torch.autocast(config.device.type, torch.bfloat16, enabled=config.amp)
 
 
 @functools.cache
@@ -166,19 +151,14 @@ def second_stream(device):
 
 @contextlib.contextmanager
 def beside(device):
-    """What a GPU is given here runs beside what follows, until `join`; elsewhere in its turn."""
-    stream = second_stream(device)
+    """What a GPU is given here runs beside what follows, until the function is called that comes
+    with it: `with beside(device) as join: ...`. Elsewhere it runs in its turn."""
+    stream, current = second_stream(device), None
     if stream:
-        stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-        yield
-
-
-def join(device):
-    """What follows waits for what `beside` gave the GPU."""
-    stream = second_stream(device)
-    if stream:
-        torch.cuda.current_stream(device).wait_stream(stream)
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+    with torch.cuda.stream(stream):  # of None: nothing
+        yield lambda: stream and current.wait_stream(stream)
 
 
 class CudaGraph:
@@ -191,15 +171,12 @@ class CudaGraph:
 
     def __init__(self, function, plain_calls=3):
         self.function, self.plain_calls = function, plain_calls
-        self.shape, self.graph = None, None
+        self.argument, self.graph = None, None
 
     def __call__(self, argument):
-        with torch.cuda.device(argument.device):
-            return self.call(argument)
-
-    def call(self, argument):
-        self.shape = self.shape or argument.shape
-        if argument.shape != self.shape:
+        if self.argument is None:
+            self.argument = argument.clone()
+        if argument.shape != self.argument.shape:
             return self.function(argument)
         if self.plain_calls:
             self.plain_calls -= 1
@@ -210,12 +187,15 @@ class CudaGraph:
             current.wait_stream(stream)
             return result
         if self.graph is None:
-            self.argument, self.graph = argument.clone(), torch.cuda.CUDAGraph()
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.result = self.function(self.argument)
         self.argument.copy_(argument)
         self.graph.replay()
         return self.result
+
+
+# Processes ----------------------------------------------------------------------------------------
 
 
 def rank():
@@ -237,22 +217,13 @@ def join_ranks(config):
             files.note(f"{', '.join(left)} set without {', '.join(missing)}: ignored, this is one "
                        "process; torchrun starts several")
         return config
-    cuda = config.device.startswith("cuda")
-    if cuda:
-        config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        check_device(config.device)  # torchrun may start more processes than there are GPUs
-        torch.cuda.set_device(config.device)
+    backend, device = "gloo", None
+    if config.device.type == "cuda":  # torchrun may start more processes than there are GPUs
+        device = use_device(f"cuda:{os.environ['LOCAL_RANK']}", config.deterministic)
+        backend, config = "nccl", dataclasses.replace(config, device=device)
     if not dist.is_initialized():  # ranks wait while one of them reads or makes what all need
-        device = torch.device(config.device) if cuda else None  # NCCL warns where it must guess
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=2),
-                                device_id=device)
+        dist.init_process_group(backend, timeout=timedelta(days=2), device_id=device)
     return config
-
-
-def leave_ranks():
-    """End the process group, whose threads must end before Python does."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def rank_zero_first(work):
@@ -263,12 +234,3 @@ def rank_zero_first(work):
     if rank() == 0 and world() > 1:
         dist.barrier()
     return result
-
-
-def any_rank(caught, device):
-    """The signal that any of the ranks caught, 0 for none: all ranks stop at the same step."""
-    number = max(caught, default=0)
-    if world() > 1:
-        number = torch.tensor(number, device=device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)

@@ -1,121 +1,157 @@
-"""A run's folder, and what a run depends on: its settings, its data and the files that it names.
+"""What a result depends on, what is kept by it, and the folder of a run.
 
-    splits = load_splits(config)         # the data, as --fraction, --holdout and names have it
-    found = inputs(config, splits)       # digests of data and files, wherever these lie
-    folder = open_run(config)            # ValueError where it holds a run of other settings,
-    check_inputs(folder, config, found)  # of other data or files
-    begin_run(config, folder, found)     # config.json: all of it
-    log = restore(folder / "last.pt", stateful)    # of the epochs before; [] at the beginning
-    keep_epoch(config, folder, log, stateful, progress)  # log.csv, last.pt
-    summarize(config, log, table)        # what summary.json holds
+    identity(split)                        # JSON values: classes, number and content of images
+    cached(path, key, make)                # what make() returns, kept by all that it depends on
+    folder, summary = open_run(config, inputs)   # ValueError where it holds another run
+    begin_run(config, folder, inputs)      # config.json: all of it
+    log = restore(folder / "last.pt", stateful)  # of the epochs before; [] at the beginning
+    keep_epoch(folder, log, stateful)      # log.csv, last.pt
 
 The same data and files in another place are no difference; others in the same place are one.
 """
 
 import dataclasses
 import hashlib
-import json
+import itertools
 import os
 from pathlib import Path
 
 import torch
 
-import clip_model
-import data
-import models
-import targets
-from support import clip_weights, files, folders, keys
-from support.command import flag, world
+from support import checkpoints, files
+from support.command import flag
 
 # What does not change a result; the other fields are a run's settings.
-PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "overwrite",
-          "tensorboard")
+PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "overwrite")
 # Settings that name files: what is in these decides, not where they lie. The names of the classes
 # are part of the data.
 FILES = ("teacher_weights", "clip", "bpe", "prompts", "class_names")
 ANEW = "--overwrite starts the run anew"
 OTHERWISE = "--out names another folder, --overwrite starts anew"
 
+# Data ---------------------------------------------------------------------------------------------
+
+
+def digest_files(paths):
+    """SHA-256 of files: of each the last two parts of its name and its size; of a JPEG or PNG the
+    last 256 bytes, in which the one ends its pixels and the other has its checksum; of any other
+    all of it. 100,000 JPEGs take a second or two."""
+    digest = hashlib.sha256()
+    for path in map(str, paths):
+        with open(path, "rb", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 256))
+            content = file.read()
+        if not path[-5:].lower().endswith((".jpeg", ".jpg", ".png")):
+            content = files.file_digest(path).encode()
+        name = os.fsencode("/".join(path.replace(os.sep, "/").rsplit("/", 2)[-2:]))
+        digest.update(b"%d %d %b %b" % (len(name), size, name, content))
+    return digest.hexdigest()
+
+
+def identity(split):
+    """What tells a data.Split from any other, as JSON has it: {"images": N, "class_names",
+    "class_ids", "content": SHA-256 of labels and images}. The same data elsewhere has the same."""
+    digest = hashlib.sha256(split.labels.contiguous().numpy())
+    if hasattr(split.images, "paths"):  # a Stream
+        digest.update(digest_files(split.images.paths).encode())
+    else:
+        digest.update(str(tuple(split.images.shape)).encode())
+        for block in split.images.split(1000):
+            digest.update(block.cpu().contiguous().numpy())
+    return {"images": len(split.labels), "class_names": list(split.class_names),
+            "class_ids": list(split.ids), "content": digest.hexdigest()}
+
+
+def class_difference(there, here):
+    """The first class in which two listings, in the labels' order, differ, in words, or None."""
+    for k, (before, now) in enumerate(itertools.zip_longest(there, here)):
+        if before != now:
+            return f"class {k} is {before!r} there and {now!r} here"
+    return None
+
+
+def difference(there, here, names=True):
+    """What two `identity` differ in, in words; None where they are the same. Without `names` these,
+    which CLIP alone is asked for, are not compared."""
+    for what in ("class_ids", "class_names") if names else ("class_ids",):
+        differ = class_difference(there[what], here[what])
+        if differ:
+            return differ
+    if there["images"] != here["images"]:
+        return f"{there['images']} images there, {here['images']} here"
+    return "other images or labels" if there["content"] != here["content"] else None
+
+
+def cached(path, key, make):
+    """What make() returns, tensors in a tuple or a dict, kept in a file PATH-DIGEST.pt that is
+    mapped into memory, so that processes share it; made where there is none, or a damaged one.
+
+    key: a dict of JSON values, all that it depends on."""
+    digest = files.json_digest(key)
+    path = Path(f"{path}-{digest[:16]}.pt")
+    if path.is_file():
+        try:
+            with files.undamaged(path, "it is made anew"):
+                kept = torch.load(path, mmap=True, weights_only=True)
+                if (kept["format"], kept["key"]) == (files.FORMAT, digest):
+                    return kept["content"]
+        except files.Damaged as error:
+            files.note(str(error))
+    files.save(path, {"key": digest, "content": make()})
+    return torch.load(path, mmap=True, weights_only=True)["content"]
+
+
+# Checkpoints of classifiers -----------------------------------------------------------------------
+
+
+def input_size(path, about, split, info):
+    """The side of the images that a checkpoint reads: what it says of itself, `about` (as
+    `checkpoints.read_about` has it), else that of `info`, a data set's. Raises ValueError where its
+    classes are not the split's, or its images' mean and std not info's."""
+    with files.undamaged(path, "expected what train.py leaves"):
+        there = list(about.get("class_ids") or about.get("class_names") or split.ids)
+        here = list(split.ids if about.get("class_ids") else split.class_names)
+        differ = there not in (here, list(split.ids)) and class_difference(there, here)
+        size = int(about.get("image_size", info.image_size))
+        own = [[float(value) for value in about.get(name, getattr(info, name))]
+               for name in ("mean", "std")]
+    if differ:
+        raise ValueError(f"{path} knows other classes: {differ}")
+    if own != [list(info.mean), list(info.std)]:
+        raise ValueError(f"{path} reads images of mean and std {own}; those of this data set are "
+                         f"normalised with {[list(info.mean), list(info.std)]}: expected the same")
+    return size
+
+
+# A run's folder -----------------------------------------------------------------------------------
+
 
 def settings(config):
     """The settings that decide the result, as JSON has them."""
-    everything = dataclasses.asdict(config)
-    return json.loads(json.dumps({k: v for k, v in everything.items() if k not in PLACES}))
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(config).items() if name not in PLACES}
 
 
-def load_split(config, name):
-    """A split of the config's data set, with --class-names; train.py's config or evaluate.py's."""
-    split = data.load_dataset(config.dataset, config.data_dir, name, config.cache_dir)
-    return data.rename_classes(split, config.class_names) if config.class_names else split
-
-
-def load_splits(config):
-    """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
-    names = ("train", "test", *data.DATASETS[config.dataset].shifts)
-    splits = {name: load_split(config, name) for name in names
-              if name != "test" or not config.holdout}
-    kept = 1 - config.holdout
-    if config.holdout:
-        test = data.subset(splits["train"], kept, 1)
-        splits = {"train": splits["train"], "test": test, **splits}
-        held = {k: k for k in test.labels.tolist()}
-        folders.say_absent(held, data.ids_of(test), "--holdout", "the training images")
-    if kept * config.fraction < 1:
-        splits["train"] = data.subset(splits["train"], 0, kept * config.fraction)
-    N, least = len(splits["train"].labels), max(2, world())
-    if N < least:  # BatchNorm needs two, each rank one
-        raise ValueError(f"{config.data_dir}: {N} training images; expected at least {least}")
-    return splits
-
-
-def inputs(config, splits):
-    """What a run depends on beside its settings, as config.json has it: {"data": {split:
-    `keys.identity`}, "files": {setting: digest of what it names}}, of a method without a teacher or
-    without CLIP nothing that only these read. config: a resolved train.Config. Raises OSError and
-    ValueError for files that cannot be read."""
-    found = {}
-    if config.teacher_weights:
-        paths = [models.imagenet_file(name) if path == "imagenet" else path
-                 for name, path in zip(config.teacher, config.teacher_weights)]
-        found["teacher_weights"] = [files.file_digest(path) for path in paths]
-    if config.clip:
-        templates = clip_model.load_templates(config.prompts or targets.PROMPTS)
-        found["clip"] = config.clip
-        if config.clip not in ("tiny", *clip_weights.PUBLIC_CLIPS):  # of these it says all
-            path, listing = clip_weights.find(config.clip, config.cache_dir)
-            found["clip"] = files.json_digest([files.file_digest(path), listing])
-        found["prompts"] = files.json_digest(templates)
-        found["bpe"] = (files.file_digest(config.bpe) if config.bpe
-                        else clip_weights.BPE_DIGEST.removeprefix("sha256:"))
-    return {"data": {name: keys.identity(split) for name, split in splits.items()},
-            "files": found}
-
-
-def difference(about, config, here):
-    """What a run's config.json, `about`, and a config with its `inputs`, `here`, differ in besides
+def inputs_differ(about, config, here):
+    """What a run's config.json, `about`, and a config with its inputs, `here`, differ in besides
     settings, in words; None where in nothing. A split that only one of them has is not compared."""
-    there, before = about["inputs"], about["settings"]
+    there = about["inputs"]
     for name in here["data"]:
-        differ = name in there["data"] and keys.difference(
+        differ = name in there["data"] and difference(
             there["data"][name], here["data"][name], names=config.clip is not None)
         if differ:
             return f"other data in its {name} split: {differ}"
     for name in FILES:
         if there["files"].get(name) != here["files"].get(name):
-            was, now = before.get(name), settings(config)[name]
-            return (f"other content of {flag(name)} {now}" if was == now
-                    else f"{flag(name)} {was} there, {now} here")
+            return f"other content of {flag(name)} {getattr(config, name)}"
     return None
 
 
-def holds_run(folder):
-    """Whether there is a run to go on with, or a finished one."""
-    return any((folder / name).is_file() for name in ("last.pt", "summary.json"))
-
-
-def open_run(config):
-    """The run's folder, nothing changed in it. Raises ValueError where it holds something else than
-    a run of these settings, which --overwrite starts anew."""
+def open_run(config, inputs):
+    """-> the run's folder, nothing changed in it, and its summary if it is finished, else None.
+    Raises ValueError where it holds something else than a run of these settings, data and files,
+    which --overwrite starts anew. inputs: as train.py's `inputs` has them."""
     teacher = "+".join(config.teacher) or "none"
     name = f"{config.dataset}-{config.method}-{teacher}-{config.student}-s{config.seed}"
     folder = Path(config.out or Path("runs") / name)
@@ -124,104 +160,58 @@ def open_run(config):
     if "config.json" not in names and any(name[0] != "." for name in names):
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names "
                          "another folder")
-    if config.overwrite or not holds_run(folder):
-        return folder
+    if config.overwrite or not {"last.pt", "summary.json"} & {*names}:
+        return folder, None
+    about = files.read_json(folder / "config.json", ANEW)
     with files.undamaged(folder / "config.json", ANEW):
-        there = files.read_own(folder / "config.json", ANEW)["settings"]
-        here = settings(config)
+        there, here = about["settings"], settings(config)
         differ = [f"{flag(name)} {there.get(name)} there, {here.get(name)} here"
                   for name in {**there, **here}
                   if name not in FILES and there.get(name) != here.get(name)]
-    if differ:
-        raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}; "
-                         f"{OTHERWISE}")
-    return folder
-
-
-def check_inputs(folder, config, here):
-    """Raises ValueError, naming what differs, where the folder holds a run of other data or files
-    than `here`, the config's `inputs`."""
-    if config.overwrite or not holds_run(folder):
-        return
-    path = folder / "config.json"
-    about = files.read_own(path, ANEW)
-    if "inputs" not in about:
-        raise ValueError(f"{folder} holds a run of an earlier version, which did not note its data "
-                         f"and files; {OTHERWISE}")
-    with files.undamaged(path, ANEW):
-        differ = difference(about, config, here)
+        differ = "other settings: " + "; ".join(differ) if differ else inputs_differ(
+            about, config, inputs)
     if differ:
         raise ValueError(f"{folder} holds a run with {differ}; {OTHERWISE}")
+    if "summary.json" not in names:
+        return folder, None
+    return folder, files.read_json(folder / "summary.json", ANEW)
 
 
-def begin_run(config, folder, found):
-    """Empty the folder of its run, if it holds one, and write config.json. found: `inputs`."""
-    left = ("summary.json", "last.pt", "student.pt", "log.csv", "report.json", "report.png",
-            "samples.png")
-    for path in (*(folder / name for name in left), *folder.glob("events.out.tfevents.*")):
-        path.unlink(missing_ok=True)
-    here = Path(__file__).resolve().parent
-    source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py"))))
+def begin_run(config, folder, inputs):
+    """Empty the folder of its run, if it holds one, and write config.json."""
+    for name in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json", "report.png",
+                 "samples.png"):
+        (folder / name).unlink(missing_ok=True)
+    places = {name: getattr(config, name) for name in PLACES}
     files.write_json(folder / "config.json", {
-        "settings": settings(config), "inputs": found,
-        "places": {name: getattr(config, name) for name in PLACES},
-        "torch": torch.__version__, "source": source.hexdigest()})
+        "settings": settings(config), "inputs": inputs, "torch": torch.__version__,
+        "places": {**places, "device": str(config.device)}})
 
 
 def restore(path, stateful):
     """Read last.pt into modules and optimiser, `stateful`; -> its log, [] where there is no file.
-    Raises ValueError where it is damaged."""
+    Raises files.Damaged where it is damaged."""
     if not path.is_file():
         return []
-    last = files.read_own(path, ANEW)
-    with files.undamaged(path, ANEW):
-        earlier = "memory._extra_state" in last["criterion"]
-    if earlier:
-        raise ValueError(f"{path} is of an earlier version, which drew other negatives; {ANEW}")
+    last = checkpoints.read_own(path, ANEW)
     with files.undamaged(path, ANEW):
         for name, part in stateful.items():
             part.load_state_dict(last[name])
         return list(last["log"])
 
 
-def keep_epoch(config, folder, log, stateful, progress):
-    """log.csv and last.pt as they stand after an epoch; its line for people, and for tensorboard
-    where that is asked for."""
+def keep_epoch(folder, log, stateful):
+    """log.csv and last.pt as they stand after an epoch, each row of `log` a dict."""
     lines = [",".join(log[0])] + [",".join(map(str, row.values())) for row in log]
     files.write_atomically(folder / "log.csv", "".join(line + "\n" for line in lines).encode())
-    state = {name: part.state_dict() for name, part in stateful.items()}
-    files.save(folder / "last.pt", {**state, "log": log})
-    row = log[-1]
-    note = (f"epoch {row['epoch']}/{config.epochs} | loss {row['loss']:.3f} | accuracy "
-            f"{row['train_accuracy']:.1f} % | test {row['test_accuracy']:.1f} %")
-    progress.update(row["epoch"] * progress.total // config.epochs, note, keep=True)
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter(folder) as writer:
-            for name, value in row.items():
-                writer.add_scalar(name, value, row["epoch"])
-
-
-def summarize(config, log, table):
-    """What summary.json holds. The accuracies are the last epoch's; the best one is chosen on the
-    test split itself and stands there for information only. Seconds are those of the student."""
-    best = max(log, key=lambda row: row["test_accuracy"])
-    return {
-        "dataset": config.dataset, "method": config.method,
-        "teacher": "+".join(config.teacher) or None, "student": config.student,
-        "seed": config.seed, "epochs": config.epochs, "clip": config.clip,
-        **{f"{who}_accuracy": row.get("test") for who, row in table.items()},
-        "shift_accuracy": table["student"].get("shift"), "accuracies": table,
-        "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"],
-        "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
-        "seconds": sum(row["seconds"] for row in log), "device": config.device,
-        "torch": torch.__version__}
+    files.save(folder / "last.pt", {"log": log, **{
+        name: part.state_dict() for name, part in stateful.items()}})
 
 
 def summary_table(summary):
     """The summary's accuracies as text: a row a model, a column a split."""
-    names = {"clip": f"CLIP zero-shot ({summary['clip']})", "teacher": f"teacher "
-             f"{summary['teacher']}", "fused": "fused teacher",
+    names = {"clip": f"CLIP zero-shot ({Path(summary['clip'] or '').name})",
+             "teacher": f"teacher {summary['teacher']}", "fused": "fused teacher",
              "student": f"student {summary['student']} ({summary['method']})"}
     rows = {who: row for who, row in summary["accuracies"].items() if row}
     width = max(len(names[who]) for who in rows)
@@ -230,22 +220,3 @@ def summary_table(summary):
         cells = "".join(f"{value:10.1f}" for value in row.values())
         lines.append(f"{names[who]:{width}}{cells}")
     return "\n".join(lines)
-
-
-def input_of(about, info):
-    """mean, std and side of the images that a checkpoint reads: what it says of itself
-    (`checkpoints.read_about`), or else `info`, a data set's. Raises for values of another kind."""
-    found = {**info._asdict(), **about}
-    mean, std = (tuple(torch.tensor(found[name], dtype=torch.float64).view(3).tolist())
-                 for name in ("mean", "std"))
-    return mean, std, int(found["image_size"])
-
-
-def class_difference(about, split):
-    """What the classes of a checkpoint, by `checkpoints.read_about`, and of a split differ in, in
-    words; None where in nothing, or where the file does not say."""
-    ids, names = data.ids_of(split), list(split.class_names)
-    there = list(about.get("class_ids") or about.get("class_names") or ids)
-    if there in (ids, names):
-        return None
-    return keys.class_difference(there, ids if about.get("class_ids") else names)

@@ -1,51 +1,34 @@
-"""command.py: the Python it needs, and whom it joins. Its settings, errors and signals are tested
-with the scripts that use them."""
+"""command.py: the Python it needs, what it refuses, whom it joins, what it makes of a signal."""
 
 import ast
 import dataclasses
 import os
+import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import torch
+from helpers import ROOT, python
 
+import evaluate
+import train
 from support import command
 
-ROOT = Path(__file__).resolve().parents[1]
-OURS = sorted(path.stem for path in ROOT.glob("*.py"))
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "29500"}
-
-
-def python(script, *arguments):
-    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True,
-                          text=True, cwd=ROOT)
-
-
-# Other Pythons and systems ------------------------------------------------------------------------
 
 OLDER = """
 import runpy, sys, torch, torchvision
 sys.version_info = (3, 10, 13, "final", 0)
-try:
-    runpy.run_path(sys.argv[1], run_name="__main__")
-finally:
-    print(*sys.modules)
+runpy.run_path("train.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
-def test_command_refuses_an_older_python_before_anything_that_it_cannot_read(name):
-    done = python(OLDER, name)
-    assert (done.returncode, done.stderr) == (
-        2, "error: this is Python 3.10, expected 3.11 or newer: install requirements.txt for a "
-           "newer one and start it with that\n")
-    met = {*done.stdout.split()} & {*OURS}
-    assert "richkd" not in met  # its annotations need 3.10
-    for path in (name, "command.py", *(f"{module}.py" for module in met)):
-        ast.parse((ROOT / path).read_text("utf-8"), feature_version=(3, 8))
+@pytest.mark.slow
+def test_command_refuses_an_older_python_before_anything_that_it_cannot_read():
+    done = python("-c", OLDER, cwd=ROOT)
+    assert done.returncode == 2 and "3.11" in done.stderr and done.stderr.count("\n") == 1
+    ast.parse((ROOT / "support/command.py").read_text("utf-8"), feature_version=(3, 8))
 
 
 ELSEWHERE = """
@@ -57,7 +40,8 @@ for name in ("fork", "sched_getaffinity", "sysconf", "uname", "getuid", "statvfs
     delattr(os, name)
 for name in ("SIGKILL", "SIGHUP", "SIGALRM", "SIGCHLD", "SIGUSR1", "SIGPIPE", "pthread_sigmask"):
     delattr(signal, name)
-import """ + ", ".join(OURS) + """
+import evaluate, train
+from support import command, shapes
 shapes.SIZES = {"train": 40, "test": 20, "shift": 20}
 folder = sys.argv[1]
 command.main(lambda: train.run(train.Config(
@@ -66,11 +50,60 @@ command.main(lambda: train.run(train.Config(
 """
 
 
+@pytest.mark.slow
 def test_main_of_a_system_without_what_posix_alone_has(tmp_path):
     """As on Windows: every module is imported, and a run from the shapes to its summary made."""
-    done = python(ELSEWHERE, str(tmp_path))
+    done = python("-c", ELSEWHERE, tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_parse_gives_help_without_a_home():
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("HOME", "RICHKD_CACHE")}
+    code = ("import os.path\nos.path.expanduser = lambda path: path\nimport evaluate, train\n"
+            "from support import command\ncommand.parse(train.Config, '', ['--help'])\n")
+    done = python("-c", code, env=environment, cwd=ROOT)
+    assert done.returncode == 0 and "--cache-dir" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("config", [train.Config, evaluate.Config])
+def test_parse_lists_every_flag_with_choices_and_defaults(config, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(config, "", ["--help"])
+    text = capsys.readouterr().out
+    assert all(command.flag(field.name) in text for field in dataclasses.fields(config))
+    assert "{shapes,cifar10," in text
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--dataset", "mnist"], "--dataset"), (["--alpha", "1.5"], "--alpha"),
+    (["--epochs", "many"], "--epochs"), (["--epoch", "3"], "--epoch")])
+def test_main_says_it_in_one_line_and_exits_with_2(arguments, named, tmp_path, monkeypatch, capsys,
+                                                   handlers):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command.main(lambda: train.run(command.parse(train.Config, "", arguments)))
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert err.startswith("error: ") and named in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_main_ends_by_a_signal_with_its_status_and_one_line(number, capsys, handlers):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(lambda: os.kill(os.getpid(), number))
+    assert stopped.value.code == 128 + number
+    assert capsys.readouterr().err.startswith("interrupted")
 
 
 # Processes ----------------------------------------------------------------------------------------
@@ -78,7 +111,8 @@ def test_main_of_a_system_without_what_posix_alone_has(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    device: str = "cpu"
+    device: torch.device = torch.device("cpu")
+    deterministic: bool = False
 
 
 @pytest.fixture
@@ -89,21 +123,14 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize("left, said", [
-    ("WORLD_SIZE", "WORLD_SIZE set without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "),
-    ("RANK WORLD_SIZE", "RANK, WORLD_SIZE set without LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "),
-    ("LOCAL_RANK", "LOCAL_RANK set without RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: "),
-    ("WORLD_SIZE MASTER_ADDR MASTER_PORT", "WORLD_SIZE set without RANK, LOCAL_RANK: "),
-    ("RANK LOCAL_RANK WORLD_SIZE MASTER_PORT",
-     "RANK, LOCAL_RANK, WORLD_SIZE set without MASTER_ADDR: "),
-    ("MASTER_ADDR MASTER_PORT", None), ("SLURM_PROCID SLURM_NTASKS SLURM_LOCALID", None),
-])
+    ("WORLD_SIZE", True), ("RANK LOCAL_RANK WORLD_SIZE MASTER_PORT", True),
+    ("MASTER_ADDR MASTER_PORT", False), ("SLURM_PROCID SLURM_NTASKS SLURM_LOCALID", False)])
 def test_join_ranks_without_torchrun(left, said, environment, capsys):
     """What is left over is said once, by any rank that it names, and then there is none."""
     environment(**{name: "3" for name in left.split()})
     for _ in range(2):
         assert command.join_ranks(Config()) == Config()
-    rest = "ignored, this is one process; torchrun starts several\n"
-    assert capsys.readouterr().err == (said + rest if said else "")
+    assert capsys.readouterr().err.count("\n") == said
     assert not command.dist.is_initialized()
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & {*os.environ}
 
@@ -115,14 +142,13 @@ def test_join_ranks_as_torchrun_starts_one(environment, capsys):
     environment(**{**TORCHRUN, "MASTER_PORT": str(port)})
     try:
         assert command.join_ranks(Config()) == Config()
-        assert command.dist.is_initialized()
         assert (command.rank(), command.world()) == (0, 1)
     finally:
-        command.leave_ranks()
+        command.dist.destroy_process_group()
     assert capsys.readouterr().err == ""
 
 
 def test_join_ranks_of_more_processes_than_gpus(environment):
     environment(**{**TORCHRUN, "LOCAL_RANK": "99"})
-    with pytest.raises(ValueError, match="^--device cuda:99 cannot be used here: .*"):
-        command.join_ranks(Config("cuda"))
+    with pytest.raises(ValueError, match="--device cuda:99"):
+        command.join_ranks(Config(torch.device("cuda")))

@@ -15,11 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-import fused
 import models
 import train
 from support import command
-from teachers import Teachers
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {**{method: {} for method in train.METHODS}, "per-image": {"negatives": "per-image"},
@@ -46,32 +44,33 @@ class Crossings(TorchDispatchMode):
 
 
 def prepare(method, device):
-    """A `Training` of 40 random images on the device, as after its first step."""
+    """A `train.Run` of 40 random images on the device, as after its first step."""
     name = method if method in train.METHODS else "richkd"
     config = train.Config(method=name, teacher=("resnet8",), student="resnet8", num_negatives=16,
                           batch_size=8, device="cpu")
     config = train.resolve(dataclasses.replace(config, **METHODS[method]))
-    config = dataclasses.replace(config, device=device)
+    config = dataclasses.replace(config, device=torch.device(device))
     split = data.Split(torch.empty(40, 3, 32, 32, dtype=torch.uint8, device=device),
                        torch.zeros(40, dtype=torch.int64), ["a", "b", "c"])
     tables = (torch.zeros(40, 3).half(), torch.zeros(40, 5).half()) if config.clip else ()
     teachers = None
     if config.teacher:
         teachers = [models.freeze(models.build_model(name, 3)) for name in config.teacher]
-        teachers = Teachers(teachers, config).to(device)
-    training = train.begin(config, split, teachers, tables, 100.0)
-    if hasattr(training.model.criterion, "memory"):
-        training.model.criterion.memory.has_Z = True  # the first step is no graph's
-    for group in training.optimizer.param_groups:
-        group["lr"] = training.rate
-    return training
+        teachers = train.Teachers(teachers, config.amp).to(device)
+    run = train.begin(config, split, teachers, tables, 100.0)
+    if hasattr(run.criterion, "memory"):
+        run.criterion.memory.has_Z = True  # the first step is no graph's
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.rate
+    return run
 
 
-def on_fake_gpu(training):
+def on_fake_gpu(run):
     """The same within a FakeTensorMode, of tensors that say they are on a GPU."""
     def fake(value):
         return torch.empty(value.shape, dtype=value.dtype, device="cuda")
-    for module in (training.model, training.teachers):
+
+    for module in (run.student, run.criterion, run.teachers):
         for part in module.modules() if module else ():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
@@ -80,15 +79,14 @@ def on_fake_gpu(training):
             for name, buffer in part._buffers.items():
                 if buffer is not None:
                     part._buffers[name] = fake(buffer)
-    optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1, momentum=0.9,
-                                weight_decay=1e-4, fused=True)
-    rate = optimizer.param_groups[0]["lr"] = fake(training.rate)
-    split = training.split._replace(images=fake(training.split.images),
-                                    labels=fake(training.split.labels))
-    return training._replace(
-        config=dataclasses.replace(training.config, device="cuda"), split=split,
-        optimizer=optimizer, tables=tuple(map(fake, training.tables)), rate=rate,
-        **{name: fake(getattr(training, name)) for name in ("mean", "std", "sums")})
+    parameters = [*run.student.parameters(), *run.criterion.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
+    rate = optimizer.param_groups[0]["lr"] = fake(run.rate)
+    split = run.split._replace(images=fake(run.split.images), labels=fake(run.split.labels))
+    config = dataclasses.replace(run.config, device=torch.device("cuda"))
+    return run._replace(config=config, split=split, optimizer=optimizer, rate=rate,
+                        tables=tuple(map(fake, run.tables)),
+                        **{name: fake(getattr(run, name)) for name in ("mean", "std", "sums")})
 
 
 def no_backward(loss):
@@ -100,27 +98,28 @@ def no_backward(loss):
 @pytest.mark.parametrize("method", METHODS)
 def test_train_step_reads_nothing_from_a_gpu_and_copies_nothing_to_it(method, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", no_backward)
-    training = prepare(method, "cpu")
+    run = prepare(method, "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), Crossings() as crossings:
-        training = on_fake_gpu(training)
-        places = torch.zeros(4, 8, dtype=torch.int64, device="cuda")
-        means = train.train_step(training, places)
+        run = on_fake_gpu(run)
+        drawn = torch.zeros(4, 8, dtype=torch.int64, device="cuda")
+        means = train.train_step(run, drawn)
     assert not crossings.noted
-    assert means.device.type == "cuda" and means.shape == training.sums.shape
+    assert means.device.type == "cuda" and means.shape == run.sums.shape
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_train_step_and_its_backward_pass_on_meta_tensors(method, monkeypatch):
     """As above with autograd, on a device that has no numbers to read at all (and no fused SGD)."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **settings: contextlib.nullcontext())
-    training = prepare(method, "meta")
-    monkeypatch.setattr(training.optimizer, "step", lambda: None)
-    places = torch.zeros(4, 8, dtype=torch.int64, device="meta")
+    run = prepare(method, "meta")
+    monkeypatch.setattr(run.optimizer, "step", lambda: None)
+    drawn = torch.zeros(4, 8, dtype=torch.int64, device="meta")
     with Crossings() as crossings:
-        means = train.train_step(training, places)
+        means = train.train_step(run, drawn)
     assert not crossings.noted
-    assert means.device.type == "meta" and means.shape == training.sums.shape
-    assert all(parameter.grad is not None for parameter in training.model.parameters())
+    assert means.device.type == "meta" and means.shape == run.sums.shape
+    parameters = [*run.student.parameters(), *run.criterion.parameters()]
+    assert all(parameter.grad is not None for parameter in parameters)
 
 
 def test_what_the_tests_above_look_for_is_found():
@@ -138,7 +137,7 @@ def test_what_the_tests_above_look_for_is_found():
 
 
 class Recorded:
-    """torch.cuda as far as command.py uses it: a replay calls what was captured."""
+    """torch.cuda as far as command.CudaGraph uses it: a replay calls what was captured."""
 
     class CUDAGraph:
         def replay(self):
@@ -147,23 +146,11 @@ class Recorded:
 
     def __init__(self, function):
         self.calls, self.captured, Recorded.current = [], lambda: function(self.argument), self
-        self.waits = []
-
-    def is_available(self):
-        return True
-
-    def device(self, device):
-        return contextlib.nullcontext()
-
-    def named(self, name):
-        return SimpleNamespace(name=name, wait_stream=lambda other: self.waits.append(
-            f"{name} for {other.name}"))
 
     def Stream(self, device=None):
-        return self.named("second")
+        return SimpleNamespace(wait_stream=lambda other: None)
 
-    def current_stream(self, device=None):
-        return self.named("first")
+    current_stream = Stream
 
     def stream(self, stream):
         self.calls.append("plain")
@@ -184,7 +171,6 @@ def test_cuda_graph_calls_thrice_captures_and_replays(monkeypatch):
         recorded.argument = argument
         if recorded.calls[-1:] != ["capture"]:  # which runs nothing
             seen.append(argument.tolist())
-        return len(seen)
 
     graph, arguments = command.CudaGraph(function), [[i, i + 1] for i in range(6)]
     arguments.insert(2, [7])
@@ -192,58 +178,6 @@ def test_cuda_graph_calls_thrice_captures_and_replays(monkeypatch):
         graph(torch.tensor(argument))
     assert seen == arguments
     assert recorded.calls == ["plain"] * 3 + ["capture"] + ["replay"] * 3
-    assert recorded.waits == ["second for first", "first for second"] * 3
-    graph(torch.tensor([8]))
-    assert seen[-1] == [8] and len(recorded.calls) == 7
-
-
-def test_teacher_and_student_run_beside_each_other_and_the_loss_waits(monkeypatch):
-    recorded = Recorded(None)
-    monkeypatch.setattr(torch, "cuda", recorded)
-    said = recorded.waits
-
-    def network(name):
-        def forward(inputs):
-            said.append(name)
-            return None, None
-        return forward
-
-    class Module(torch.nn.Module):
-        def __init__(self, forward):
-            super().__init__()
-            self.forward = forward
-
-    model = train.StudentAndLoss(Module(network("student")),
-                                 Module(lambda *args: said.append("loss") or (None, {})))
-    inputs = SimpleNamespace(device=torch.device("cuda", 0))
-    command.second_stream.cache_clear()
-    model(inputs, network("teacher"))
-    command.second_stream.cache_clear()
-    assert said == ["second for first", "teacher", "student", "first for second", "loss"]
-
-
-@pytest.mark.parametrize("name", ["resnet8", "resnet50", "wrn_16_1"])
-def test_conv_relu_gives_cudnn_what_it_says(name, monkeypatch):
-    """The fused kernels' arguments, by what they are documented to do."""
-    calls = []
-
-    def kernel(x, weight, z, alpha, bias, stride, padding, dilation, groups):
-        calls.append(alpha)
-        out = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return torch.relu(out + alpha * z)
-
-    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", kernel)
-    monkeypatch.setattr(torch, "cudnn_convolution_relu",
-                        lambda x, weight, *rest: kernel(x, weight, 0.0, 1, *rest))
-    torch.manual_seed(0)
-    frozen, images = models.freeze(models.build_model(name, 3)), torch.randn(2, 3, 32, 32)
-    expected = frozen(images)
-    assert not calls
-    monkeypatch.setattr(fused, "has_fused", lambda x: True)
-    for got, want in zip(frozen(images), expected):
-        torch.testing.assert_close(got, want)
-    convolutions = sum(isinstance(part, torch.nn.Conv2d) for part in frozen.modules())
-    assert convolutions / 3 < len(calls) < convolutions
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -252,16 +186,16 @@ def test_graph_has_the_losses_of_called_steps(method, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     losses = []
     for no_graph in (True, False):
-        training = prepare(method, "cuda")
-        generator = torch.Generator("cuda").manual_seed(0)
-        training.split.images.random_(generator=generator)
-        if hasattr(training.model.criterion, "memory"):
-            training.model.criterion.memory.has_Z = False
-        training = training._replace(
-            config=dataclasses.replace(training.config, no_graph=no_graph))
-        step = train.step_of(training)
-        means = [step(places).clone() for seed in range(3)
-                 for places in data.epoch_places(40, 8, seed, device="cuda")]
+        run = prepare(method, "cuda")
+        run.split.images.random_(generator=torch.Generator("cuda").manual_seed(0))
+        if hasattr(run.criterion, "memory"):
+            run.criterion.memory.has_Z = False
+        run = run._replace(config=dataclasses.replace(run.config, no_graph=no_graph))
+        step, means = train.step_of(run), []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            means += [step(drawn).clone() for drawn in data.epoch(
+                run.split, run.tables, 8, seed, device="cuda")]
         losses.append(torch.stack(means).cpu())
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 

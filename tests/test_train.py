@@ -1,4 +1,5 @@
-"""train.py: complete runs, resuming, what methods share, and what every wrong input says."""
+"""train.py: complete runs, resuming, the methods, CLIP's targets, and what every wrong input says.
+"""
 
 import csv
 import dataclasses
@@ -10,19 +11,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT, equal, python, script, weights
+from PIL import Image
+from torch.nn.functional import normalize
+from torchvision.transforms import PILToTensor
 
+import clip_model
 import data
 import evaluate
 import models
 import richkd
 import train
-from support import checkpoints, command, files, keys, runs, shapes
+from support import checkpoints, files, runs, shapes
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = {"config.json", "log.csv", "last.pt", "student.pt", "summary.json"}
 pytestmark = pytest.mark.usefixtures("few_shapes")
 
@@ -52,28 +56,14 @@ def with_(config, **changes):
     return dataclasses.replace(config, **changes)
 
 
-def weights(folder):
-    return checkpoints.read_state_dict(Path(folder) / "student.pt")
-
-
-def loaded(config):
-    """What a resolved config trains on: its splits, and its `runs.inputs`."""
-    splits = runs.load_splits(config)
-    return splits, runs.inputs(config, splits)
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-# ---- a run
+# A run --------------------------------------------------------------------------------------------
 
 
 def test_run_leaves_its_folder_complete(config, capsys):
     summary = train.run(config)
     out = Path(config.out)
     assert {path.name for path in out.iterdir()} == FILES
-    assert summary == files.read_own(out / "summary.json", "")
+    assert summary == files.read_json(out / "summary.json", "")
     for key in ("dataset", "method", "teacher", "student", "seed", "epochs", "student_accuracy",
                 "teacher_accuracy", "clip_accuracy", "fused_accuracy", "shift_accuracy",
                 "images_per_second", "seconds"):
@@ -84,25 +74,23 @@ def test_run_leaves_its_folder_complete(config, capsys):
     assert float(log[-1]["test_accuracy"]) == summary["student_accuracy"]  # the last, not the best
     parts = [float(log[0][part]) for part in ("ce", "logit", "feature")]
     assert min(parts) > 0 and sum(parts) == pytest.approx(float(log[0]["loss"]), rel=1e-5)
-    about = files.read_own(out / "config.json", "")
+    about = files.read_json(out / "config.json", "")
     assert about["settings"]["alpha"] == 0.7 and about["torch"] == torch.__version__
-    assert len(about["source"]) == 64
-    student = files.read_own(out / "student.pt", "")
+    student = checkpoints.read_own(out / "student.pt", "")
     assert student["model_name"] == "resnet8"
     assert len(student["class_names"]) == len(student["model"]["fc.bias"])
 
     # its accuracies are those of the weights it leaves
     test, info = data.load_dataset("shapes", "", "test"), data.DATASETS["shapes"]
     model = models.load_weights("resnet8", out / "student.pt").eval()
-    right = model(data.normalize(test.images, info.mean, info.std))[0].argmax(1) == test.labels
+    right = model(data.to_input(test.images, info.mean, info.std))[0].argmax(1) == test.labels
     assert 100 * right.double().mean().item() == summary["student_accuracy"]
 
-    # the same command on a finished run says so and computes nothing
+    # the same command on a finished run computes nothing
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert train.run(config) == summary and "finished" in capsys.readouterr().out
+    assert train.run(config) == summary and config.out in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    text = runs.summary_table(summary)
-    assert "CLIP zero-shot" in text and "fused teacher" in text and text.count("\n") == 4
+    assert runs.summary_table(summary).count("\n") == 4
 
 
 def test_run_resumed_has_the_uninterrupted_students_bits(config, monkeypatch):
@@ -119,12 +107,11 @@ def test_run_resumed_has_the_uninterrupted_students_bits(config, monkeypatch):
     monkeypatch.setattr(files, "save", save)
     assert not (Path(cut.out) / "summary.json").exists()
     begun = (Path(cut.out) / "config.json").read_bytes()
-    monkeypatch.setattr(torch, "__version__", "another")  # config.json says how a run was begun
     resumed = train.run(cut)
     assert (Path(cut.out) / "config.json").read_bytes() == begun
     assert equal(weights(config.out), weights(cut.out))
     assert resumed["accuracies"] == whole["accuracies"]
-    one, two = (files.read_own(Path(out) / "last.pt", "") for out in (config.out, cut.out))
+    one, two = (checkpoints.read_own(Path(out) / "last.pt", "") for out in (config.out, cut.out))
     assert equal(one["criterion"], two["criterion"])
 
 
@@ -132,14 +119,6 @@ def test_run_with_alpha_one_is_plain_distillation_to_the_bit(config):
     train.run(with_(config, method="kd"))
     train.run(with_(config, method="richkd-l", alpha=1.0, out=config.out + "-l"))
     assert equal(weights(config.out), weights(config.out + "-l"))
-
-
-def test_run_deterministic_changes_nothing_on_a_cpu(config):
-    config = with_(config, method="scratch", epochs=1)
-    train.run(config)
-    train.run(with_(config, deterministic=True, out=config.out + "-d"))
-    assert equal(weights(config.out), weights(config.out + "-d"))
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 # Each numbered equation of richkd.py, and a method whose run uses its function.
@@ -161,10 +140,10 @@ def stop(*arguments, **named):
 @pytest.mark.parametrize("number", EQUATIONS)
 def test_run_uses_the_function_that_bears_an_equations_number(config, number, monkeypatch):
     name, changes = EQUATIONS[number]
-    changed = with_(config, epochs=1, average="logits" if number < 3 else "embeddings", **changes)
+    changed = with_(config, epochs=1, **changes)
     if number < 3:  # CLIP's targets are not in the cache, so that they are computed
-        identity = keys.identity
-        monkeypatch.setattr(keys, "identity", lambda split: {**identity(split), "content": "other"})
+        identity = runs.identity
+        monkeypatch.setattr(runs, "identity", lambda split: {**identity(split), "content": "other"})
     monkeypatch.setattr(richkd, name, stop)
     with pytest.raises(Called):
         train.run(changed)
@@ -177,35 +156,16 @@ def test_equations_are_all_tested():
         assert f"quation ({number})" in getattr(richkd, name).__doc__, name
 
 
-@pytest.mark.parametrize("name", ["ensemble_text_features", "zero_shot_logits"])
-def test_evaluate_zero_shot_uses_the_equations_functions(name, config, monkeypatch):
-    monkeypatch.setattr(richkd, name, stop)
-    with pytest.raises(Called):
-        evaluate.zero_shot(evaluate.Config(clip=config.clip, device="cpu", zero_shot=True,
-                                           cache_dir=config.out + "-cache"))
-
-
-# ---- settings
+# Settings -----------------------------------------------------------------------------------------
 
 
 def test_open_run_refuses_other_settings_by_name(config):
-    train.run(with_(config, method="scratch", epochs=1))
-    with pytest.raises(ValueError, match="other settings: --lr 0.05 there, 0.1 here; --out names"):
-        train.run(with_(config, method="scratch", epochs=1, lr=0.1))
-    summary = train.run(with_(config, method="scratch", epochs=1, lr=0.1, overwrite=True))
+    scratch = with_(config, method="scratch", epochs=1)
+    train.run(scratch)
+    with pytest.raises(ValueError, match="--lr 0.05 there, 0.1 here"):
+        train.run(with_(scratch, lr=0.1))
+    summary = train.run(with_(scratch, lr=0.1, overwrite=True))
     assert summary["student_accuracy"] is not None and summary["teacher"] is None
-    stranger = Path(config.out).parent / "stranger"
-    stranger.mkdir()
-    (stranger / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="holds no run"):
-        train.run(with_(config, out=str(stranger), overwrite=True))
-    assert (stranger / "thesis.tex").exists()
-
-
-def test_open_run_names_the_folder(config):
-    config = with_(config, out=None, seed=3, teacher=("resnet14", "resnet8"), teacher_weights=None)
-    folder = runs.open_run(train.resolve(config))
-    assert folder == Path("runs/shapes-richkd-resnet14+resnet8-resnet8-s3") and not folder.exists()
 
 
 def test_resolve_lets_methods_differ_in_their_loss_alone(config):
@@ -220,19 +180,10 @@ def test_resolve_lets_methods_differ_in_their_loss_alone(config):
     assert train.resolve(with_(config, alpha=0.0, lam=0.0)).teacher == ()  # CLIP is the only one
 
 
-def test_resolve_fits_the_negatives_of_shapes():
-    resolved = train.resolve(train.Config(device="cpu"))
-    assert resolved.num_negatives < len(shapes.render_shapes("train")[1]) * 2
-    cifar = train.resolve(train.Config(dataset="cifar100", device="cpu"))
-    assert cifar.num_negatives == 16384
-
-
 def test_run_says_that_the_rate_is_of_another_batch_size(config, capsys, monkeypatch):
     monkeypatch.setattr(train, "fit", lambda *arguments: {})
-    for _ in range(2):
-        train.run(with_(config, batch_size=32))
-    said = "--batch-size 32: the learning rate was tuned for 64; --lr sets another"
-    assert capsys.readouterr().err.splitlines() == [said]
+    train.run(with_(config, batch_size=32))
+    assert "--batch-size 32" in capsys.readouterr().err
     files.note.said.clear()
     train.run(with_(config, batch_size=32, lr=0.025))
     train.run(with_(config, batch_size=64))
@@ -246,71 +197,72 @@ def test_resolve_reads_resnet18_and_resnet50_by_the_images_side(config, capsys):
 
     free = {"teacher": ("resnet50", "resnet18"), "teacher_weights": None, "student": "resnet18"}
     assert names(64, **free) == ("resnet18_cifar", "resnet50", "resnet18_cifar")
-    assert capsys.readouterr().err == "resnet18 for images of 64 x 64 is resnet18_cifar here\n"
+    assert "resnet18_cifar" in capsys.readouterr().err
     assert names(65, **free) == names(224, **free) == ("resnet18", "resnet50_imagenet", "resnet18")
-    assert "resnet50 for images of 224 x 224 is resnet50_imagenet here" in capsys.readouterr().err
     given = {**free, "teacher_weights": ("a.pth", "b.pth")}  # of which the files decide
     assert names(64, **given) == ("resnet18_cifar", "resnet50", "resnet18")
-    shapes_own = train.resolve(with_(config, student="resnet18"))
-    assert shapes_own.student == "resnet18_cifar"
-
-
-def test_config_has_a_worker_for_each_core():
-    assert train.Config().workers == min(8, data.cores()) == evaluate.Config().workers
-    assert train.Config().cache_dir is None and evaluate.Config().cache_dir is None
 
 
 def test_learning_rate_is_the_papers_schedule():
-    cifar = train.resolve(train.Config(dataset="cifar100", method="scratch"))
+    cifar = train.resolve(train.Config(dataset="cifar100", method="scratch", device="cpu"))
     rates = [round(train.learning_rate(cifar, epoch), 9) for epoch in range(240)]
     assert rates == [0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30
-    imagenet = train.resolve(train.Config(dataset="imagenet", method="scratch"))
+    imagenet = train.resolve(train.Config(dataset="imagenet", method="scratch", device="cpu"))
     rates = [round(train.learning_rate(imagenet, epoch), 9) for epoch in range(100)]
     assert rates == [0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 10
-    shuffle = train.Config(dataset="cifar100", method="scratch", student="shufflenetv1")
-    assert train.resolve(shuffle).lr == 0.01
+    shuffle = dataclasses.replace(cifar, student="shufflenetv1", lr=None)
+    assert train.resolve(shuffle).lr == 0.01 and cifar.num_negatives == 16384
 
 
-# ---- teachers, methods
+@pytest.mark.parametrize("changes, named", [
+    ({"dataset": "mnist"}, "--dataset 'mnist'"), ({"method": "magic"}, "--method 'magic'"),
+    ({"student": "resnet21"}, "resnet21"), ({"teacher": ("resnet9",)}, "resnet9"),
+    ({"clip": "ViT-B/64"}, "ViT-L/14"), ({"clip": "missing.pt"}, "missing.pt"),
+    ({"alpha": 1.5}, "--alpha 1.5"), ({"lam": -0.1}, "--lam -0.1"),
+    ({"temperature": 0.0}, "--temperature 0.0"), ({"epochs": 0}, "--epochs 0"),
+    ({"method": "kd", "alpha": 0.5}, "--alpha 0.5 does not go with --method kd"),
+    ({"teacher_weights": ("a", "b")}, "1 --teacher, but 2 --teacher-weights"),
+    ({"logit_loss": "mse"}, "--logit-loss 'mse'"),
+])
+def test_run_with_wrong_settings(config, changes, named):
+    with pytest.raises((ValueError, OSError)) as error:
+        train.run(with_(config, **changes))
+    assert named in str(error.value) and not Path(config.out).exists()
+
+
+# Teachers, methods --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("amp, bound", [(False, 1e-5), (True, 0.05)])
 def test_teachers_say_what_the_teacher_says(config, teacher_file, amp, bound):
     """Folded BatchNorm and channels_last to rounding; bfloat16 to what its 8 bits allow; outputs
     that a graph may hold."""
-    resolved = train.resolve(config)
-    teachers = train.load_teachers(resolved, *loaded(resolved))
+    resolved = train.resolve(with_(config, amp=amp))
+    teachers = train.load_teachers(resolved, train.load_splits(resolved))
     plain = models.load_weights("resnet8", teacher_file).eval()
     test = data.load_dataset("shapes", "", "test")
-    inputs = data.to_input(test.images, 32, (0.5,) * 3, (0.25,) * 3)
+    inputs = data.to_input(test.images, (0.5,) * 3, (0.25,) * 3)
     with torch.no_grad():
         expected = plain(inputs)
-    if amp:
-        teachers = train.Teachers([*teachers.teachers], with_(resolved, amp=True))
     for got, want in zip(teachers(inputs), expected):
         assert got.dtype == torch.float32 and not got.is_inference() and not got.requires_grad
         assert 0 < (got - want).abs().max() <= bound * want.abs().max()
 
 
 def test_train_epoch_leaves_the_teachers_as_they_were(config):
-    resolved = train.resolve(config)
-    training, _ = train.prepare(resolved, *loaded(resolved))
-    student = training.model.student
+    resolved = train.resolve(with_(config, feature_weight=0.0))
+    splits = train.load_splits(resolved)
+    split = data.at_size(splits["train"], 32)
+    tables = torch.rand(len(split.labels), 25).half(), torch.rand(len(split.labels), 32).half()
+    run = train.begin(resolved, split, train.load_teachers(resolved, splits), tables, 100.0)
     before, after = ({key: value.clone() for key, value in module.state_dict().items()}
-                     for module in (training.teachers, student))
-    step = train.step_of(training)
-    means = train.train_epoch(training, step, 0, files.Progress("", 150), [])
-    assert set(means) == {"loss", "ce", "logit", "feature", "train_accuracy"}
-    assert equal(before, training.teachers.state_dict())
-    assert all(p.grad is None and not p.requires_grad for p in training.teachers.parameters())
-    assert not any(torch.equal(value, after[key]) for key, value in student.state_dict().items())
-
-
-def test_train_epoch_ends_after_the_step_of_a_signal(config):
-    resolved = train.resolve(with_(config, method="scratch"))
-    training, _ = train.prepare(resolved, *loaded(resolved))
-    step = train.step_of(training)
-    assert train.train_epoch(training, step, 0, files.Progress("", 150), [15]) is None
+                     for module in (run.teachers, run.student))
+    means = train.train_epoch(run, train.step_of(run), 0, files.Progress("", 150))
+    assert set(means) == {"loss", "ce", "logit", "train_accuracy"}
+    assert equal(before, run.teachers.state_dict())
+    assert all(p.grad is None and not p.requires_grad for p in run.teachers.parameters())
+    trained = run.student.state_dict()
+    assert not any(torch.equal(value, after[key]) for key, value in trained.items())
 
 
 @pytest.mark.parametrize("method", train.METHODS)
@@ -330,49 +282,160 @@ def test_run_trains_and_fuses_two_teachers(config):
     assert [(folder / "student.pt").stat().st_mtime_ns for folder in teachers] == before
 
 
-def test_run_asks_for_tensorboard_before_any_work(config, monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--tensorboard needs the package.*pip install"):
-        train.run(with_(config, tensorboard=True))
-    assert not Path(config.out).exists()
-    assert runs.settings(config) == runs.settings(with_(config, tensorboard=True))
+def test_load_teachers_of_another_architecture_or_class_count(config, tmp_path):
+    path = tmp_path / "teacher.pt"
+    for name, classes in (("resnet20", 25), ("resnet8", 10)):
+        torch.save(models.build_model(name, classes).state_dict(), path)
+        with pytest.raises(ValueError, match=str(path)):
+            train.run(with_(config, teacher_weights=(str(path),)))
 
 
-def test_keep_epoch_gives_tensorboard_every_column_of_the_log(config, monkeypatch):
-    scalars = []
-
-    class Writer:
-        def __init__(self, folder):
-            pass
-
-        def __enter__(self):
-            return SimpleNamespace(add_scalar=lambda *values: scalars.append(values))
-
-        def __exit__(self, *error):
-            pass
-
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
-                        SimpleNamespace(SummaryWriter=Writer))
-    train.run(with_(config, method="scratch", tensorboard=True))
-    with open(Path(config.out) / "log.csv") as file:
-        rows = list(csv.DictReader(file))
-    expected = [(name, float(value), epoch) for epoch, row in enumerate(rows, 1)
-                for name, value in row.items()]
-    assert scalars == expected and len(rows) == 2
+def test_run_whose_loss_is_no_longer_finite_keeps_the_last_epoch(config, monkeypatch):
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate",
+                        lambda config, epoch: 1e30 if epoch else rate(config, epoch))
+    with pytest.raises(FloatingPointError, match=r"epoch 2, step \d"):
+        train.run(with_(config, method="scratch"))
+    last = checkpoints.read_own(Path(config.out) / "last.pt", "")
+    assert len(last["log"]) == 1
+    assert all(value.isfinite().all() for value in last["student"].values())
 
 
-# ---- two processes
+def test_load_splits_of_a_holdout_has_its_own_test_images(config, capsys):
+    split = train.load_splits(with_(train.resolve(config), holdout=0.2, fraction=0.5))
+    whole = train.load_splits(train.resolve(config))["train"]
+    assert len(split["test"].labels) == 25 and len(split["train"].labels) == 75
+    rows = {tuple(image.flatten().tolist()) for image in whole.images}
+    one, two = ({tuple(image.flatten().tolist()) for image in split[name].images}
+                for name in ("train", "test"))
+    assert one < rows and two < rows and not one & two
 
 
-def script(path, text):
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + text)
-    return path
+# CLIP's targets -----------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def asked(clip_file, tmp_path):
+    return train.resolve(train.Config(clip=clip_file, cache_dir=str(tmp_path), device="cpu"))
+
+
+def test_clip_targets_are_the_scores_of_each_image(asked):
+    clip, tokenizer, scale = train.load_clip(asked)
+    assert scale == clip.logit_scale.exp().item()
+    splits = {name: data.load_dataset("shapes", "", name) for name in ("train", "test")}
+    found = train.clip_targets(asked, clip, tokenizer, splits)
+    templates = clip_model.load_templates(train.PROMPTS)
+    text = clip_model.class_features(clip, tokenizer, splits["train"].class_names, templates)
+    classes = normalize(text.mean(1), dim=1)                                    # (K,M,D) -> (K,D)
+    for name, few in (("train", [7, 149]), ("test", [0, 49])):
+        cosines, features = found[name]
+        assert cosines.dtype == features.dtype == torch.float16
+        with torch.no_grad():
+            image = clip.encode_image(clip_model.preprocess(splits[name].images[few], 32))
+        image = normalize(image, dim=1)
+        torch.testing.assert_close(features[few].float(), image, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(cosines[few].float(), image @ classes.T, atol=1e-3, rtol=1e-3)
+
+
+def test_load_clip_makes_a_damaged_tiny_clip_anew(asked, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def few_steps(clip, tokenizer, preprocess, images, *rest, **settings):
+        calls.append(tokenizer.vocab_size)
+        return clip
+
+    monkeypatch.setattr(shapes, "train_tiny_clip", few_steps)
+    monkeypatch.setattr(shapes, "render_captions", lambda n: ([], []))
+    tiny = with_(asked, clip="tiny")
+    for _ in range(2):
+        train.load_clip(tiny)
+    assert calls == [514]
+    path, = tmp_path.glob("clip-tiny-*.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    train.load_clip(tiny)
+    assert calls == [514, 514] and path.name in capsys.readouterr().err
+    with torch.random.fork_rng():
+        train.load_clip(with_(tiny, cache_dir=str(tmp_path / "other")))
+    one, two = (torch.load(file, weights_only=True)["content"] for file in (
+        path, *(tmp_path / "other").iterdir()))
+    assert equal(one, two)  # its weights are drawn from a seed of their own
+
+
+@pytest.mark.parametrize("change", ["clip", "prompts", "amp", "images", "merges", "activation"])
+def test_clip_targets_are_made_anew_where_they_depend_on_it(asked, change, tmp_path, monkeypatch):
+    clip, tokenizer, _ = train.load_clip(asked)
+    test, calls, view = data.load_dataset("shapes", "", "test"), [], train.clip_view
+    monkeypatch.setattr(train, "clip_view", lambda *args: calls.append(1) or view(*args))
+    for _ in range(2):
+        train.clip_targets(asked, clip, tokenizer, {"test": test})
+    assert len(calls) == 1
+    if change == "clip":
+        clip.visual.proj.data[0, 0] += 1
+    elif change == "prompts":
+        (tmp_path / "one.txt").write_text("a {}\n")
+        asked = with_(asked, prompts=str(tmp_path / "one.txt"))
+    elif change == "amp":
+        clip, _, _ = train.load_clip(with_(asked, amp=True))
+    elif change == "images":
+        images = test.images.clone()
+        images[3, 0, 5, 5] ^= 1
+        test = test._replace(images=images)
+    elif change == "merges":
+        tokenizer.priority = {("r", "e"): 0}
+    else:
+        clip = clip_model.load_clip(asked.clip, None, "gelu")
+    train.clip_targets(asked, clip, tokenizer, {"test": test})
+    assert len(calls) == 2
+
+
+def test_clip_targets_that_are_not_finite_are_not_kept(asked, tmp_path):
+    clip, tokenizer, _ = train.load_clip(asked)
+    clip.visual.proj.data[:] = torch.nan
+    splits = {"test": data.load_dataset("shapes", "", "test")}
+    with pytest.raises(FloatingPointError):
+        train.clip_targets(asked, clip, tokenizer, splits)
+    assert not [*tmp_path.glob("targets-*")]
+
+
+def test_clip_view_that_exceeds_float16_goes_on_in_float32(asked, capsys):
+    clip, tokenizer, _ = train.load_clip(asked)
+    images = data.load_dataset("shapes", "", "test").images[:5]
+    classes = torch.randn(25, clip.embed_dim)
+    exact, _ = train.clip_view(clip, classes, images)
+    clip.visual.proj.data *= 2**16
+    clip.visual.half()
+    for _ in range(2):
+        cosines, features = train.clip_view(clip, classes, images)
+        assert features.isfinite().all()
+        torch.testing.assert_close(cosines, exact, rtol=0, atol=5e-3)
+    assert capsys.readouterr().err.count("float16") == 1
+
+
+@pytest.mark.parametrize("name", ["clip-cifar", "clip-mini"])
+def test_clip_view_in_float16_as_on_a_gpu_has_the_cosines_of_float32(shared, name):
+    """Of real CLIPs on real images, to 2e-3 but for one in a hundred; bfloat16 is coarser."""
+    config = train.Config(clip=str(shared / f"clip/{name}.pt"), device=torch.device("cpu"),
+                          bpe=str(shared / "clip/bpe_simple_vocab_16e6.txt.gz"))
+    clip, tokenizer, _ = train.load_clip(config)
+    root = shared / "data/cifar10-test-100"
+    images = torch.stack([PILToTensor()(Image.open(path)) for path in sorted(root.rglob("*.png"))])
+    classes = train.class_embeddings(config, clip, tokenizer, data.CIFAR_CLASSES["cifar10"])
+    exact, _ = train.clip_view(clip, classes, images)
+    change = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        clip.visual = clip_model.load_clip(config.clip).visual.to(dtype)
+        cosines, _ = train.clip_view(clip, classes, images)
+        change[dtype] = (cosines - exact).abs()                                     # (100,10)
+    assert (change[torch.float16].amax(1) < 2e-3).sum() >= 99
+    assert change[torch.float16].mean() < 2e-4 < 1e-3 < change[torch.bfloat16].mean()
+
+
+# Several processes --------------------------------------------------------------------------------
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 RANKS = """
-import torch, command, shapes, train
+import torch, train
+from support import command, shapes
 shapes.SIZES = {"train": 150, "test": 51, "shift": 50}
 torch.set_num_threads(1)
 config = train.Config(teacher=("resnet14",), student="resnet8", clip=sys.argv[1], epochs=2,
@@ -385,60 +448,60 @@ command.main(lambda: train.run(config))
 @pytest.mark.slow
 def test_run_of_two_processes_makes_the_same_files(clip_file, tmp_path, monkeypatch):
     path, out = script(tmp_path / "script.py", RANKS), tmp_path / "run"
-    done = subprocess.run([sys.executable, *TORCHRUN, path, clip_file, tmp_path / "cache", out],
-                          capture_output=True, text=True)
+    done = python(*TORCHRUN, path, clip_file, tmp_path / "cache", out)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == FILES
     summary = json.loads((out / "summary.json").read_text())
     monkeypatch.setattr(shapes, "SIZES", {"train": 150, "test": 51, "shift": 50})
     test, info = data.load_dataset("shapes", "", "test"), data.DATASETS["shapes"]
-    model = models.load_weights("resnet8", out / "student.pt").eval()  # rank 0's, which both tested
-    logits = model(data.normalize(test.images, info.mean, info.std))[0]
+    model = models.load_weights("resnet8", out / "student.pt").eval()  # rank 0's, which it tested
+    logits = model(data.to_input(test.images, info.mean, info.std))[0]
     assert train.top1(logits, test.labels) == summary["student_accuracy"]
     assert done.stderr.count("epoch 2/2") == 2  # the teacher's and the student's line, each once
 
 
 LOSSES = """
-import json, os, signal, torch, command, data, shapes, train
+import json, os, torch, data, train
 from pathlib import Path
+from support import shapes
 shapes.SIZES = {"train": 250, "test": 50, "shift": 50}
 torch.set_num_threads(1)
 ranks, path = int(sys.argv[5]), Path(f"{sys.argv[4]}-{os.environ.get('RANK', 0)}.json")
-losses = json.loads(path.read_text()) if path.exists() else []
+losses = []
 
-def forward(model, inputs, teachers, *supervision):
-    if ranks == 1:  # what each rank would see through the student by itself, then interleaved again
-        shares = [model.student(inputs[rank::2]) for rank in range(2)]
-        logits, features = (torch.stack(pair, 1).flatten(0, 1) for pair in zip(*shares))
-    else:
-        logits, features = model.student(inputs)
-    loss, parts = model.criterion(logits, features, *teachers(inputs), *supervision)
-    losses.append([loss.item(), *(part.item() for part in parts.values())])
-    first = ranks == 2 and not path.exists()
-    if first and len(losses) == 8 and command.rank() == 1:  # one is told to stop; both do
-        os.kill(os.getpid(), signal.SIGTERM)
-    return loss, parts, logits
+class Halves(torch.nn.Module):  # what each rank would see by itself, then interleaved again
+    def __init__(self, student):
+        super().__init__()
+        self.student, self.num_features = student, student.num_features
 
-train.StudentAndLoss.forward = forward
-Model = train.StudentAndLoss
-load, to_input, init = train.load_teachers, data.to_input, Model.__init__
+    def forward(self, x):
+        if ranks == 2 or not self.training:
+            return self.student(x)
+        shares = [self.student(x[rank::2]) for rank in range(2)]
+        return [torch.stack(pair, 1).flatten(0, 1) for pair in zip(*shares)]
+
+load, to_input, begin, step = train.load_teachers, data.to_input, train.begin, train.train_step
 
 def load_teachers(*arguments):
     teachers = load(*arguments).double()
     teachers.dtype = torch.float64
     return teachers
 
-train.load_teachers = load_teachers
+def begin_in_float64(*arguments):
+    run = begin(*arguments)
+    run.student.double(), run.criterion.double()
+    return run._replace(student=Halves(run.student))
+
+def noted(run, drawn):
+    means = step(run, drawn)
+    losses.append(means[:-1].tolist())
+    return means
+
+train.load_teachers, train.begin, train.train_step = load_teachers, begin_in_float64, noted
 data.to_input = lambda *arguments: to_input(*arguments).double()
-Model.__init__ = lambda model, *arguments: init(model, *arguments) or model.double() and None
-try:
-    train.run(train.Config(teacher=("resnet8",), teacher_weights=(sys.argv[1],), student="resnet8",
-                           clip=sys.argv[2], epochs=4, batch_size=50, num_negatives=64,
-                           cache_dir=sys.argv[3], out=sys.argv[4], device="cpu"))
-except KeyboardInterrupt as stop:
-    assert stop.args[0] == signal.SIGTERM and "keeps epoch 1 of 4" in stop.args[1], stop.args
-    del losses[5:]  # the second epoch is gone through again
-command.leave_ranks()
+train.run(train.Config(teacher=("resnet8",), teacher_weights=(sys.argv[1],), student="resnet8",
+                       clip=sys.argv[2], epochs=4, batch_size=50, num_negatives=64,
+                       cache_dir=sys.argv[3], out=sys.argv[4], device="cpu"))
 path.write_text(json.dumps(losses))
 """
 
@@ -448,21 +511,20 @@ def test_run_of_two_processes_has_the_losses_of_one(clip_file, tmp_path):
     """RichKD (L+F) for 20 steps. BatchNorm normalises by each process's own half of the batch, so
     the one process sends the two halves through the student one after the other; all else is as it
     is. In float64: float32's rounding grows tenfold every few steps at this learning rate, whatever
-    makes it. A signal stops the two in the second epoch, and the same command goes on."""
+    makes it."""
     path, teacher = script(tmp_path / "script.py", LOSSES), tmp_path / "teacher.pt"
     torch.manual_seed(1)
     torch.save(models.build_model("resnet8", 25).state_dict(), teacher)
-    for world in ("2", "2", "1"):
-        done = subprocess.run([sys.executable, *(TORCHRUN if world == "2" else ()), path, teacher,
-                               clip_file, tmp_path / "cache", tmp_path / world, world],
-                              capture_output=True, text=True)
+    for world in ("2", "1"):
+        done = python(*(TORCHRUN if world == "2" else ()), path, teacher, clip_file,
+                      tmp_path / "cache", tmp_path / world, world)
         assert done.returncode == 0, done.stderr
     one, left, right = (torch.tensor(json.loads((tmp_path / name).read_text()), dtype=torch.float64)
                         for name in ("1-0.json", "2-0.json", "2-1.json"))
     difference = (one - (left + right) / 2).abs() / one.abs()
     print(f"largest relative difference of loss, ce, logit, feature over 20 steps: "
           f"{difference.amax(0).tolist()}")
-    assert len(one) == 20 and difference.max() < 1e-9
+    assert len(one) == 20 and difference[:5].max() < 1e-12 and difference.max() < 1e-9
 
 
 AGENT = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
@@ -470,12 +532,12 @@ AGENT = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
 DIES = """
 import os, time
 step = train.train_step
-def train_step(training, batch):
-    if command.rank() == 1 and os.environ.get("DIES") and training.config.method == "richkd":
+def train_step(run, drawn):
+    if command.rank() == 1 and os.environ.get("DIES") and run.config.method == "richkd":
         with open(os.environ["DIES"], "w") as file:
             file.write(str(time.time()))
         os._exit(9)
-    return step(training, batch)
+    return step(run, drawn)
 train.train_step = train_step
 """
 
@@ -492,7 +554,7 @@ def two_machines(arguments, port, seconds, **environment):
 @pytest.mark.slow
 def test_run_of_two_machines_where_one_dies_ends_and_goes_on(clip_file, tmp_path):
     """A rank that dies ends the others within a minute; the same command goes on, with what was
-    made before, the targets by both ranks, and the teacher."""
+    made before."""
     head, tail = RANKS.rsplit("command.main", 1)
     out, text = tmp_path / "run", head + DIES + "command.main" + tail
     path = script(tmp_path / "script.py", text)
@@ -508,109 +570,18 @@ def test_run_of_two_machines_where_one_dies_ends_and_goes_on(clip_file, tmp_path
     assert codes == [0, 0], said
     assert {path.name for path in out.iterdir()} == FILES
     assert sum(text.count("epoch 2/2") for text in said) == 1  # the student's; there is a teacher
-    assert "Warning" not in "".join(said)
 
 
-# ---- wrong input: one line that names it
-
-
-@pytest.mark.parametrize("changes, message", [
-    ({"dataset": "mnist"}, "--dataset 'mnist': expected one of shapes, cifar10, cifar100, "),
-    ({"method": "magic"}, "--method 'magic': expected one of scratch, kd, "),
-    ({"student": "resnet21"}, "unknown model 'resnet21'"),
-    ({"teacher": ("resnet9",), "teacher_weights": None}, "unknown model 'resnet9'"),
-    ({"clip": "ViT-B/64"}, "ViT-B/32, ViT-B/16, ViT-L/14"),
-    ({"clip": "missing.pt"}, "missing.pt"),
-    ({"alpha": 1.5}, "--alpha 1.5: expected 0 to 1"),
-    ({"lam": -0.1}, "--lam -0.1: expected 0 to 1"),
-    ({"temperature": 0.0}, "--temperature 0.0: expected more than 0"),
-    ({"epochs": 0}, "--epochs 0: expected 1 to inf"),
-    ({"method": "kd", "alpha": 0.5}, "--alpha 0.5 does not go with --method kd"),
-    ({"teacher_weights": ("a", "b")}, "1 --teacher, but 2 --teacher-weights: expected one a"),
-    ({"teacher_weights": ("missing.pth",)}, "missing.pth"),
-    ({"prompts": "missing.txt"}, "missing.txt"),
-    ({"device": "gpu"}, "--device gpu cannot be used here"),
-    ({"logit_loss": "mse"}, "--logit-loss 'mse': expected one of kd, dkd, mlkd"),
-])
-def test_run_with_wrong_settings(config, changes, message):
-    with pytest.raises((ValueError, OSError)) as error:
-        train.run(with_(config, **changes))
-    assert message in str(error.value)
-    assert not Path(config.out).exists()
-
-
-def test_run_with_wrong_prompts(config, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("# only\n\n# comments\n")
-    with pytest.raises(ValueError, match="prompts.txt:1: "):
-        train.run(with_(config, prompts=str(prompts)))
-    prompts.write_text("a photo of a {}\na photo of nothing\n")
-    with pytest.raises(ValueError, match="prompts.txt:2: "):
-        train.run(with_(config, prompts=str(prompts)))
-
-
-def test_load_teachers_of_another_architecture_or_class_count(config, tmp_path):
-    path = tmp_path / "teacher.pt"
-    torch.save(models.build_model("resnet20", 25).state_dict(), path)
-    with pytest.raises(ValueError, match=r"layer\d.*resnet20"):
-        train.run(with_(config, teacher_weights=(str(path),)))
-    torch.save(models.build_model("resnet8", 10).state_dict(), path)
-    with pytest.raises(ValueError, match="10 classes"):
-        train.run(with_(config, teacher_weights=(str(path),)))
-
-
-def test_run_whose_loss_is_no_longer_finite_keeps_the_last_epoch(config, monkeypatch):
-    rate = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate",
-                        lambda config, epoch: 1e30 if epoch else rate(config, epoch))
-    with pytest.raises(FloatingPointError, match=r"epoch 2, step \d: .*keeps epoch 1") as error:
-        train.run(with_(config, method="scratch"))
-    assert "\n" not in str(error.value)
-    last = files.read_own(Path(config.out) / "last.pt", "")
-    assert len(last["log"]) == 1
-    assert all(value.isfinite().all() for value in last["student"].values())
-
-
-def test_run_with_a_damaged_checkpoint_or_config(config):
-    scratch = with_(config, method="scratch", epochs=1)
-    train.run(scratch)
-    out = Path(config.out)
-    (out / "summary.json").unlink()
-    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="last.pt is damaged; --overwrite"):
-        train.run(scratch)
-    (out / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is damaged; --overwrite"):
-        train.run(scratch)
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--dataset", "mnist"], "error: argument --dataset: invalid choice: 'mnist' (choose from "),
-    (["--alpha", "1.5"], "error: --alpha 1.5: expected 0 to 1"),
-    (["--epochs", "many"], "error: argument --epochs: invalid int value: 'many'; --help lists"),
-])
-def test_main_says_it_in_one_line_and_exits_with_2(arguments, message, tmp_path, monkeypatch,
-                                                   capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        command.main(lambda: train.run(command.parse(train.Config, "", arguments)))
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and out == ""
-    assert err.startswith(message) and err.count("\n") == 1
-
-
+@pytest.mark.slow
 def test_train_py_is_a_command_that_leaves_nothing_behind_when_refused(tmp_path):
-    arguments = ["--dataset", "imagenet", "--data-dir", "nowhere"]
-    done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = python(ROOT / "train.py", "--dataset", "imagenet", "--data-dir", "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: nowhere is no folder; --data-dir names one")
-    assert not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: nowhere") and not list(tmp_path.iterdir())
 
 
-def test_parse_lists_choices_and_defaults(capsys):
-    with pytest.raises(SystemExit):
-        command.parse(train.Config, "", ["--help"])
-    text = capsys.readouterr().out
-    assert "{kd,dkd,mlkd}" in text and "{shared,per-image}" in text and "(0.7)" in text
-    assert all(command.flag(field.name) in text for field in dataclasses.fields(train.Config))
+@pytest.mark.parametrize("name", ["ensemble_text_features", "zero_shot_logits"])
+def test_evaluate_zero_shot_uses_the_equations_functions(name, config, monkeypatch):
+    monkeypatch.setattr(richkd, name, stop)
+    with pytest.raises(Called):
+        evaluate.zero_shot(evaluate.Config(clip=config.clip, device="cpu", zero_shot=True,
+                                           cache_dir=config.out + "-cache"))
