@@ -1,19 +1,21 @@
-"""CLIP written out: both image towers, text tower, public weights, tokenizer, images, prompts.
+"""CLIP written out: both image towers, text tower, weights, tokenizer, images, prompts.
 
-    clip, tokenizer = load_clip("ViT-L/14"), Tokenizer(load_merges())
+    clip = load_clip("ViT-L/14")
+    tokenizer = Tokenizer(load_merges("bpe_simple_vocab_16e6.txt.gz"))
     image_features = clip.encode_image(preprocess(images, clip.visual.input_resolution))  # (B, D)
     text_features = class_features(clip, tokenizer, class_names, templates)  # (K, M, D)
 
 Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision (arXiv
 2103.00020). Parameter names, initialisation and vocabulary are those of github.com/openai/CLIP.
+Only `load_clip` needs this project's other files; for the rest, this one can be copied alone.
 """
 
 import gzip
 import html
 import math
-import textwrap
+import warnings
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import ftfy
@@ -22,17 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import checkpoints, clip_layout, clip_weights, files
-
 
 # Transformer: the text tower, and the body of the ViT ---------------------------------------------
-def count_heads(width, head_width=64):
-    """The heads of a tower, which its tensors do not tell; OpenAI's are all 64 wide. Raises
-    ValueError for a width that is no multiple."""
-    if width % head_width:
-        raise ValueError(f"a width of {width} does not divide into heads of {head_width}; a config "
-                         "beside the weights can say how many heads there are")
-    return width // head_width
+def count_heads(width, heads=None):
+    """`heads`, else as many as are 64 wide, as all of OpenAI's are: tensors do not tell. Raises
+    ValueError where they do not divide the width."""
+    if width % (heads or 64):
+        raise ValueError(f"a width of {width} does not divide by {heads or 64} into heads; a "
+                         "config beside the weights can say how many there are")
+    return heads or width // 64
 
 
 class Attention(nn.Module):
@@ -41,9 +41,7 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, causal):
         super().__init__()
-        if heads < 1 or width % heads:
-            raise ValueError(f"a width of {width} does not divide into {heads} heads")
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal = count_heads(width, heads), causal
         self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -63,7 +61,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid_(1.702 * x)  # in place of the product, which nothing else needs
 
 
-ACTIVATIONS = dict(zip(clip_layout.ACTIVATIONS, (QuickGELU, nn.GELU)))
+ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; most of open_clip's own
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -90,23 +88,23 @@ def transformer(layers, *block):
 
 
 # Image tower: ViT ---------------------------------------------------------------------------------
-# open_clip's ViT-H, g and bigG: {width: (that of a head, that of the MLP)}
-GIANTS = {1280: (80, 5120), 1408: (88, 6144), 1664: (104, 8192)}
+# open_clip's ViT-H, g and bigG, whose heads are 80, 88 and 104 wide: {width: (heads, MLP's width)}
+GIANTS = {1280: (16, 5120), 1408: (16, 6144), 1664: (16, 8192)}
 
 
 class VisionTransformer(nn.Module):
     def __init__(self, input_resolution, patch_size, width, layers, embed_dim, heads=None,
                  activation="quickgelu"):
         super().__init__()
-        head_width, hidden = GIANTS.get(width, (64, 4 * width))
+        known_heads, hidden = GIANTS.get(width, (None, 4 * width))
         self.input_resolution = input_resolution
         length = 1 + (input_resolution // patch_size) ** 2  # the class token and the patches
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(length, width))
         self.ln_pre = nn.LayerNorm(width)
-        heads = heads or count_heads(width, head_width)
-        self.transformer = transformer(layers, width, heads, False, activation, hidden)
+        self.transformer = transformer(layers, width, heads or known_heads, False, activation,
+                                       hidden)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
@@ -182,7 +180,6 @@ class ModifiedResNet(nn.Module):
         self.layer3 = self.stage(8 * width, 4 * width, layers[2], stride=2)
         self.layer4 = self.stage(16 * width, 8 * width, layers[3], stride=2)
         self.attnpool = AttentionPool(input_resolution // 32, 32 * width, embed_dim)
-        self.to(memory_format=torch.channels_last)  # faster convolutions
 
     def stage(self, channels, planes, depth, stride):
         blocks = [Bottleneck(channels, planes, stride)]
@@ -190,7 +187,7 @@ class ModifiedResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def forward(self, images):
-        x = images.contiguous(memory_format=torch.channels_last)
+        x = images.contiguous(memory_format=torch.channels_last)  # faster convolutions
         x = F.relu(self.bn1(self.conv1(x)))  # (B, width / 2, H / 2, W / 2)
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))  # (B, width, H / 2, W / 2)
@@ -221,8 +218,7 @@ class CLIP(nn.Module):
         else:
             self.visual = ModifiedResNet(image_resolution, vision_width, vision_layers, embed_dim)
         width, layers = transformer_width, transformer_layers
-        heads = transformer_heads or count_heads(width)
-        self.transformer = transformer(layers, width, heads, True, activation)
+        self.transformer = transformer(layers, width, transformer_heads, True, activation)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
         self.ln_final = nn.LayerNorm(width)
@@ -236,20 +232,17 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
 
     def encode_image(self, images):
-        """Float images (B, 3, H, W), as `preprocess` makes them, to features (B, D), not of unit
-        length. Raises ValueError unless H and W are `visual.input_resolution`."""
+        """Images (B, 3, H, W), as `preprocess` makes them, to features (B, D), not of unit length.
+        Raises ValueError unless H and W are `visual.input_resolution`."""
         side = self.visual.input_resolution
-        if images.shape[1:] != (3, side, side) or not images.is_floating_point():
-            raise ValueError(f"encode_image takes float (B, 3, {side}, {side}) from preprocess, "
-                             f"found {images.dtype} {tuple(images.shape)}")
+        if images.shape[2:] != (side, side):  # a few pixels more would pass the convolutions
+            raise ValueError(f"encode_image takes images (B, 3, {side}, {side}) from preprocess, "
+                             f"found {tuple(images.shape)}")
         return self.visual(images)
 
     def encode_text(self, tokens):
-        """Token ids (B, L), int64, as `Tokenizer` makes them, to features (B, D), not of unit
-        length. Raises ValueError where L is more than `context_length`."""
-        if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
-            raise ValueError(f"encode_text takes ids (B, up to {self.context_length}), found "
-                             f"{tuple(tokens.shape)}")
+        """Token ids (B, L), int64, L up to `context_length`, as `Tokenizer` makes them, to features
+        (B, D), not of unit length."""
         end = tokens.argmax(dim=1)  # (B,): the end token has the largest id
         L = int(end.max()) + 1  # what stands behind the end has no influence
         x = self.token_embedding(tokens[:, :L]) + self.positional_embedding[:L]  # (B, L, width)
@@ -259,38 +252,65 @@ class CLIP(nn.Module):
 
 
 # Weights ------------------------------------------------------------------------------------------
-def build_clip(state_dict, said=None):
-    """CLIP from tensors in OpenAI's layout, all sizes read from their shapes: float32, eval mode,
-    copies throughout. said: arguments of CLIP by name, of which heads and activation, which shapes
-    do not tell, are taken, and the others must agree. Raises ValueError where they do not, for an
-    image tower of unknown kind, and for a tensor that is missing, unknown or of a wrong shape."""
-    state, said = {}, said or {}
+ARCHIVE = ("input_resolution", "context_length", "vocab_size")  # integers beside OpenAI's weights
+
+
+def read_sizes(state):
+    """The arguments of CLIP that the shapes of its tensors, in OpenAI's layout, tell."""
+    def count(prefix):  # of blocks; at least 1, so that load_state_dict names what is missing
+        names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+        return max(1, len({name.split(".")[0] for name in names}))
+
+    if "visual.proj" in state:
+        patch = unit = state["visual.conv1.weight"].size(3)
+        vision_width = state["visual.conv1.weight"].size(0)
+        vision_layers = count("visual.transformer.resblocks.")
+        positions = state["visual.positional_embedding"].size(0)
+    else:  # a ModifiedResNet, which makes images 32 times smaller
+        patch, unit = None, 32
+        vision_width = state["visual.layer1.0.conv1.weight"].size(0)
+        vision_layers = [count(f"visual.layer{number}.") for number in (1, 2, 3, 4)]
+        positions = state["visual.attnpool.positional_embedding"].size(0)
+    context_length, width = state["positional_embedding"].shape
+    return {"embed_dim": state["text_projection"].size(1), "vision_layers": vision_layers,
+            "image_resolution": unit * math.isqrt(positions - 1),  # the first one is no place
+            "vision_width": vision_width, "vision_patch_size": patch,
+            "context_length": context_length, "vocab_size": state["token_embedding.weight"].size(0),
+            "transformer_width": width, "transformer_heads": None,
+            "transformer_layers": count("transformer.resblocks.")}
+
+
+def build_clip(state_dict: dict, said: dict | None = None) -> CLIP:
+    """CLIP from tensors in OpenAI's layout: float32, eval mode, copies throughout. Sizes are read
+    from their shapes; heads and activation, which these do not tell, are in `said`, arguments of
+    CLIP by name. Raises ValueError for a tensor that is missing, unknown or of a wrong shape, also
+    by what is `said`."""
+    state = {}
     for name, tensor in state_dict.items():
-        if name not in clip_layout.ARCHIVE:
+        if name not in ARCHIVE:
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
             state[name] = tensor.to(dtype, copy=True)
-    with torch.device("meta"):  # shapes only: the tensors themselves are assigned
-        clip = CLIP(**{"transformer_heads": None, **said, **clip_layout.read_sizes(state, said)})
     try:
+        with torch.device("meta"):  # shapes only: the tensors themselves are assigned
+            clip = CLIP(**{**read_sizes(state), **(said or {})})
         clip.load_state_dict(state, assign=True)
-    except RuntimeError as error:  # names all that does not fit, on many lines
-        raise ValueError(textwrap.shorten(f"no CLIP in OpenAI's layout: {error}", 400)) from None
-    if isinstance(clip.visual, ModifiedResNet):
-        clip.visual.to(memory_format=torch.channels_last)
+    except (LookupError, ArithmeticError, TypeError, RuntimeError) as error:  # maybe of many lines
+        text = " ".join(str(error).split())[:400]
+        raise ValueError("expected a CLIP in OpenAI's layout; missing, unknown, or not as its "
+                         f"other tensors and a config beside it have it: {text}") from None
     return clip.eval()
 
 
-def load_clip(name_or_path, cache_dir=None, activation=None):
-    """CLIP by what `clip_weights.find` takes, such as a public name or a file: float32, eval mode,
-    on the CPU. activation: one of ACTIVATIONS; None: see `clip_layout.find_activation`. Raises
-    FileNotFoundError for a missing file, or one that cannot be downloaded; ValueError for an
-    unknown name, and a file not wholly a CLIP."""
-    path, said = clip_weights.find(str(name_or_path), cache_dir)
-    tensors = checkpoints.read_state_dict(path)
+def load_clip(name_or_path, cache_dir=None, activation=None) -> CLIP:
+    """CLIP by what `support.clip_files.find` takes, such as a public name or a file: float32, eval
+    mode, on the CPU. activation: one of ACTIVATIONS; None: as the file or the config beside it
+    says, else QuickGELU, which is said. Raises FileNotFoundError for a file that is missing or
+    cannot be downloaded, ValueError for an unknown name and for what is not wholly a CLIP."""
+    from support import clip_files
+
+    path, state, said = clip_files.load(name_or_path, cache_dir, activation)
     try:
-        state = clip_layout.to_openai_layout(tensors)
-        activation = clip_layout.find_activation(path, state, said, activation)
-        return build_clip(state, {**said, "activation": activation})
+        return build_clip(state, said)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -310,13 +330,16 @@ class Tokenizer:
 
     The vocabulary is 256 bytes, the same 256 at the end of a word, the merges, (left, right) in
     order of priority, then start and end: without merges a byte-level tokenizer of 514 ids.
+
+    >>> Tokenizer()(["ab", "a b"], 5)
+    tensor([[512,  64, 321, 513,   0],
+            [512, 320, 321, 513,   0]])
     """
 
     def __init__(self, merges=()):
         letters, merges = list(LETTERS.values()), [tuple(pair) for pair in merges]
         tokens = letters + [letter + "</w>" for letter in letters] + ["".join(p) for p in merges]
         self.ids = {token: i for i, token in enumerate(tokens)}
-        self.tokens = [*tokens, START, END]
         self.priority = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end, self.vocab_size = len(tokens), len(tokens) + 1, len(tokens) + 2
         self.cache = {START: [self.start], END: [self.end]}  # word: ids
@@ -344,135 +367,108 @@ class Tokenizer:
             ids += self.cache[word]
         return ids
 
-    def decode(self, ids):
-        """Ids to text, as OpenAI's: a space ends each word, some around punctuation are new."""
-        byte_of = {letter: byte for byte, letter in LETTERS.items()}
-        text = "".join(self.tokens[int(i)] for i in ids).replace("</w>", " ")
-        data = b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in text)
-        return data.decode("utf-8", errors="replace").strip()
-
-    def __call__(self, texts, context_length, truncate=False):
-        """One text or B of them to (B, context_length) int64: start, ids, end, zeros. A text that
-        is too long raises ValueError or, with `truncate`, is cut as OpenAI's cuts it."""
+    def __call__(self, texts: str | list[str], context_length: int) -> torch.Tensor:
+        """One text or B of them to (B, context_length) int64: start, ids, end, zeros. Raises
+        ValueError for a text that is too long."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts):
             ids = [self.start, *self.encode(text), self.end]
-            if len(ids) > context_length and not truncate:
+            if len(ids) > context_length:
                 raise ValueError(f"{len(ids)} tokens, over the context length {context_length}: "
                                  f"{text[:80]!r}")
-            ids = ids[: context_length - 1] + ids[-1:] if len(ids) > context_length else ids
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
 
-NUM_MERGES = 49152 - 256 - 2  # CLIP uses the first 48,894 of the 262,144 in the file
-
-
-def load_merges(path=None, cache_dir=None):
-    """The merges of a BPE file, plain or .gz, as (left, right) symbols; without a path the public
-    one's, downloaded once to `files.cache_folder(cache_dir)`. Raises ValueError for another kind of
-    file, FileNotFoundError where there is none."""
-    path = clip_weights.fetch_bpe(cache_dir) if path is None else path
+def load_merges(path) -> list[tuple[str, str]]:
+    """The merges of a BPE file, plain or .gz, as (left, right) symbols in order of priority. Raises
+    ValueError for another kind of file."""
     data = Path(path).read_bytes()
     try:
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        lines = data.decode("utf-8").split("\n")
-        lines = lines[1:] if "#version" in lines[0] else lines
-        pairs = [line.split() for line in lines[:NUM_MERGES] if line.strip()]
-        return [(left, right) for left, right in pairs]
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+        lines = [line for line in text.split("\n") if line.strip() and "#version" not in line]
+        used = lines[: 49152 - 256 - 2]  # CLIP uses the first 48,894 of the file's 262,144
+        return [(left, right) for left, right in map(str.split, used)]
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path}: no BPE file, two symbols a line, or .gz: {error}") from None
 
 
 # Images -------------------------------------------------------------------------------------------
-def resize_axis(x, axis, size, kept):
-    """The middle `kept` of the `size` lines to which Pillow's antialiased bicubic resizes an axis
-    of uint8 (B, 3, H, W). Its weights are integers in units of 2**-22, and it rounds half up, once
-    an axis; float64 holds the sums exactly."""
-    length, start = x.shape[axis], round((size - kept) / 2)
-    if size == length:
-        return x.narrow(axis, start, kept)
-    scale = length / size
-    stretch = max(scale, 1.0)  # antialiasing: the kernel widens where the image shrinks
-    line = torch.arange(start, start + kept, dtype=torch.float64)[:, None]
-    pixel = torch.arange(length)
-    centre = (line + 0.5) * scale  # (kept, 1)
-    first, last = ((centre + side * stretch + 0.5).long() for side in (-2, 2))
-    t = ((pixel - centre + 0.5) / stretch).abs()  # (kept, length)
-    cubic = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2)
-    weights = cubic * ((t < 2) & (pixel >= first) & (pixel < last))
-    weights = weights / weights.sum(dim=1, keepdim=True) * 2**22
-    weights = (weights + 0.5 * weights.sign()).trunc().to(x.device) / 2**22
-    x = x.double() @ weights.T if axis == 3 else weights @ x.double()
-    return x.add_(0.5).clamp_(0, 255).to(torch.uint8)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 
 
-def preprocess(images, resolution):
+def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
     """CLIP's image transform: RGB uint8 (B, 3, H, W) to normalised float32 (B, 3, resolution,
-    resolution), on the images' device: the shorter side is resized, with Pillow's grey levels, and
-    the centre cropped. Raises ValueError for other images."""
-    x = images
-    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
-        raise ValueError(f"preprocess takes uint8 (B, 3, H, W), found {x.dtype} {tuple(x.shape)}")
-    H, W = x.shape[2:]
+    resolution), on the images' device: the shorter side is resized, the centre cropped. Raises
+    ValueError for other images.
+
+    >>> preprocess(torch.zeros(2, 3, 32, 48, dtype=torch.uint8), 224).shape
+    torch.Size([2, 3, 224, 224])
+    """
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3 or 0 in shape[2:]:
+        raise ValueError(f"preprocess takes uint8 (B, 3, H, W), found {images.dtype} {shape}")
+    H, W = shape[2:]
     height, width = (int(resolution * side / min(H, W)) for side in (H, W))
-    axes = [(3, width), (2, height)]
-    if H - height > max(0, 2 * (W - width)):  # then Pillow, from version 13 on, turns the order
-        axes.reverse()
-    for axis, size in axes:
-        x = resize_axis(x, axis, size, resolution)
-    mean, std = (255 * torch.tensor(value, device=x.device)[:, None, None]
-                 for value in (clip_layout.MEAN, clip_layout.STD))
-    return (x.float() - mean) / std
+    # Pillow's bicubic, but for one level here and there. It rounds and clips between its two
+    # passes; torch does so for uint8 on a CPU, not for floats nor on a GPU.
+    x = F.interpolate(images.cpu(), (height, width), mode="bicubic", antialias=True)
+    top, left = round((height - resolution) / 2), round((width - resolution) / 2)
+    x = x[:, :, top : top + resolution, left : left + resolution].to(images.device)
+    mean, std = (255 * torch.tensor(value, device=x.device)[:, None, None] for value in (MEAN, STD))
+    return x.float().sub_(mean).div_(std)
 
 
 # Prompts ------------------------------------------------------------------------------------------
-def load_templates(path):
+def load_templates(path) -> list[str]:
     """The prompt templates of a file: one a line, `{}` for the class name; empty lines and `#`
     comments are skipped, a second copy is said. Raises ValueError for a line without `{}`, and for
     a file without any."""
-    lines = [line.strip() for line in files.read_text(path).splitlines()]
-    templates = {n: line for n, line in enumerate(lines, 1) if line and not line.startswith("#")}
-    for number, template in (templates or {1: ""}).items():
-        if "{}" not in template:
-            raise ValueError(f"{path}:{number}: expected a template with {{}} for the class name, "
-                             f"found {template[:80]!r}")
-        if lines.index(template) < number - 1:
-            files.note(f"{path}:{number}: {template[:80]!r} is there again, and counts twice")
-    return list(templates.values())
+    try:
+        text = Path(path).read_text("utf-8-sig")  # with or without the mark that Windows writes
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected text in UTF-8; save it as that") from None
+    lines = [line.strip() for line in text.splitlines()]
+    templates = [line for line in lines if line and not line.startswith("#")]
+    wrong = [line for line in templates or [""] if "{}" not in line]
+    if wrong:
+        raise ValueError(f"{path}: expected {{}} for the class name, found {wrong[0][:80]!r}")
+    twice = [template for template, copies in Counter(templates).items() if copies > 1]
+    if twice:
+        warnings.warn(f"{path}: {twice[0]!r} is there again, and counts again", stacklevel=2)
+    return templates
 
 
-def prompt_names(class_names, tokenizer):
-    """K class names as prompts have them: spaces for underscores, of a comma list the first; but
-    classes that have its token ids in common take their next name that no other has. Classes that
-    even so cannot be told apart, and names that are no words, are said."""
-    names = [[" ".join(part.split()) for part in name.replace("_", " ").split(",") if part.strip()]
-             or [""] for name in class_names]
-    ids = [[tuple(tokenizer.encode(part)) for part in parts] for parts in names]
-    place, before = [0] * len(ids), None  # which of its names a class has
-    while place != before:
-        before, classes = list(place), {}  # classes: {token ids: who has them}
-        for k, each in enumerate(ids):
-            classes.setdefault(each[place[k]], []).append(k)
-        shared = [same for same in classes.values() if len(same) > 1]
-        for same in shared:
-            for k in same:
-                taken = {each[i] for each, i in zip(ids, place)}
-                taken = taken.union(*(ids[j] for j in same if j != k))
-                free = (i for i in range(place[k], len(ids[k])) if ids[k][i] not in taken)
-                place[k] = next(free, place[k])
-    found = [parts[i] for parts, i in zip(names, place)]
-    advice = "name the classes, one a line, by --class-names FILE"
-    if shared:
-        pairs = "; ".join(f"{class_names[i]!r} and {class_names[j]!r}" for i, j, *_ in shared[:3])
-        files.note("CLIP cannot tell classes apart that have the same prompt, "
-                   f"{len(shared)} times: {pairs}; {advice}")
+def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
+    """K class names as prompts have them: spaces for underscores, of a comma list the first one;
+    where to CLIP another class's first one is the same, the first that no other class has at all.
+    Prompts that are equal even so, and names that are no words, are said.
+
+    >>> prompt_names(["aquarium_fish", "bank, river bank", "bank, savings bank"], Tokenizer())
+    ['aquarium fish', 'river bank', 'savings bank']
+    """
+    def ids(name):
+        return tuple(tokenizer.encode(name))
+
+    lists = [[part.strip() for part in name.replace("_", " ").split(",") if part.strip()] or [name]
+             for name in class_names]
+    first = Counter(ids(names[0]) for names in lists)
+    anywhere = Counter(each for names in lists for each in set(map(ids, names)))
+    found = []
+    for names in lists:
+        own = [name for name in names if anywhere[ids(name)] == 1]
+        found.append(own[0] if own and first[ids(names[0])] > 1 else names[0])
+    prompts = Counter(map(ids, found))
+    same = [name for name in found if prompts[ids(name)] > 1]
     codes = [name for name in found if regex.fullmatch(r"n\d{8}|\d+", name)]
+    advice = "name the classes by --class-names FILE, or by words.txt (id<tab>name) beside train/"
+    if same:
+        warnings.warn(f"{len(same)} classes have a prompt that is another's, too, and CLIP cannot "
+                      f"tell them apart: {', '.join(same[:6])}; {advice}", stacklevel=2)
     if codes:
-        files.note(f"{len(codes)} of {len(found)} class names are no words: CLIP is asked for 'a "
-                   f"photo of a {codes[0]}'; put words.txt (id<tab>name) or LOC_synset_mapping.txt "
-                   f"beside train/, or {advice}")
+        warnings.warn(f"{len(codes)} class names are no words, and CLIP is asked for 'a photo of a "
+                      f"{codes[0]}'; {advice}", stacklevel=2)
     return found
 
 

@@ -24,15 +24,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import helpers  # noqa: E402
 import test_clip_model as tests  # noqa: E402
 
 from clip_model import CLIP, build_clip  # noqa: E402
-from support import clip_layout  # noqa: E402
+from support import clip_files  # noqa: E402
 
 try:
     import open_clip
 except ImportError:
-    sys.exit("error: this benchmark compares with open_clip: pip install open_clip_torch")
+    open_clip = None
 
 TEXT = (77, 49408)  # context length and vocabulary
 PUBLIC = {  # embed_dim, resolution, layers, width, patch, context, vocabulary, then the text tower
@@ -119,11 +120,11 @@ def parity():
             model = transformers_model(sizes)
             model.load_state_dict({name: tensor + 0.02 * torch.randn_like(tensor)
                                    for name, tensor in model.state_dict().items()})
-            ours = build_clip(clip_layout.to_openai_layout(model.state_dict()))
+            ours = build_clip(clip_files.to_openai_layout(model.state_dict()))
             pairs["transformers"] = (ours, model)
         for other, models in pairs.items():
             found, expected = (features(model, images, tokens) for model in models)
-            image, text = map(tests.relative, found, expected)
+            image, text = map(helpers.relative, found, expected)
             print(f"{name:31}{image:9.1e}{text:9.1e}   {other}", flush=True)
 
 
@@ -134,10 +135,10 @@ def golden(tokenizer_file):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     numbers = {"tokenizer": tests.digest(module.SimpleTokenizer(), tests.strings(10000))}
-    for kind in tests.SMALL:
-        model = open_clip_model(tests.small_state(kind))
+    for kind in helpers.SMALL_CLIPS:
+        model = open_clip_model(helpers.small_clip_state(kind))
         features = {"image": model.encode_image(tests.small_images(kind)),
-                    "text": model.encode_text(tests.small_tokens())}
+                    "text": model.encode_text(helpers.small_tokens())}
         numbers[kind] = {key: [[round(value, 7) for value in row] for row in rows.tolist()]
                          for key, rows in features.items()}
     (ROOT / "tests/golden_clip.json").write_text(json.dumps(numbers))
@@ -157,7 +158,7 @@ def layouts():
     plain = {"layers": 2, "width": 128, "patch_size": 8, "image_size": 32}
     huge = {"layers": 1, "width": 1280, "head_width": 80, "patch_size": 14, "image_size": 28}
     narrow = (32, 32, 2, 96, 8, 12, 514, 64, 4, 1)
-    models = {"transformers": transformers_model(tests.SMALL["vit"]),
+    models = {"transformers": transformers_model(helpers.SMALL_CLIPS["vit"]),
               "transformers, GELU, other heads": transformers_model(narrow, "gelu", 3)}
     return {
         **{name: (model, json.loads(model.config.to_json_string())) for name, model in
@@ -175,10 +176,10 @@ def golden_layouts():
     numbers = {}
     for name, (model, listing) in layouts().items():
         shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
-        model.load_state_dict(tests.filled(shapes))
+        model.load_state_dict(helpers.filled(shapes))
         side = 28 if "ViT" in name else 32
-        images = 4 * tests.noise((3, 3, side, side), 1)
-        found = features(model, images, tests.small_tokens())
+        images = 4 * helpers.noise((3, 3, side, side), 1)
+        found = features(model, images, helpers.small_tokens())
         rows = [[[round(value, 7) for value in row] for row in each.tolist()] for each in found]
         numbers[name] = {"listing": listing, "tensors": shapes, "image": rows[0], "text": rows[1]}
     (ROOT / "tests/golden_clip_layout.json").write_text(json.dumps(numbers))
@@ -224,6 +225,8 @@ def main():
     parser.add_argument("--golden", metavar="FILE")
     parser.add_argument("--layouts", action="store_true")
     arguments = parser.parse_args()
+    if open_clip is None:
+        parser.error("this benchmark compares with open_clip: pip install open_clip_torch")
     if arguments.parity:
         parity()
     elif arguments.golden:

@@ -1,7 +1,7 @@
 """The embedded example: rendered pictures of coloured shapes, and a tiny CLIP that reads them.
 
     images, labels, class_names = render_shapes("train")   # uint8 (1000,3,32,32), (1000,), 25 names
-    path = tiny_clip(cache_dir)                            # its checkpoint, trained where absent
+    images, phrases = render_captions(24000)               # what the tiny CLIP is trained with
 
 A picture shows one shape. How it is drawn lies between two styles: the plain one (0: dark
 background, middle size, roughly upright, in the middle) and the wild one (1: any rotation, smaller
@@ -10,15 +10,10 @@ splits are plain, the shift split is wild; CLIP's captions tell of a wider world
 shapes, every style. A mirror image of a shape is that shape again, so a flip keeps the label.
 """
 
-import hashlib
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-import clip_model
-from support import files
 
 SIDE = 32
 SIZES = {"train": 1000, "test": 1000, "shift": 1000}  # images of each split
@@ -154,34 +149,34 @@ def render_captions(n, seed=0):
 # The tiny CLIP ------------------------------------------------------------------------------------
 
 
-def train_tiny_clip(images, phrases, templates, seed=0, device="cpu", steps=1000, batch_size=128,
-                    progress=None):
-    """A small byte-level CLIP, trained on pictures uint8 (N,3,32,32) and N phrases of two words,
-    "red star", that templates make captions of. -> a CLIP in eval mode, float32, on `device`.
+TINY_CLIP = {  # the arguments of clip_model.CLIP: 514 token ids are those of bytes alone
+    "embed_dim": 64, "image_resolution": SIDE, "vision_layers": (1, 1, 1, 1), "vision_width": 16,
+    "vision_patch_size": None, "context_length": 56, "vocab_size": 514, "transformer_width": 64,
+    "transformer_heads": 1, "transformer_layers": 2}
+VERSION = 1  # of the tiny CLIP: raised when its pictures, captions, sizes or training change
+
+
+def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, seed=0, steps=1000,
+                    batch_size=128, progress=None):
+    """Trains a small CLIP on pictures uint8 (N,3,H,W) and N phrases of two words, "red star", that
+    templates make captions of. -> the same CLIP in eval mode, on its device. Tokenizer and
+    preprocess are clip_model's; `progress(done, total)` is called after every step.
 
     Contrastive both ways (Radford 2021, section 2.3), but for two things. The captions of one step
     share their template and repeat, so every distinct one is encoded once and stands for all its
     images: no caption is its own negative. And two captions that say the same in other words are
     positives too; without that the text tower, whose captions all look alike at first, does not
     tell second words apart within so few steps. Every second step's captions have that word alone.
-    `progress(done, total)` is called after every step.
     """
-    generator = torch.Generator().manual_seed(seed)
-    tokenizer, context_length = clip_model.Tokenizer(), 56
+    generator, device = torch.Generator().manual_seed(seed), clip.logit_scale.device
     captions = []  # of phrases and of their second words: which text an image has; texts as tokens
     for names in (phrases, [phrase.split()[1] for phrase in phrases]):
         texts = sorted(set(names))
         text_of = torch.tensor([texts.index(name) for name in names])  # (N,)
-        tokens = [tokenizer([template.format(text) for text in texts], context_length)
+        tokens = [tokenizer([template.format(text) for text in texts], clip.context_length)
                   for template in templates]
         captions.append((text_of, torch.stack(tokens)))  # (templates, texts, context_length)
 
-    with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator
-        torch.manual_seed(seed)
-        clip = clip_model.CLIP(
-            embed_dim=64, image_resolution=SIDE, vision_layers=(1, 1, 1, 1), vision_width=16,
-            vision_patch_size=None, context_length=context_length, vocab_size=tokenizer.vocab_size,
-            transformer_width=64, transformer_heads=1, transformer_layers=2).to(device)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=2.5e-3, betas=(0.9, 0.98),
                                   weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, steps, pct_start=0.15,
@@ -192,7 +187,7 @@ def train_tiny_clip(images, phrases, templates, seed=0, device="cpu", steps=1000
         present, column = text_of[shown].unique(return_inverse=True)  # T texts; which is an image's
         column = column.to(device)
         two = torch.randint(len(tokens), (2,), generator=generator)  # templates
-        pixels = clip_model.preprocess(images[shown].to(device), SIDE)
+        pixels = preprocess(images[shown].to(device), clip.visual.input_resolution)
         image = F.normalize(clip.encode_image(pixels), dim=1)  # (B,D)
         text = clip.encode_text(tokens[two][:, present].flatten(0, 1).to(device))
         text, reworded = F.normalize(text, dim=1).chunk(2)  # (T,D) each
@@ -213,18 +208,3 @@ def train_tiny_clip(images, phrases, templates, seed=0, device="cpu", steps=1000
         if progress:
             progress(step + 1, steps)
     return clip.eval()
-
-
-def tiny_clip(cache_dir, device="cpu"):
-    """The path of the tiny CLIP's checkpoint in a cache folder; where it is absent it is trained
-    first. Its name changes with the code that makes it and with what torch draws."""
-    digest = hashlib.sha256(render_captions(64)[0].numpy())
-    for module in (__file__, clip_model.__file__):
-        digest.update(Path(module).read_bytes())
-    path = Path(cache_dir) / f"clip-tiny-{digest.hexdigest()[:8]}.pt"
-    if not path.is_file():
-        line = files.Progress("tiny CLIP", 1000, "steps")
-        clip = train_tiny_clip(*render_captions(24000), CAPTIONS, device=device,
-                               progress=lambda done, total: line.update(done, keep=done == total))
-        files.save(path, {"model": clip.state_dict()})
-    return path

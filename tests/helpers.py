@@ -3,6 +3,9 @@
 import contextlib
 import http.server
 import io
+import json
+import math
+import struct
 import subprocess
 import sys
 import threading
@@ -152,3 +155,67 @@ def web_server(content):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+# CLIP ---------------------------------------------------------------------------------------------
+
+SMALL_CLIPS = {  # CLIP's arguments: embedding, resolution, image tower, context, vocabulary, text
+    "vit": (32, 32, 2, 128, 8, 12, 514, 128, 2, 2),
+    "resnet": (32, 64, (1, 2, 1, 1), 16, None, 12, 514, 128, 2, 2),
+}
+
+
+def noise(shape, seed):
+    """Reproducible numbers in (-1/2, 1/2) from integer arithmetic, the same everywhere."""
+    i = torch.arange(torch.Size(shape).numel())
+    i = (((i * i + seed * 7919) % 1000003) * 48271 + i * 69621) % 2147483647
+    return (i / 2147483647 - 0.5).float().view(shape)
+
+
+def filled(shapes):
+    """{name: shape} -> a state dict whose every tensor is filled and exact in float16."""
+    state = {}
+    for seed, (name, shape) in enumerate(sorted(shapes.items())):
+        fill = noise(shape, seed) * (2 * math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.4)
+        if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
+            fill = 1 + fill
+        fill = torch.tensor(2.5) if name == "logit_scale" else fill
+        state[name] = fill.half().float()
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(0)
+    return state
+
+
+def small_clip_state(kind):
+    """The state dict of one of SMALL_CLIPS in OpenAI's layout, `filled`."""
+    from clip_model import CLIP
+    state = CLIP(*SMALL_CLIPS[kind]).state_dict()
+    return filled({name: tensor.shape for name, tensor in state.items()})
+
+
+def small_tokens():
+    """Four texts, of which the last one is cut at 12 tokens, as OpenAI's tokenizer cuts it."""
+    from clip_model import Tokenizer
+    tokens = Tokenizer()(["a red circle", "x", "blue star?", "0123456789 overlong"], 77)[:, :12]
+    tokens[3, 11] = 513
+    return tokens
+
+
+def relative(found, expected):
+    """The largest relative difference of two tables' rows."""
+    expected = torch.as_tensor(expected)
+    return ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+
+
+def safetensors(tensors, change=lambda header: None, spaces=0, end=b""):
+    """The bytes of a file of these tensors; `change` changes the header before it is written."""
+    from support.checkpoints import DTYPES
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, blobs = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        blob = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [len(blobs), len(blobs) + len(blob)]}
+        blobs += blob
+    text = (change(header) or json.dumps(header)).encode() + b" " * spaces
+    return struct.pack("<Q", len(text)) + text + blobs + end

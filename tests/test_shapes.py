@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 
 import clip_model
-import richkd
-import targets
 from support import shapes
 
 # Areas of the outlines, by hand: a star of n tips has n * R * r * sin(pi / n); the heart is a
@@ -57,6 +56,9 @@ def test_render_shapes_is_fixed_by_its_seed(split):
     assert torch.equal(images, shapes.render_shapes(split)[0])
     assert (images != shapes.render_shapes(split, seed=1)[0]).float().mean() > 0.5
     assert torch.equal(state, torch.get_rng_state())
+    top = images[:, :, 0].float() / 255  # (N,3,32): of the plain style, dark and of one brightness
+    plain = top.mean((1, 2)).max() < 0.4 and top.std((1, 2)).max() < 0.2
+    assert plain == (split != "shift")
 
 
 def test_render_shapes_draws_what_it_always_did():
@@ -66,17 +68,6 @@ def test_render_shapes_draws_what_it_always_did():
     sums = {split: shapes.render_shapes(split)[0].sum().item() for split in shapes.SIZES}
     first_edition = {"train": 158437346, "test": 157124290, "shift": 320127406}
     assert sums == pytest.approx(first_edition, rel=1e-5)
-
-
-def test_render_shapes_gives_splits_of_two_styles_that_share_no_image():
-    images = {split: shapes.render_shapes(split)[0] for split in shapes.SIZES}
-    rows = torch.cat([x.flatten(1) for x in images.values()])
-    assert len(rows.unique(dim=0)) == len(rows)
-    edges = {split: torch.cat([x[:, :, 0], x[:, :, -1]], 2).float() / 255
-             for split, x in images.items()}
-    for split in ("train", "test"):  # dark and, up to noise, of one brightness
-        assert edges[split].mean((1, 2)).max() < 0.4 and edges[split].std((1, 2)).max() < 0.2
-    assert edges["shift"].mean((1, 2)).max() > 0.8 and edges["shift"].mean((1, 2)).std() > 0.15
 
 
 def named_colours(images):
@@ -96,19 +87,15 @@ def test_render_shapes_shows_the_colours_of_the_names():
     assert sum(right) / len(right) > 0.9
 
 
-def test_render_captions_shows_the_colours_of_the_phrases():
+def test_render_captions_tells_of_a_wider_world_but_never_of_the_held_out():
     images, phrases = shapes.render_captions(2000)
+    assert images.shape == (2000, 3, 32, 32) and images.dtype == torch.uint8
+    assert len(phrases) == 2000 and torch.equal(images, shapes.render_captions(2000)[0])
     top = images[:, :, 0].float()
     plain = (top.std((1, 2)) < 45) & (top.mean((1, 2)) < 80)
     right = [phrases[i].split()[0] == found
              for i, found in zip(plain.nonzero()[:, 0], named_colours(images[plain]))]
     assert len(right) > 200 and sum(right) / len(right) > 0.8
-
-
-def test_render_captions_tells_of_a_wider_world_but_never_of_the_held_out():
-    images, phrases = shapes.render_captions(3000)
-    assert images.shape == (3000, 3, 32, 32) and images.dtype == torch.uint8
-    assert len(phrases) == 3000 and torch.equal(images, shapes.render_captions(3000)[0])
     assert len(set(phrases)) > 1.5 * len(shapes.CLASSES)
     assert not set(phrases) & set(shapes.HELD_OUT)
     words = {word for phrase in phrases for word in phrase.split()}
@@ -122,76 +109,57 @@ def test_render_captions_tells_of_a_wider_world_but_never_of_the_held_out():
 # The tiny CLIP ------------------------------------------------------------------------------------
 
 
+def tiny_clip(captions, seed=0, **settings):
+    """The tiny CLIP, trained with that many pictures and settings."""
+    torch.manual_seed(seed)
+    clip = clip_model.CLIP(**shapes.TINY_CLIP)
+    return shapes.train_tiny_clip(clip, clip_model.Tokenizer(), clip_model.preprocess,
+                                  *shapes.render_captions(captions), shapes.CAPTIONS, seed,
+                                  **settings)
+
+
 def test_train_tiny_clip_is_fixed_by_its_seed():
-    state, calls, trained = torch.get_rng_state(), [], []
+    calls, trained = [], []
     for seed in (0, 0, 1):
-        clip = shapes.train_tiny_clip(*shapes.render_captions(300), shapes.CAPTIONS, seed, steps=2,
-                                      batch_size=16, progress=lambda *counts: calls.append(counts))
-        assert not clip.training and all(p.dtype == torch.float32 for p in clip.parameters())
+        clip = tiny_clip(300, seed, steps=2, batch_size=16,
+                         progress=lambda *counts: calls.append(counts))
+        state = torch.get_rng_state()
+        assert not clip.training
         trained.append(clip.state_dict())
     one, same, other = trained
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["text_projection"], other["text_projection"])
-    assert calls == [(1, 2), (2, 2)] * 3 and torch.equal(state, torch.get_rng_state())
-
-
-def test_tiny_clip_is_trained_once_and_its_name_changes_with_the_code(tmp_path, monkeypatch):
-    images, phrases = shapes.render_captions(64)
-    clip = shapes.train_tiny_clip(images, phrases, shapes.CAPTIONS, steps=1, batch_size=16)
-    calls = []
-
-    def train(*arguments, device, progress):
-        calls.append(device)
-        return clip
-
-    monkeypatch.setattr(shapes, "render_captions", lambda n: (images, phrases))
-    monkeypatch.setattr(shapes, "train_tiny_clip", train)
-    path = shapes.tiny_clip(tmp_path, "cpu")
-    assert shapes.tiny_clip(tmp_path) == path and calls == ["cpu"]
-    pixels = clip_model.preprocess(images[:8], 32)
-    with torch.no_grad():
-        one, two = (each.encode_image(pixels) for each in (clip, clip_model.load_clip(path)))
-    torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
-    (tmp_path / "other.py").write_text("")
-    monkeypatch.setattr(clip_model, "__file__", str(tmp_path / "other.py"))
-    assert shapes.tiny_clip(tmp_path) != path and calls == ["cpu", "cpu"]
+    assert calls == [(1, 2), (2, 2)] * 3
+    torch.manual_seed(1)  # training draws from its own generator
+    clip_model.CLIP(**shapes.TINY_CLIP)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @torch.no_grad()
-def predictions(clip, split, order=slice(None)):
+def predictions(clip, order=slice(None), split="test"):
     """Zero-shot with the templates of prompts.txt, the class names in the given order -> class
     (N,), labels (N,)."""
     images, labels, names = shapes.render_shapes(split)
     names = [names[k] for k in torch.arange(len(names))[order]]
     text = clip_model.class_features(clip, clip_model.Tokenizer(), names,
-                                     clip_model.load_templates(targets.PROMPTS))
+                                     clip_model.load_templates(ROOT / "prompts.txt"))
     image = clip.encode_image(clip_model.preprocess(images, clip.visual.input_resolution))
-    cosines = richkd.zero_shot_logits(image, richkd.ensemble_text_features(text), 1.0)
-    return cosines.argmax(1), labels
-
-
-@pytest.fixture(scope="module")
-def clip():
-    """One training for the tests below, shorter than that of `tiny_clip`."""
-    return shapes.train_tiny_clip(*shapes.render_captions(12000), shapes.CAPTIONS, steps=700)
+    return (image @ text.mean(dim=1).T).argmax(1), labels
 
 
 @pytest.mark.slow
-def test_train_tiny_clip_reads_class_names(clip):
-    chance, generator = 1 / len(shapes.CLASSES), torch.Generator().manual_seed(0)
-    for split, times in (("test", 10), ("shift", 6)):
-        found, labels = predictions(clip, split)
-        assert (found == labels).float().mean() > times * chance
-    orders = [torch.randperm(len(shapes.CLASSES), generator=generator) for _ in range(8)]
-    right = [(found == labels).float().mean() for found, labels in
-             (predictions(clip, "test", order) for order in orders)]
-    assert sum(right) / len(right) < 2 * chance
-    assert clip.logit_scale.exp() <= 100.001
-
-
-@pytest.mark.slow
-def test_train_tiny_clip_recognises_words_that_no_caption_put_together(clip):
-    found, labels = predictions(clip, "test")
+def test_train_tiny_clip_reads_class_names_and_words_that_no_caption_put_together():
+    """After a shorter training than the default run's."""
+    clip = tiny_clip(12000, steps=700)
+    K, generator = len(shapes.CLASSES), torch.Generator().manual_seed(0)
+    for split, times in (("shift", 6), ("test", 10)):
+        found, labels = predictions(clip, split=split)
+        assert (found == labels).float().mean() > times / K
     held = torch.tensor([name in shapes.HELD_OUT for name in shapes.CLASSES])[labels]
     assert held.sum() >= 100
-    assert (found == labels)[held].float().mean() > 4 / len(shapes.CLASSES)
+    assert (found == labels)[held].float().mean() > 4 / K
+    orders = [torch.randperm(K, generator=generator) for _ in range(8)]
+    right = [(found == labels).float().mean() for found, labels in
+             (predictions(clip, order) for order in orders)]
+    assert sum(right) / len(right) < 2 / K
+    assert clip.logit_scale.exp() <= 100.001

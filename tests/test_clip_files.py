@@ -1,0 +1,368 @@
+"""clip_files.py: which file a name means, what lies beside it, CLIP as other programs write it.
+
+`golden_clip_layout.json` holds names and shapes of small models of transformers 5.24.0 and
+open_clip_torch 3.3.0, what these programs say of them in a config, and what the models give with
+their tensors `filled`; `python bench/bench_clip.py --layouts` wrote it.
+"""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    filled,
+    noise,
+    relative,
+    safetensors,
+    small_clip_state,
+    small_tokens,
+    web_server,
+)
+
+import clip_model
+from clip_model import build_clip, load_clip
+from support import clip_files, files
+
+GOLDEN = json.loads((ROOT / "tests/golden_clip_layout.json").read_text())
+L14 = "openai/clip-vit-large-patch14"
+
+
+@pytest.fixture(autouse=True)
+def no_other_cache(monkeypatch, tmp_path):
+    """A home without Hugging Face's cache."""
+    for name in ("HF_HUB_CACHE", "HF_HOME", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """(addresses, path, digest) of each call of files.fetch, which has nothing."""
+    made = []
+
+    def fetch(urls, path, digest, advice):
+        made.append((urls, path, digest))
+        raise FileNotFoundError(f"could not download {' or '.join(urls)} to {path}; {advice}")
+
+    monkeypatch.setattr(files, "fetch", fetch)
+    return made
+
+
+def write_snapshot(folder, kind, listing=None, suffix=".bin", change=None):
+    """A folder as Hugging Face has it: weights and what describes them. -> the weights' path."""
+    state = filled(GOLDEN[kind]["tensors"])
+    if change:
+        change(state)
+    name = "pytorch_model.bin" if suffix == ".bin" else "model.safetensors"
+    config = "config.json"
+    if kind.startswith("open_clip"):
+        name, config = f"open_clip_{name}", "open_clip_config.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / config).write_text(json.dumps(listing or GOLDEN[kind]["listing"]))
+    if suffix == ".bin":
+        torch.save(state, folder / name)
+    else:
+        (folder / name).write_bytes(safetensors(state))
+    return folder / name
+
+
+@torch.no_grad()
+def assert_golden(clip, kind):
+    side = clip.visual.input_resolution
+    image = clip.encode_image(4 * noise((3, 3, side, side), 1))
+    assert relative(image, GOLDEN[kind]["image"]) < 1e-5
+    assert relative(clip.encode_text(small_tokens()), GOLDEN[kind]["text"]) < 1e-5
+
+
+# Addresses ----------------------------------------------------------------------------------------
+
+
+def test_find_public_names_lead_to_openai_then_to_hugging_face(attempts, tmp_path):
+    for name in clip_files.PUBLIC_CLIPS:
+        with pytest.raises(FileNotFoundError, match="pass --clip PATH") as error:
+            clip_files.find(name, tmp_path)
+        assert "\n" not in str(error.value)
+    assert [path.relative_to(tmp_path).name for _, path, _ in attempts] == [
+        "RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt", "ViT-B-32.pt",
+        "vit_base_patch32_clip_224.openai.safetensors", "clip-vit-base-patch32.bin", "ViT-B-16.pt",
+        "ViT-L-14.pt", "clip-vit-large-patch14.safetensors", "clip-vit-large-patch14.bin",
+        "ViT-L-14-336px.pt"]
+    for urls, path, digest in attempts:
+        assert digest.startswith("sha256:") and len(digest) == 7 + 64
+        file = f"/clip/models/{digest.removeprefix('sha256:')}/{path.name}"
+        assert path.suffix != ".pt" or urls == [
+            f"https://openaipublic.{host}{file}" for host in
+            ("blob.core.windows.net", "azureedge.net")]
+    urls, path, digest = attempts[10]
+    assert digest.startswith("sha256:a2bf730a0c7d") and urls == [
+        f"https://huggingface.co/{L14}/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41/"
+        "model.safetensors"]
+
+
+def test_find_names_every_address_when_all_fail(attempts, tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        clip_files.find("ViT-L/14", tmp_path)
+    for part in (*clip_files.HOSTS, "model.safetensors", "pytorch_model.bin", "ViT-L-14.pt"):
+        assert part in str(error.value)
+    attempts.clear()
+    with pytest.raises(FileNotFoundError, match="huggingface.co/openai/clip-vit-base-patch32/"):
+        clip_files.find("openai/clip-vit-base-patch32", tmp_path)
+    assert len(attempts) == 1  # of a repository that is asked for by name, its own file alone
+
+
+def test_find_takes_what_is_in_the_cache_first(attempts, monkeypatch, tmp_path):
+    there = tmp_path / "clip-vit-large-patch14.bin"
+    there.write_bytes(b"weights")
+    monkeypatch.setattr(files, "fetch",
+                        lambda urls, path, digest, advice: attempts.append(path) or path)
+    for name in ("ViT-L/14", L14):
+        assert clip_files.find(name, tmp_path) == (there, {"activation": "quickgelu"})
+    assert attempts == [there, there]  # whose digest is checked
+
+
+def test_fetch_bpe(attempts, tmp_path):
+    with pytest.raises(FileNotFoundError, match="--bpe"):
+        clip_files.fetch_bpe(tmp_path)
+    (urls, path, digest), = attempts
+    assert path == tmp_path / clip_files.BPE_FILE and digest.startswith("sha256:924691ac288e54")
+    assert len(urls) == 2 and all(url.endswith("/clip/bpe_simple_vocab_16e6.txt.gz")
+                                  for url in urls)
+
+
+def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path):
+    """OpenAI's host has nothing; at $HF_ENDPOINT lie the weights in transformers' layout. They are
+    OpenAI's by their digest: no activation is guessed."""
+    content = safetensors(filled(GOLDEN["transformers"]["tensors"]))
+    monkeypatch.setattr(clip_files, "MIRRORS", (
+        ("ViT-L/14", L14, "abc", "model.safetensors", hashlib.sha256(content).hexdigest()),))
+    with web_server(content) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/good")
+        monkeypatch.setattr(clip_files, "HOSTS", (f"{server.url}/clip",))
+        clip = load_clip("ViT-L/14", tmp_path / "cache")
+        assert server.asked[-1] == f"/good/{L14}/resolve/abc/model.safetensors"
+    assert_golden(clip, "transformers")
+    assert not [line for line in files.note.said if "activation" in line]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [
+        "clip-vit-large-patch14.safetensors"]
+
+
+# Files and folders --------------------------------------------------------------------------------
+
+
+def test_find_takes_a_folders_files_in_order(tmp_path):
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} .*pytorch_model.bin"):
+        clip_files.find(str(tmp_path))
+    for name in reversed(clip_files.WEIGHTS):
+        (tmp_path / name).write_bytes(b"")
+        assert clip_files.find(str(tmp_path)) == (tmp_path / name, {})
+    assert clip_files.find(str(tmp_path / "pytorch_model.bin"))[0].name == "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("name, kind", [("ViT-B/33", ValueError), ("org/name", ValueError),
+                                        ("absent.pt", FileNotFoundError)])
+def test_find_without_a_file(name, kind):
+    with pytest.raises(kind, match=f"'{name}' .*RN50x64, ViT-B/32"):
+        clip_files.find(name)
+
+
+def snapshot_in(hub, repository, revision="0123abcd"):
+    """The layout of huggingface_hub: snapshots link to blobs, refs/main names one of them."""
+    folder = hub / f"models--{repository.replace('/', '--')}"
+    weights = write_snapshot(folder / "snapshots" / revision, "transformers")
+    (folder / "blobs").mkdir(exist_ok=True)
+    blob = folder / "blobs" / hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(revision)
+    return weights
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", None])
+def test_load_clip_finds_a_snapshot_in_the_hugging_face_cache(variable, monkeypatch, tmp_path):
+    hub = tmp_path / "home/.cache/huggingface/hub"
+    if variable:
+        hub = tmp_path / "elsewhere" / ("hub" if variable == "HF_HOME" else "")
+        monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
+    snapshot_in(hub, "org/other")
+    snapshot_in(hub, L14, revision="old")
+    weights = snapshot_in(hub, L14, revision="new")
+    path, said = clip_files.find(L14)
+    assert path == weights and said["vision_layers"] == 2
+    assert_golden(load_clip(L14), "transformers")
+
+
+def test_find_passes_over_a_snapshot_without_weights(attempts, tmp_path):
+    """As who has loaded a tokenizer alone has it, or has deleted the blob."""
+    hub = tmp_path / "home/.cache/huggingface/hub"
+    snapshot_in(hub, L14).resolve().unlink()
+    with pytest.raises(FileNotFoundError, match="could not download"):
+        clip_files.find(L14, tmp_path)
+    snapshot_in(hub, "org/name").unlink()
+    with pytest.raises(ValueError, match="'org/name'"):
+        clip_files.find("org/name", tmp_path)
+
+
+# Layouts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("kind", [kind for kind in GOLDEN if "ViT" not in kind])
+def test_load_clip_of_a_snapshot_equals_the_program_that_wrote_it(kind, suffix, tmp_path):
+    """Layouts, activations, heads of 16, 32 and 64 numbers: nothing has to be guessed."""
+    write_snapshot(tmp_path / "snapshot", kind, suffix=suffix)
+    assert_golden(load_clip(tmp_path / "snapshot"), kind)
+    assert not files.note.said
+
+
+@pytest.mark.parametrize("kind", ["open_clip, ViT-H", "open_clip, ViT-g"])
+def test_build_clip_knows_the_heads_of_the_giants(kind, tmp_path):
+    """Heads of 80 and 88, without a listing as with one."""
+    assert_golden(build_clip(filled(GOLDEN[kind]["tensors"]), {"activation": "gelu"}), kind)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(GOLDEN[kind]["listing"]))
+    said = clip_files.read_listing(tmp_path / "open_clip_pytorch_model.bin")
+    assert (said["vision_heads"], said["activation"]) == (16, "gelu")
+
+
+def test_to_openai_layout_keeps_every_tensor():
+    """Prefixed, with position_ids, in float16; what comes out is OpenAI's names and no others."""
+    state = filled(GOLDEN["transformers"]["tensors"])
+    expected = clip_files.to_openai_layout(state)
+    prefixed = {f"clip.{name}": tensor.half() for name, tensor in state.items()}
+    prefixed["clip.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    before, own = list(prefixed), small_clip_state("resnet")
+    found = clip_files.to_openai_layout(prefixed)
+    assert list(prefixed) == before
+    assert found.keys() == expected.keys() == small_clip_state("vit").keys()
+    assert all(torch.equal(found[name].float(), expected[name]) for name in found)
+    same = clip_files.to_openai_layout(own)
+    assert same.keys() == own.keys() and all(same[name] is own[name] for name in own)
+
+
+@pytest.mark.parametrize("kind, missing, added, name", [
+    ("transformers", "vision_model.encoder.layers.1.self_attn.k_proj.bias", None,
+     "visual.transformer.resblocks.1.attn.in_proj_bias"),
+    ("transformers", "vision_model.pre_layrnorm.weight", None, "visual.ln_pre.weight"),
+    ("transformers", "text_model.embeddings.position_embedding.weight", None,
+     "'positional_embedding'"),
+    ("transformers", None, "vision_model.head.bias", "vision_model.head.bias"),
+    ("transformers", None, "logit_bias", "SigLIP"),
+    ("open_clip, CustomTextCLIP", None, "logit_bias", "SigLIP"),
+    ("open_clip", "visual.ln_pre.weight", None, "visual.ln_pre.weight"),
+    ("open_clip", None, "transformer.resblocks.0.ls_1.gamma", "resblocks.0.ls_1.gamma"),
+])
+def test_load_clip_names_what_is_no_clip(kind, missing, added, name, tmp_path):
+    def change(state):
+        state.pop(missing, None)
+        state |= {added: torch.zeros(1)} if added else {}
+
+    path = write_snapshot(tmp_path, kind, change=change)
+    with pytest.raises(ValueError, match=name) as error:
+        load_clip(path)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: ")
+
+
+# Activation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked, kind", [(None, "open_clip"), ("quickgelu", "open_clip"),
+                                         ("gelu", "open_clip, CustomTextCLIP")])
+def test_load_clip_of_a_bare_file_assumes_quickgelu_or_is_told(asked, kind, tmp_path):
+    state = filled(GOLDEN[kind]["tensors"])
+    for name in [name for name in state if name.endswith("token_embedding.weight")]:
+        state[name] = torch.cat([state[name], torch.zeros(86, 128)])  # no vocabulary of bytes
+    torch.save(state, tmp_path / "model.pt")
+    assert_golden(load_clip(tmp_path / "model.pt", activation=asked), kind)
+    assert len(files.note.said) == (asked is None)
+    assert all("model.pt" in line and "--clip-activation gelu" in line
+               for line in files.note.said)
+
+
+def test_load_knows_the_activation_of_openai_and_of_this_program(tmp_path):
+    path = tmp_path / "clip.pt"
+    archive = {"token_embedding.weight": torch.zeros(600, 128), "input_resolution": torch.tensor(1)}
+    for changes in ({}, archive):
+        torch.save({**small_clip_state("vit"), **changes}, path)
+        assert clip_files.load(path)[2] == {"activation": "quickgelu"}
+    assert not files.note.said
+    assert clip_files.load(path, activation="gelu")[2] == {"activation": "gelu"}
+    (line,) = files.note.said
+    assert str(path) in line and "quickgelu" in line
+    with pytest.raises(ValueError, match="clip.pt.*'relu'.*quickgelu or gelu"):
+        clip_files.load(path, activation="relu")
+
+
+# Listings -----------------------------------------------------------------------------------------
+
+
+def changed(kind, place, value):
+    """The listing of a golden model with another value; place: "key" or "part/key"."""
+    listing = json.loads(json.dumps(GOLDEN[kind]["listing"]))
+    *part, key = place.split("/")
+    where = listing.get("model_cfg", listing)
+    if part == ["preprocess"]:
+        where = listing.setdefault("preprocess_cfg", {})
+    elif part:
+        where = where.get(f"{part[0]}_config") or where[f"{part[0]}_cfg"]
+    where[key] = value
+    return listing
+
+
+@pytest.mark.parametrize("kind, place, value, message", [
+    ("transformers", "vision/num_hidden_layers", 3, "resblocks.2"),
+    ("transformers", "text/hidden_size", 256, "positional_embedding"),
+    ("transformers", "vision/num_attention_heads", 3, "128 .* 3 "),
+    ("transformers", "text/hidden_act", "gelu", "activation 'gelu and quickgelu'"),
+    ("transformers", "text/hidden_act", "gelu_new", "config.json: hidden_act is 'gelu_new'"),
+    ("transformers", "vision/layer_norm_eps", 1e-6, "config.json: layer_norm_eps is 1e-06"),
+    ("transformers", "model_type", "siglip", "config.json: model_type is 'siglip'"),
+    ("transformers", "vision/num_attention_heads", "x", "config.json is damaged"),
+    ("open_clip", "vision/layers", 4, "resblocks.2"),
+    ("open_clip", "text/heads", 3, "128 .* 3 "),
+    ("open_clip", "vision/pool_type", "avg", "open_clip_config.json: pool_type is 'avg'"),
+    ("open_clip", "text/no_causal_mask", True, "no_causal_mask is True .*expected none"),
+    ("open_clip", "text/hf_tokenizer_name", "bert", "hf_tokenizer_name is 'bert'"),
+    ("open_clip", "preprocess/mean", [0.5, 0.5, 0.5], "mean is .0.5, 0.5, 0.5. .*0.48145466"),
+])
+def test_load_clip_refuses_two_listings_that_differ(kind, place, value, message, tmp_path):
+    write_snapshot(tmp_path, kind, changed(kind, place, value))
+    with pytest.raises(ValueError, match=message) as error:
+        load_clip(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_read_listing_defaults_and_neighbours(tmp_path):
+    """transformers' defaults where config.json is silent; the images' mean in a file of its own;
+    resizing is said, not refused; a file with a name of its own has no listing."""
+    weights = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "clip", "text_config": None, "vision_config": {"num_attention_heads": 16},
+        "vision_config_dict": {"num_attention_heads": 6, "hidden_size": 384}}))
+    said = clip_files.read_listing(weights)
+    assert said == {"vision_heads": 6, "vision_width": 384, "transformer_heads": 8,
+                    "activation": "quickgelu"}
+    assert clip_files.read_listing(tmp_path / "clip.safetensors") == {}
+    assert clip_files.read_listing(tmp_path / "open_clip_model.safetensors") == {}
+    images = tmp_path / "preprocessor_config.json"
+    images.write_text(json.dumps({"image_mean": list(clip_model.MEAN),
+                                  "image_std": list(clip_model.STD), "resample": 2}))
+    assert clip_files.read_listing(weights) == said
+    (line,) = files.note.said
+    assert str(tmp_path / "config.json") in line and "resample is 2" in line
+    images.write_text(json.dumps({"image_std": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ValueError, match="image_std is .*0.26862954"):
+        clip_files.read_listing(weights)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "null", '{"model_cfg": []}', '{"model_cfg": {}}',
+    '{"model_cfg": {"vision_cfg": {"head_width": 0}, "text_cfg": {}}}',
+    '{"model_cfg": {"vision_cfg": {}, "text_cfg": {"heads": [8]}}}',
+    '{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": [1]}', "[" * 100_000])
+def test_read_listing_of_damage_is_one_line(text, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(text)
+    with pytest.raises(ValueError, match="open_clip_config.json is damaged") as error:
+        clip_files.read_listing(tmp_path / "open_clip_model.safetensors")
+    assert "\n" not in str(error.value)
