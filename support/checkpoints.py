@@ -22,12 +22,12 @@ class Inert(dict):
     __hash__ = object.__hash__  # a path, or a NumPy number, may be a key
 
     def __init__(self, *arguments, **named):
-        """Nothing."""
-
-    append = extend = __init__  # items of a list are left out
+        super().__init__()
 
     def __call__(self, *arguments, **named):
         return self
+
+    append = extend = __call__  # items of a list are left out
 
     def __setstate__(self, state):
         self.update(state if isinstance(state, dict) else {})  # a NumPy dtype's is a tuple
@@ -237,8 +237,8 @@ def read_state_dict(path):
     networks = list(states(content)) if isinstance(content, dict) else []
     if not networks:
         there = textwrap.shorten(str(list(content)), 80) if isinstance(content, dict) else "none"
-        raise ValueError(f"{path}: no tensors in it: expected a state dict, bare or under "
-                         f"'state_dict', 'model' or 'net'; its keys: {there}")
+        raise ValueError(f"{path}: no state dict, neither bare nor under 'state_dict', 'model' or "
+                         f"'net'; the keys in it are {there}")
     keys, state = networks[0]
     others = [".".join(other) for other, _ in networks if other != keys[: len(other)]]
     say_taken(path, ".".join(keys), others)
