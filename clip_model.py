@@ -14,7 +14,6 @@ import gzip
 import html
 import math
 import warnings
-import zlib
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -262,20 +261,18 @@ def read_sizes(state):
         return max(1, len({name.split(".")[0] for name in names}))
 
     if "visual.proj" in state:
-        patch = unit = state["visual.conv1.weight"].size(3)
-        vision_width = state["visual.conv1.weight"].size(0)
+        vision_width, _, _, patch = state["visual.conv1.weight"].shape
         vision_layers = count("visual.transformer.resblocks.")
-        positions = state["visual.positional_embedding"].size(0)
+        positions, unit = len(state["visual.positional_embedding"]), patch
     else:  # a ModifiedResNet, which makes images 32 times smaller
-        patch, unit = None, 32
-        vision_width = state["visual.layer1.0.conv1.weight"].size(0)
+        vision_width, patch = len(state["visual.layer1.0.conv1.weight"]), None
         vision_layers = [count(f"visual.layer{number}.") for number in (1, 2, 3, 4)]
-        positions = state["visual.attnpool.positional_embedding"].size(0)
+        positions, unit = len(state["visual.attnpool.positional_embedding"]), 32
     context_length, width = state["positional_embedding"].shape
     return {"embed_dim": state["text_projection"].size(1), "vision_layers": vision_layers,
             "image_resolution": unit * math.isqrt(positions - 1),  # the first one is no place
             "vision_width": vision_width, "vision_patch_size": patch,
-            "context_length": context_length, "vocab_size": state["token_embedding.weight"].size(0),
+            "context_length": context_length, "vocab_size": len(state["token_embedding.weight"]),
             "transformer_width": width, "transformer_heads": None,
             "transformer_layers": count("transformer.resblocks.")}
 
@@ -303,9 +300,9 @@ def build_clip(state_dict: dict, said: dict | None = None) -> CLIP:
 
 def load_clip(name_or_path, cache_dir=None, activation=None) -> CLIP:
     """CLIP by what `support.clip_files.find` takes, such as a public name or a file: float32, eval
-    mode, on the CPU. activation: one of ACTIVATIONS; None: as the file or the config beside it
-    says, else QuickGELU, which is said. Raises FileNotFoundError for a file that is missing or
-    cannot be downloaded, ValueError for an unknown name and for what is not wholly a CLIP."""
+    mode, on the CPU. activation: one of ACTIVATIONS; None: what is known of the file, else
+    QuickGELU, which is said. Raises FileNotFoundError for a file that is missing or cannot be
+    downloaded, ValueError for an unknown name and for what is not wholly a CLIP."""
     from support import clip_files
 
     path, state, said = clip_files.load(name_or_path, cache_dir, activation)
@@ -390,7 +387,7 @@ def load_merges(path) -> list[tuple[str, str]]:
         lines = [line for line in text.split("\n") if line.strip() and "#version" not in line]
         used = lines[: 49152 - 256 - 2]  # CLIP uses the first 48,894 of the file's 262,144
         return [(left, right) for left, right in map(str.split, used)]
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path}: no BPE file, two symbols a line, or .gz: {error}") from None
 
 
@@ -443,11 +440,7 @@ def load_templates(path) -> list[str]:
 def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
     """K class names as prompts have them: spaces for underscores, of a comma list the first one;
     where to CLIP another class's first one is the same, the first that no other class has at all.
-    Prompts that are equal even so, and names that are no words, are said.
-
-    >>> prompt_names(["aquarium_fish", "bank, river bank", "bank, savings bank"], Tokenizer())
-    ['aquarium fish', 'river bank', 'savings bank']
-    """
+    Names whose prompts are equal even so, and names that are no words, are said."""
     def ids(name):
         return tuple(tokenizer.encode(name))
 
@@ -460,15 +453,12 @@ def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
         own = [name for name in names if anywhere[ids(name)] == 1]
         found.append(own[0] if own and first[ids(names[0])] > 1 else names[0])
     prompts = Counter(map(ids, found))
-    same = [name for name in found if prompts[ids(name)] > 1]
-    codes = [name for name in found if regex.fullmatch(r"n\d{8}|\d+", name)]
-    advice = "name the classes by --class-names FILE, or by words.txt (id<tab>name) beside train/"
-    if same:
-        warnings.warn(f"{len(same)} classes have a prompt that is another's, too, and CLIP cannot "
-                      f"tell them apart: {', '.join(same[:6])}; {advice}", stacklevel=2)
-    if codes:
-        warnings.warn(f"{len(codes)} class names are no words, and CLIP is asked for 'a photo of a "
-                      f"{codes[0]}'; {advice}", stacklevel=2)
+    unclear = [name for name in found
+               if prompts[ids(name)] > 1 or regex.fullmatch(r"n\d{8}|\d+", name)]
+    if unclear:
+        warnings.warn(f"{len(unclear)} of {len(found)} class names, equal ones or codes, tell CLIP "
+                      f"nothing: {', '.join(unclear[:6])}; name the classes by --class-names FILE, "
+                      "or by words.txt (id<tab>name) beside train/", stacklevel=2)
     return found
 
 

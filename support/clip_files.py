@@ -80,7 +80,6 @@ PLAIN = {  # what changes results and not the tensors, with the values that are 
     "layer_norm_eps": (1e-5,), "hf_tokenizer_name": (), "tokenizer_kwargs": (),
     "mean": (MEAN,), "std": (STD,), "image_mean": (MEAN,), "image_std": (STD,),
 }
-RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest", "resample": 3}  # 3 is bicubic
 
 
 def read_listing(path):
@@ -116,12 +115,9 @@ def read_listing(path):
                  "activation": activation}
         items = [item for part in (config, vision, text, images) for item in part.items()]
     for key, value in items:
-        if value and key in PLAIN and value not in PLAIN[key]:
+        if value and value not in PLAIN.get(key, [value]):
             raise ValueError(f"{listing}: {key} is {value!r} there or beside it; expected "
                              f"{' or '.join(map(str, PLAIN[key])) or 'none'}, as in OpenAI's CLIP")
-        if value and value != RESIZING.get(key, value):
-            files.note(f"{listing}: {key} is {value!r} there or beside it; images are resized as "
-                       f"for OpenAI's CLIP, {RESIZING[key]}")
     return said
 
 
@@ -170,12 +166,10 @@ def to_openai_layout(state):
 
 
 def find(name, cache_dir=None):
-    """-> (path of the weights, what is said of them: arguments of CLIP by name).
-
-    name: one of PUBLIC_CLIPS, a file, a folder that holds one of WEIGHTS, or a name on Hugging
-    Face: from its programs' cache, else downloaded to ours where the digest is known. Raises
-    FileNotFoundError and ValueError where there is none.
-    """
+    """-> (path of the weights, what is said of them: arguments of CLIP by name). name: one of
+    PUBLIC_CLIPS, a file, a folder that holds one of WEIGHTS, or a name on Hugging Face: from its
+    programs' cache, else downloaded to ours where the digest is known. Raises FileNotFoundError and
+    ValueError where there is none."""
     path = Path(name)
     is_there = name not in PUBLIC_CLIPS and path.exists()
     if not is_there:

@@ -49,9 +49,9 @@ def test_CLIP_trains_in_bfloat16(kind):
     """Every parameter gets a finite gradient."""
     torch.manual_seed(0)
     clip = CLIP(*SMALL_CLIPS[kind])
-    images, tokens = small_images(kind), Tokenizer()(["one", "two", "two"], 12)
     with torch.autocast("cpu", torch.bfloat16):
-        image, text = clip.encode_image(images), clip.encode_text(tokens)
+        image = clip.encode_image(small_images(kind))
+        text = clip.encode_text(Tokenizer()(["one", "two", "two"], 12))
     cosines = F.normalize(image.float(), dim=1) @ F.normalize(text.float(), dim=1).T
     (clip.logit_scale.exp() * cosines).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in clip.parameters())
@@ -328,7 +328,6 @@ def test_load_templates(tmp_path):
     (["aquarium_fish", "goldfish, Carassius auratus", " T-shirt ", ", ,_,x", "_"],
      ["aquarium fish", "goldfish", "T-shirt", "x", "_"]),
     (["Cardigan, Cardigan Welsh corgi", "cardigan"], ["Cardigan Welsh corgi", "cardigan"]),
-    (["maillot", "maillot, tank suit"], ["maillot", "tank suit"]),
     (["bank, river bank", "bank, savings bank"], ["river bank", "savings bank"]),
     (["Crane, x", "crane,  x, hoist", "x"], ["Crane", "hoist", "x"]),
     (["missile", "projectile, missile"], ["missile", "projectile"])])
@@ -338,14 +337,14 @@ def test_prompt_names_are_distinct(names, expected):
 
 
 @pytest.mark.parametrize("names, expected, said", [
-    (["crane", "Crane_", "dog"], ["crane", "Crane", "dog"], "2 classes.*crane, Crane;"),
-    (["a, b", "a, b", "B"], ["a", "a", "B"], "2 classes.*a, a;"),
+    (["crane", "Crane_", "dog"], ["crane", "Crane", "dog"], ": crane, Crane;"),
+    (["a, b", "a, b", "B"], ["a", "a", "B"], ": a, a;"),
     (["cat", "n01443537", "12", "n0144353", "4x4"], ["cat", "n01443537", "12", "n0144353", "4x4"],
-     "2 class names .*n01443537")])
+     ": n01443537, 12;")])
 def test_prompt_names_says_what_clip_cannot_tell(names, expected, said):
-    with pytest.warns(UserWarning, match=said) as warned:
+    with pytest.warns(UserWarning, match=f"2 of {len(names)} .*{said} .*--class-names") as warned:
         assert clip_model.prompt_names(names, Tokenizer()) == expected
-    assert len(warned) == 1 and "--class-names" in str(warned[0].message)
+    assert len(warned) == 1
 
 
 @pytest.mark.filterwarnings("error")
