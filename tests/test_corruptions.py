@@ -25,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings(
 FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
 RANDOM = tuple(name for name in COMMON if name not in FIXED)
 PIXELS = torch.arange(10) * 5003 + 77  # positions in the flattened image, modulo its size
-SIZES = (32, 64, 224)
 
 
 def picture(size):
@@ -52,7 +51,7 @@ def golden():
     return json.loads((Path(__file__).parent / "golden_corruptions.json").read_text())
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", (32, 64, 224))
 @pytest.mark.parametrize("name", FIXED)
 def test_corrupt_has_the_pixels_of_the_public_code(golden, name, size):
     # At defocus_blur a slope stays at whole levels: the kernel's last bit decides.
@@ -64,7 +63,7 @@ def test_corrupt_has_the_pixels_of_the_public_code(golden, name, size):
         assert difference.mean() <= limit and difference.max() <= 2, (severity, difference)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", (32, 64, pytest.param(224, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", RANDOM)
 def test_corrupt_has_the_strength_of_the_public_code(golden, name, size):
     # In four a few random numbers an image decide.
