@@ -14,9 +14,8 @@ percent; the one reported is the last epoch's.
 import dataclasses
 import functools
 import hashlib
-import math
-import sys
 import time
+from math import inf, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 
 import clip_model
 import data
+import metrics
 import models
 import richkd
 from support import checkpoints, clip_files, command, files, folders, runs, shapes
@@ -67,11 +67,9 @@ class Config:
     """Every setting; the command line is made from it. None: what RECIPES says, or none."""
     dataset: str = setting("shapes", "data set", choices=tuple(data.DATASETS))
     data_dir: str = setting("data", "where it lies or is downloaded to; some as a zip")
-    image_size: int = setting(None, "side of the classifiers' images; default: the data set's",
-                              within=(8, math.inf))
-    fraction: float = setting(1.0, "share of the training images, the same ones in every run",
-                              within=(0, 1))
-    holdout: float = setting(0.0, "share of the training images in the place of the test split, to "
+    image_size: int = setting(None, "side of images; default: the data set's", within=(8, inf))
+    fraction: float = setting(1.0, "share of the training images, always the same", within=(0, 1))
+    holdout: float = setting(0.0, "share of the training images that the run is tested on, to "
                              "choose settings", within=(0, 0.9))
     method: str = setting("richkd", "what the student learns from", choices=tuple(METHODS))
     teacher: tuple = setting(None, "conventional teacher's architecture; several are averaged",
@@ -90,29 +88,25 @@ class Config:
     alpha: float = setting(0.7, "the teacher's share of the fused logits", within=(0, 1))
     lam: float = setting(0.7, "the teacher's share of the fused features", within=(0, 1))
     temperature: float = setting(3.0, "of the logit loss", above=0)
-    ce_weight: float = setting(1.0, "of the cross-entropy; 0: none", within=(0, math.inf))
-    logit_weight: float = setting(3.0, "of the logit loss; 0: none", within=(0, math.inf))
-    feature_weight: float = setting(0.8, "of the feature loss; 0: none", within=(0, math.inf))
+    ce_weight: float = setting(1.0, "of the cross-entropy; 0: none", within=(0, inf))
+    logit_weight: float = setting(3.0, "of the logit loss; 0: none", within=(0, inf))
+    feature_weight: float = setting(0.8, "of the feature loss; 0: none", within=(0, inf))
     logit_loss: str = setting("kd", "against the fused logits", choices=("kd", "dkd", "mlkd"))
     standardize: bool = setting(False, "standardise both logits first (Sun 2024)")
-    num_negatives: int = setting(None, "of the feature loss", within=(1, math.inf))
+    num_negatives: int = setting(None, "of the feature loss", within=(1, inf))
     negatives: str = setting("shared", "one draw of them for a batch, or one an image",
                              choices=("shared", "per-image"))
-    epochs: int = setting(None, "passes over the training images, the teacher's too",
-                          within=(1, math.inf))
-    batch_size: int = setting(None, "images a step", within=(1, math.inf))
+    epochs: int = setting(None, "passes over the images, the teacher's too", within=(1, inf))
+    batch_size: int = setting(None, "images a step", within=(1, inf))
     lr: float = setting(None, "learning rate at the start", above=0)
-    weight_decay: float = setting(None, "of SGD with momentum .9", within=(0, math.inf))
-    seed: int = setting(0, "of weights, order, crops and negatives (a teacher trained here: 0)",
-                        within=(0, 2**31))
+    weight_decay: float = setting(None, "of SGD with momentum .9", within=(0, inf))
+    seed: int = setting(0, "of all that is drawn (a teacher trained here: 0)", within=(0, 2**31))
     amp: bool = setting(False, "bfloat16, for student and frozen teacher; on a CPU for CLIP, too")
     deterministic: bool = setting(False, "always the same numbers on CUDA, slower; a CPU has them")
     no_graph: bool = setting(False, "on one GPU call each step, instead of replaying a CUDA graph")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
-    workers: int = setting(min(8, data.cores()), "loader processes where images stream",
-                           within=(0, math.inf))
-    cache_dir: str = setting(None, "for teachers, CLIP's weights and targets; default: "
-                             "$RICHKD_CACHE, or ~/.cache/richkd")
+    workers: int = setting(min(8, data.cores()), "that read image files", within=(0, inf))
+    cache_dir: str = setting(None, "for what is made once; else $RICHKD_CACHE, ~/.cache/richkd")
     out: str = setting(None, "run folder; default: runs/<data set>-<method>-...")
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
 
@@ -176,17 +170,18 @@ def load_split(config, name):
 
 def load_splits(config):
     """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
-    splits = {"train": load_split(config, "train")}
-    held, used = 1 - config.holdout, (1 - config.holdout) * config.fraction
+    train, kept = load_split(config, "train"), 1 - config.holdout
+    splits = {"train": train}
     if config.holdout:
-        splits["test"] = data.subset(splits["train"], held, 1)
-        labels = {k: k for k in splits["test"].labels.tolist()}
-        folders.say_absent(labels, splits["train"].ids, "--holdout", "the training images")
-    for name in ("test", *data.DATASETS[config.dataset].shifts):
-        if name not in splits:
-            splits[name] = load_split(config, name)
-    if used < 1:
-        splits["train"] = data.subset(splits["train"], 0, used)
+        splits["test"] = data.subset(train, kept, 1)
+        held = {k: k for k in splits["test"].labels.tolist()}
+        folders.say_absent(held, train.ids, "--holdout", "the training images")
+    else:
+        splits["test"] = load_split(config, "test")
+    for name in data.DATASETS[config.dataset].shifts:
+        splits[name] = load_split(config, name)
+    if kept * config.fraction < 1:
+        splits["train"] = data.subset(train, 0, kept * config.fraction)
     N, least = len(splits["train"].labels), max(2, world())
     if N < least:  # BatchNorm needs two, each rank one
         raise ValueError(f"{config.data_dir}: {N} training images; expected at least {least}")
@@ -334,7 +329,7 @@ def class_embeddings(config, clip, tokenizer, class_names):
 def clip_view(clip, classes, images):
     """What CLIP says of uint8 images (B,3,H,W): cosines (B,K) with `class_embeddings`, equation (2)
     at scale 1, and unit-length features (B,D)."""
-    images = clip_model.preprocess(images, clip.visual.input_resolution)
+    images = clip_model.preprocess(images, clip.visual.input_resolution).to(classes.device)
     dtype = next(clip.visual.parameters()).dtype
     features = clip.encode_image(images.to(dtype)).float()
     if dtype == torch.float16 and not features.isfinite().all():
@@ -353,7 +348,7 @@ def clip_targets(config, clip, tokenizer, splits):
     for name, tensor in sorted(clip.state_dict().items()):
         values = tensor.cpu().contiguous().flatten().view(torch.uint8)  # NumPy has no bfloat16
         weights.update(name.encode() + values.numpy().tobytes())
-    class_names = splits["train"].class_names if "train" in splits else splits["test"].class_names
+    class_names = next(iter(splits.values())).class_names
     asked = {"clip": weights.hexdigest(), "merges": files.json_digest([*tokenizer.priority]),
              "names": clip_model.prompt_names(class_names, tokenizer),
              "templates": clip_model.load_templates(config.prompts or PROMPTS)}
@@ -363,7 +358,7 @@ def clip_targets(config, clip, tokenizer, splits):
     def targets(name, split):
         images = data.clip_images(split.images, clip.visual.input_resolution)
         rows, line = [], files.Progress(f"CLIP's targets ({name})", len(images))
-        for block in data.blocks(images, 250, config.workers, config.device):
+        for block in data.blocks(images, 250, config.workers):  # the CPU brings them to size
             view = clip_view(clip, classes(), block)
             if not torch.cat(view, 1).isfinite().all():
                 raise FloatingPointError("CLIP's features are not finite numbers")
@@ -482,7 +477,7 @@ def train_epoch(run, step, epoch, progress):
         steps += 1
         if steps % every == 0 or N - steps * config.batch_size < 2:  # last: of 1 image is no batch
             loss, accuracy = means[[0, -1]].tolist()
-            if not math.isfinite(loss) or not math.isfinite(run.sums[0]):
+            if not isfinite(loss) or not isfinite(run.sums[0]):
                 raise FloatingPointError(
                     f"epoch {epoch + 1}, step {steps}: the loss is not finite; the run folder "
                     f"keeps epoch {epoch}; a smaller --lr may help")
@@ -522,11 +517,6 @@ def predict(subjects, blocks, progress=None, note=""):
     return {name: torch.cat(blocks).cpu() for name, blocks in rows.items()}
 
 
-def top1(logits, labels):
-    """Accuracy in percent."""
-    return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
-
-
 def accuracies(run, splits, targets):
     """{"clip", "teacher", "fused", "student": {split: top-1 in percent}} on splits at the
     classifiers' size; without a teacher, or without CLIP's targets, what needs it is empty."""
@@ -542,7 +532,7 @@ def accuracies(run, splits, targets):
         if {"clip", "teacher"} <= logits.keys():
             logits["fused"] = richkd.fuse_logits(logits["teacher"], logits["clip"], config.alpha)
         for who, z in logits.items():
-            table[who][name] = top1(z, split.labels)
+            table[who][name] = 100 * metrics.top_k_accuracy(z, split.labels)
     return table
 
 
@@ -592,8 +582,8 @@ def fit(config, folder, splits, inputs):
     log = [] if config.overwrite else runs.restore(folder / "last.pt", stateful)
     if rank() == 0 and not log:
         runs.begin_run(config, folder, inputs)
-    if rank() == 0 and log:
-        print(f"{folder}: going on after epoch {len(log)}", file=sys.stderr)
+    if log:
+        files.note(f"{folder}: going on after epoch {len(log)}")
 
     step, N = step_of(run), len(run.split.labels)
     progress = files.Progress(f"{config.method} {config.student}", config.epochs * N,

@@ -6,8 +6,7 @@
 
     main(lambda: show(run(parse(Config, __doc__))))
 
-What a user can mend is one line on stderr and exit status 2. torchrun starts one process a GPU, its
-ranks, which every script here joins by `join_ranks`.
+What a user can mend is one line on stderr and exit status 2. torchrun starts a process a GPU.
 """
 
 import argparse
@@ -21,8 +20,8 @@ import warnings
 from datetime import timedelta
 
 if sys.version_info < (3, 11):  # met before a module that an older one cannot evaluate
-    print(f"error: this is Python {sys.version_info[0]}.{sys.version_info[1]}, expected 3.11 or "
-          "newer: install requirements.txt for a newer one and start it with that", file=sys.stderr)
+    print("error: this is Python {}.{}, expected 3.11 or newer: install requirements.txt for a "
+          "newer one and start it with that".format(*sys.version_info), file=sys.stderr)
     sys.exit(2)
 
 import torch
@@ -32,31 +31,28 @@ from support import files
 
 # Settings and the command line --------------------------------------------------------------------
 
-
 def setting(default, text, **metadata):
     """A dataclass field with its line of help. metadata: argparse's nargs, metavar, const, choices;
     `within`, the bounds of a number; `above`, what it must exceed."""
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
-
 def flag(name):
     return "--" + name.replace("_", "-")
-
 
 def check(config):
     """Raises ValueError for a value that its field's metadata rule out, naming the valid ones."""
     for field in dataclasses.fields(config):
-        name, value, known = flag(field.name), getattr(config, field.name), field.metadata
+        value, known, expected = getattr(config, field.name), field.metadata, None
         if value is None:
             continue
-        if value not in known.get("choices", (value,)):
-            raise ValueError(f"{name} {value!r}: expected one of {', '.join(known['choices'])}")
+        if "choices" in known and value not in known["choices"]:
+            expected = f"one of {', '.join(known['choices'])}"
         if "above" in known and not value > known["above"]:
-            raise ValueError(f"{name} {value}: expected more than {known['above']}")
+            expected = f"more than {known['above']}"
         if "within" in known and not known["within"][0] <= value <= known["within"][1]:
-            raise ValueError(f"{name} {value}: expected {known['within'][0]} to "
-                             f"{known['within'][1]}")
-
+            expected = "{} to {}".format(*known["within"])
+        if expected:
+            raise ValueError(f"{flag(field.name)} {value!r}: expected {expected}")
 
 def parse(config_class, text, arguments=None):
     """Command line -> a config: a flag a field. A wrong command line is one line and exit 2."""
@@ -64,8 +60,7 @@ def parse(config_class, text, arguments=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def refuse(message):
-        print(f"error: {message}; --help lists the flags", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(f"{message}; --help lists the flags")
 
     parser.error = refuse
     for field in dataclasses.fields(config_class):
@@ -80,12 +75,10 @@ def parse(config_class, text, arguments=None):
         parser.add_argument(flag(field.name), default=field.default, **extra)
     return config_class(**vars(parser.parse_args(arguments)))
 
-
 def show(text):
     """Print what the command found, once for all ranks."""
     if rank() == 0:
         print(text)
-
 
 def main(job):
     """Run a script's job. What the user can mend is one line on stderr and exit status 2; SIGINT
@@ -110,17 +103,13 @@ def main(job):
         sys.exit(2)
     except KeyboardInterrupt as error:
         if rank() == 0:
-            print(f"{clear}interrupted; the same command goes on from what is kept",
-                  file=sys.stderr)
+            print(f"{clear}interrupted; the same command goes on", file=sys.stderr)
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])
-
 
 # Device -------------------------------------------------------------------------------------------
 
-
 def use_device(name, deterministic=False):
-    """-> the torch.device, a GPU told how to compute. Raises ValueError where torch cannot use it.
-    """
+    """-> the torch.device, a GPU told how to compute. ValueError where torch cannot use it."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # `meta` has no numbers
@@ -136,30 +125,26 @@ def use_device(name, deterministic=False):
             torch.use_deterministic_algorithms(True, warn_only=True)  # what has none is named
     return device
 
-
 def autocast(config):
     """bfloat16 autocast on config.device where config.amp asks for it."""
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.amp)
 
-
 @functools.cache
 def second_stream(device):
-    """Another stream of a GPU, the same one at every call; None for other devices."""
-    there = device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.Stream(device) if there else None
-
+    """Another stream of a GPU, the same one at every call."""
+    return torch.cuda.Stream(device)
 
 @contextlib.contextmanager
 def beside(device):
     """What a GPU is given here runs beside what follows, until the function is called that comes
     with it: `with beside(device) as join: ...`. Elsewhere it runs in its turn."""
-    stream, current = second_stream(device), None
-    if stream:
-        current = torch.cuda.current_stream(device)
-        stream.wait_stream(current)
-    with torch.cuda.stream(stream):  # of None: nothing
-        yield lambda: stream and current.wait_stream(stream)
-
+    if device.type != "cuda" or not torch.cuda.is_available():
+        yield lambda: None
+        return
+    stream, current = second_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield lambda: current.wait_stream(stream)
 
 class CudaGraph:
     """A function of one tensor on a GPU as a CUDA graph, which costs the CPU one launch a call, not
@@ -194,17 +179,13 @@ class CudaGraph:
         self.graph.replay()
         return self.result
 
-
 # Processes ----------------------------------------------------------------------------------------
-
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
-
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
-
 
 def join_ranks(config):
     """Where torchrun started this process, join the others; -> the config with its own device. Some
@@ -224,7 +205,6 @@ def join_ranks(config):
     if not dist.is_initialized():  # ranks wait while one of them reads or makes what all need
         dist.init_process_group(backend, timeout=timedelta(days=2), device_id=device)
     return config
-
 
 def rank_zero_first(work):
     """work() on every rank, on rank 0 before the others, which find what it made or downloaded."""

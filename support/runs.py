@@ -27,7 +27,6 @@ PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "over
 # are part of the data.
 FILES = ("teacher_weights", "clip", "bpe", "prompts", "class_names")
 ANEW = "--overwrite starts the run anew"
-OTHERWISE = "--out names another folder, --overwrite starts anew"
 
 # Data ---------------------------------------------------------------------------------------------
 
@@ -65,22 +64,22 @@ def identity(split):
 
 def class_difference(there, here):
     """The first class in which two listings, in the labels' order, differ, in words, or None."""
-    for k, (before, now) in enumerate(itertools.zip_longest(there, here)):
-        if before != now:
-            return f"class {k} is {before!r} there and {now!r} here"
-    return None
+    pairs = enumerate(itertools.zip_longest(there, here))
+    return next((f"class {k} is {before!r} there and {now!r} here"
+                 for k, (before, now) in pairs if before != now), None)
 
 
 def difference(there, here, names=True):
     """What two `identity` differ in, in words; None where they are the same. Without `names` these,
     which CLIP alone is asked for, are not compared."""
-    for what in ("class_ids", "class_names") if names else ("class_ids",):
-        differ = class_difference(there[what], here[what])
-        if differ:
-            return differ
-    if there["images"] != here["images"]:
-        return f"{there['images']} images there, {here['images']} here"
-    return "other images or labels" if there["content"] != here["content"] else None
+    differ = class_difference(there["class_ids"], here["class_ids"])
+    if names and not differ:
+        differ = class_difference(there["class_names"], here["class_names"])
+    if there["images"] != here["images"] and not differ:
+        differ = f"{there['images']} images there, {here['images']} here"
+    if there["content"] != here["content"] and not differ:
+        differ = "other images or labels"
+    return differ
 
 
 def cached(path, key, make):
@@ -133,21 +132,6 @@ def settings(config):
             for name, value in dataclasses.asdict(config).items() if name not in PLACES}
 
 
-def inputs_differ(about, config, here):
-    """What a run's config.json, `about`, and a config with its inputs, `here`, differ in besides
-    settings, in words; None where in nothing. A split that only one of them has is not compared."""
-    there = about["inputs"]
-    for name in here["data"]:
-        differ = name in there["data"] and difference(
-            there["data"][name], here["data"][name], names=config.clip is not None)
-        if differ:
-            return f"other data in its {name} split: {differ}"
-    for name in FILES:
-        if there["files"].get(name) != here["files"].get(name):
-            return f"other content of {flag(name)} {getattr(config, name)}"
-    return None
-
-
 def open_run(config, inputs):
     """-> the run's folder, nothing changed in it, and its summary if it is finished, else None.
     Raises ValueError where it holds something else than a run of these settings, data and files,
@@ -164,17 +148,33 @@ def open_run(config, inputs):
         return folder, None
     about = files.read_json(folder / "config.json", ANEW)
     with files.undamaged(folder / "config.json", ANEW):
-        there, here = about["settings"], settings(config)
-        differ = [f"{flag(name)} {there.get(name)} there, {here.get(name)} here"
-                  for name in {**there, **here}
-                  if name not in FILES and there.get(name) != here.get(name)]
-        differ = "other settings: " + "; ".join(differ) if differ else inputs_differ(
-            about, config, inputs)
+        differ = run_difference(about, config, inputs)
     if differ:
-        raise ValueError(f"{folder} holds a run with {differ}; {OTHERWISE}")
+        raise ValueError(f"{folder} holds a run with {differ}; --out names another folder, "
+                         "--overwrite starts anew")
     if "summary.json" not in names:
         return folder, None
     return folder, files.read_json(folder / "summary.json", ANEW)
+
+
+def run_difference(about, config, inputs):
+    """What a run's config.json, `about`, and a config with its inputs differ in, in words; None
+    where in nothing. A split that only one of them has is not compared."""
+    there, here = about["settings"], settings(config)
+    differ = [f"{flag(name)} {there.get(name)} there, {here.get(name)} here"
+              for name in {**there, **here}
+              if name not in FILES and there.get(name) != here.get(name)]
+    if differ:
+        return f"other settings: {'; '.join(differ)}"
+    there, here = about["inputs"], inputs
+    for name in there["data"].keys() & here["data"].keys():
+        differ = difference(there["data"][name], here["data"][name], config.clip is not None)
+        if differ:
+            return f"other data in its {name} split: {differ}"
+    for name in FILES:
+        if there["files"].get(name) != here["files"].get(name):
+            return f"other content of {flag(name)} {getattr(config, name)}"
+    return None
 
 
 def begin_run(config, folder, inputs):
