@@ -1,18 +1,17 @@
 """Data sets as tensors, and batches that know their images' indices.
 
     split = load_dataset("cifar100", "data", "train")  # images uint8 (50000,3,32,32), labels, names
-    for images, labels, index in batches(split, 64, seed=0):  # index (B,) looks CLIP's targets up
-        ...
+    for drawn in epoch(split, (), 64, seed=0):
+        images, labels, index = look_up(split, (), drawn)  # augmented; index (B,) finds CLIP's view
 
 Images stay uint8 until the device, where `to_input` makes them what a classifier reads. What fits
 in memory is one tensor, ImageNet a `Stream` of files; `shapes` is rendered, without a download.
 Errors are ValueError and OSError of one line that names the file.
 """
 
-import math
+import dataclasses
 import os
 import signal
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import torchvision
 import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import v2
 
-from support import files, folders, keys, shapes
+from support import files, folders, runs, shapes
 
 
 class Split(NamedTuple):
@@ -31,6 +30,10 @@ class Split(NamedTuple):
     labels: torch.Tensor  # int64 (N,)
     class_names: list     # K strings, as the data set spells them
     class_ids: tuple = ()  # what it calls them itself, by folder or WordNet id; (): their names
+
+    @property
+    def ids(self):
+        return list(self.class_ids or self.class_names)
 
 
 class Info(NamedTuple):
@@ -50,162 +53,7 @@ DATASETS = {
     "folder": Info((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32),  # any class folders
 }
 
-# Images: a tensor, or a stream of files -----------------------------------------------------------
-
-
-class Stream(torch.utils.data.Dataset):
-    """Image files that do not fit in memory, decoded and brought to size by a loader's workers.
-
-    paths: of files, or (folder or zip, name in it). Item (index, seed) is (uint8 (3,size,size),
-    index). With an epoch's seed: a random resized crop and a flip (the ImageNet recipe), drawn from
-    seed and index, so that workers change nothing. With None: the shorter side to `resize_to`, then
-    a centre crop; with resize_to None the file as it is, ValueError where it has another size.
-    """
-
-    def __init__(self, paths, size=224, resize_to=256, interpolation=v2.InterpolationMode.BILINEAR):
-        self.paths, self.geometry = paths, (size, resize_to, interpolation)
-        self.train = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, item):
-        index, seed = item
-        size, resize_to, interpolation = self.geometry
-        path = name = self.paths[index]
-        if isinstance(path, tuple):
-            name, path = "/".join(path), BytesIO(folders.read_bytes(*path))
-        image = folders.open_image(name, path)
-        if seed is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed((seed * 1_000_003 + index) % 2**32)  # the CPU's ignores the rest
-                image = self.train(image)
-        elif resize_to is not None:
-            image = TF.center_crop(TF.resize(image, [resize_to], interpolation), [size, size])
-        elif image.size != (size, size):
-            raise ValueError(f"{name} has {image.width} x {image.height} pixels; expected {size} x "
-                             f"{size}, as all images of this data set")
-        return TF.pil_to_tensor(image), index
-
-
-def take(images, index):
-    """The images, of either kind, at `index`: an int64 tensor or a slice."""
-    if isinstance(images, Stream):
-        rows = torch.arange(len(images))[index].tolist()
-        return Stream([images.paths[row] for row in rows], *images.geometry)
-    return images[index]
-
-
-def resize(images, size):
-    """Images of either kind -> (size, size): the shorter side to `size` with antialiasing, centre
-    crop. A Stream's crop keeps its share of that side, as is customary 7/8 on ImageNet."""
-    if isinstance(images, Stream):
-        before, resize_to, interpolation = images.geometry
-        if size == before:
-            return images
-        return Stream(images.paths, size, round(size * resize_to / before), interpolation)
-    if images.shape[-2:] == (size, size):
-        return images
-    return torch.cat([TF.center_crop(TF.resize(block, [size], antialias=True), [size, size])
-                      for block in images.split(1000)])  # blocks bound the memory
-
-
-def clip_images(images, resolution):
-    """What CLIP is to see of images of either kind: of a Stream, CLIP's own bicubic crop of the
-    files; a tensor as it is (`clip_model.preprocess` follows)."""
-    if isinstance(images, Stream):
-        return Stream(images.paths, resolution, resolution, v2.InterpolationMode.BICUBIC)
-    return images
-
-
-def ids_of(split):
-    return list(split.class_ids or split.class_names)
-
-
-def rename_classes(split, path):
-    """The split with the class names of a text file, one a line in the order of its classes, or
-    id<tab>name. Raises ValueError where it does not name each class."""
-    text, ids = files.read_text(path), ids_of(split)
-    names = [line.strip() for line in text.splitlines() if line.strip()]
-    if names and all("\t" in name for name in names):  # as in words.txt: id<tab>name
-        words = folders.split_words(text)
-        names = [words[id] for id in ids if id in words]
-    if len(names) != len(ids):
-        raise ValueError(f"{path} has {len(names)} names, one a line; expected one for each of the "
-                         f"{len(ids)} classes, from {ids[0]!r} to {ids[-1]!r}")
-    for own in (ids, list(split.class_names)):
-        before, after = ([folders.alike(name) for name in each] for each in (own, names))
-        if before != after and sorted(before) == sorted(after):
-            raise ValueError(f"{path} has the classes' own names in another order; expected "
-                             f"{own[0]!r} first and {own[-1]!r} last")
-    return split._replace(class_names=names, class_ids=ids)
-
-
-def cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def in_memory(images, size, cache_dir=None, workers=0):
-    """Images of either kind at (size, size) as one uint8 tensor: a Stream's are decoded once and
-    kept in the cache folder. What would take more than half of the machine's memory stays a Stream,
-    which is said."""
-    images = resize(images, size)
-    if isinstance(images, torch.Tensor):
-        return images
-    N = len(images)
-    shape, megabytes = (N, 3, size, size), N * 3 * size * size / 1e6
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0
-    if memory and math.prod(shape) > memory / 2:
-        files.note(f"{N} images of {size} x {size} are {megabytes:.0f} MB, more than half of the "
-                   "memory: they stream from their files, cropped as on ImageNet")
-        return images
-    key = {"files": keys.digest_files(images.paths), "geometry": [str(x) for x in images.geometry]}
-    digest = files.json_digest(key)[:16]
-    path = files.cache_folder(cache_dir) / f"images-{N}x{size}-{digest}.bin"
-    is_new = not path.is_file()
-
-    def rows():
-        progress = files.Progress("reading images", N)
-        for block in blocks(images, workers=workers if N > 2000 else 0):
-            yield block.numpy().tobytes()
-            progress.update(progress.done + len(block), keep=progress.done + len(block) == N)
-
-    images = keys.mapped(path, key, shape, torch.uint8, rows)
-    if is_new:
-        files.note(f"{N} images of {size} x {size}: {megabytes:.3g} MB in memory, kept in {path}")
-    return images
-
-
-def subset(split, low, high):
-    """The images from `low` to `high`, shares in 0..1, of every class in one fixed random order, so
-    that subsets of ranges that do not meet share no image. Raises ValueError where none is left."""
-    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))
-    order = order[split.labels[order].sort(stable=True).indices]  # by class
-    counts = split.labels.bincount()
-    begin = (counts.cumsum(0) - counts).repeat_interleave(counts)  # where an image's class begins
-    share = (torch.arange(len(order)) - begin) / counts.repeat_interleave(counts).double()
-    index = order[(share >= low) & (share < high)].sort().values
-    if not len(index):
-        raise ValueError(f"no image lies between the shares {low} and {high} of any class")
-    return split._replace(images=take(split.images, index), labels=split.labels[index])
-
-
-# Batches ------------------------------------------------------------------------------------------
-
-
-def normalize(images, mean, std):
-    """uint8 (B,3,H,W) -> float32, (x / 255 - mean) / std; mean, std: three numbers or a tensor."""
-    mean, std = (torch.as_tensor(value).view(3, 1, 1) for value in (mean, std))
-    scale, shift = (x.to(images.device, non_blocking=True) for x in (1 / (255 * std), mean / std))
-    return images.float().mul_(scale).sub_(shift)  # one multiplication, one addition an element
-
-
-def to_input(images, image_size, mean, std):
-    """uint8 (B,3,H,W) -> what a classifier reads, in training and in evaluation alike: float32
-    (B,3,image_size,image_size), normalised, channels_last."""
-    images = normalize(resize(images, image_size), mean, std)
-    return images.contiguous(memory_format=torch.channels_last)
+# Augmentation -------------------------------------------------------------------------------------
 
 
 def draw_epoch(N, seed, padding=4):
@@ -231,96 +79,235 @@ def augment(images, top, left, flip, padding=4):
     return windows[image, flip, :, top, left]
 
 
-def rank_shares(N, batch_size, rank, world, training):
-    """Yield a rank's places in the order, a slice a batch: every world-th of the batch's places.
-
-    In training all ranks get as many, since gradients are averaged over them, and a last batch of
-    one image is left out, since BatchNorm needs two."""
-    for start in range(0, N, batch_size):
-        count = min(batch_size, N - start)
-        if training and count == 1 and batch_size > 1:
-            return
-        if training:
-            count = count // world * world
-        if rank < count:
-            yield slice(start + rank, start + count, world)
-
-
-def epoch_places(N, batch_size, seed, rank=0, world=1, device="cpu"):
-    """Yield what `look_up` makes each batch of an epoch from: int64 (4,B), the images' index, top,
-    left and flip. Drawn at once, and moved to the device at once, all of it a function of seed."""
-    drawn = torch.stack(draw_epoch(N, seed)).to(device)                             # (4,N)
-    for share in rank_shares(N, batch_size, rank, world, training=True):
-        yield drawn[:, share]
-
-
-def look_up(split, tables, places):
-    """A batch of training of a split in memory, where all of it lies: places (4,B) -> (images uint8
-    (B,3,H,W), labels (B,), index (B,), *rows of tables)."""
-    index, top, left, flip = places
-    pixels = split.images.index_select(0, index)  # on a CPU ten times as fast as images[index]
-    rows = (table[index] for table in tables)
-    return augment(pixels, top, left, flip), split.labels[index], index, *rows
-
-
-def batches(split, batch_size, seed=None, rank=0, world=1, workers=0, device="cpu", tables=()):
-    """Yield (images uint8 (B,3,H,W), labels (B,), index (B,), *rows of tables) on `device`.
-
-    Without a seed, images come in order and unchanged. With one it is an epoch of training:
-    shuffled and augmented, a function of the seed alone. Rank r of `world` gets every world-th
-    image of a batch: the ranks together see the batches, crops and flips that one process would.
-    tables: further tensors (N, ...). Raises ValueError for an image file that cannot be read.
+def to_input(images, mean, std):
+    """uint8 (B,3,H,W) -> what a classifier reads, in training and in evaluation alike: float32,
+    (x / 255 - mean) / std, channels_last. mean, std: three numbers of images in 0..1, or a tensor.
     """
-    images, N = split.images, len(split.labels)
-    shares = rank_shares(N, batch_size, rank, world, training=seed is not None)
-    if isinstance(images, Stream):
-        order = torch.arange(N) if seed is None else draw_epoch(N, seed)[0]
-        yield from stream_batches(split, order, shares, seed, workers, device, tables)
+    mean, std = (torch.as_tensor(value).view(3, 1, 1) for value in (mean, std))
+    scale, shift = (x.to(images.device, non_blocking=True) for x in (1 / (255 * std), mean / std))
+    images = images.float().mul_(scale).sub_(shift)  # one multiplication, one addition an element
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+# Images: a tensor, or a stream of files -----------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Stream(torch.utils.data.Dataset):
+    """Image files that do not fit in memory, decoded and brought to size by a loader's workers.
+
+    Item (index, seed) is (uint8 (3,size,size), index). With an epoch's seed: a random resized crop
+    and a flip (the ImageNet recipe), drawn from seed and index, so that workers change nothing.
+    With None: the shorter side to `resize_to`, then a centre crop; with resize_to None the file as
+    it is, ValueError where it has another size.
+    """
+    paths: list
+    size: int = 224
+    resize_to: int = 256
+    interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, item):
+        index, seed = item
+        image, shape = folders.open_image(self.paths[index]), [self.size, self.size]
+        if seed is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed((seed * 1_000_003 + index) % 2**32)  # the CPU's ignores the rest
+                image = v2.RandomHorizontalFlip()(v2.RandomResizedCrop(self.size)(image))
+        elif self.resize_to:
+            image = TF.resize(image, [self.resize_to], self.interpolation)
+            image = TF.center_crop(image, shape)
+        elif [*image.size] != shape:
+            raise ValueError(f"{self.paths[index]} has {image.width} x {image.height} pixels; "
+                             f"expected {self.size} x {self.size}, as all images of this data set")
+        return TF.pil_to_tensor(image), index
+
+
+def is_in_memory(images):
+    return isinstance(images, torch.Tensor)
+
+
+def size_of(images):
+    """The side of the images, of either kind."""
+    return images.shape[-1] if is_in_memory(images) else images.size
+
+
+def take(images, index):
+    """The images, of either kind, at `index`: an int64 tensor or a slice."""
+    if is_in_memory(images):
+        return images[index]
+    rows = torch.arange(len(images))[index].tolist()
+    return dataclasses.replace(images, paths=[images.paths[row] for row in rows])
+
+
+def resize(images, size):
+    """Images of either kind -> (size, size): the shorter side to `size` with antialiasing, centre
+    crop. A Stream's crop keeps its share of that side, as is customary 7/8 on ImageNet."""
+    if is_in_memory(images):
+        if images.shape[-2:] == (size, size):
+            return images
+        return torch.cat([TF.center_crop(TF.resize(block, [size], antialias=True), [size, size])
+                          for block in images.split(1000)])  # blocks bound the memory
+    if size == images.size:
+        return images
+    resize_to = round(size * images.resize_to / images.size)
+    return dataclasses.replace(images, size=size, resize_to=resize_to)
+
+
+def clip_images(images, resolution):
+    """What CLIP is to see of images of either kind: of a Stream, CLIP's own bicubic crop of the
+    files; a tensor as it is (`clip_model.preprocess` follows)."""
+    if is_in_memory(images):
+        return images
+    return Stream(images.paths, resolution, resolution, v2.InterpolationMode.BICUBIC)
+
+
+def at_size(split, size, cache_dir=None, workers=0, device="cpu"):
+    """A split as classifiers see it, in training and in evaluation alike: at (size, size), on the
+    device where it fits in memory. A Stream that crops nothing is decoded, as `decoded` has it."""
+    images = resize(split.images, size)
+    if not is_in_memory(images) and images.resize_to == size:
+        images = decoded(images, cache_dir, workers)
+    if is_in_memory(images):
+        images = images.to(device)
+    return split._replace(images=images)
+
+
+def decoded(images, cache_dir, workers):
+    """A Stream's images as one uint8 tensor, decoded once and kept in the cache folder. What would
+    take more than half of the machine's memory stays a Stream, which is said."""
+    N, size = len(images), images.size
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0
+    if memory and N * 3 * size**2 > memory / 2:
+        files.note(f"{N} images of {size} x {size} are {N * 3 * size**2 / 1e6:.0f} MB, more than "
+                   "half of the memory: they stream from their files, cropped as on ImageNet")
+        return images
+
+    def decode():
+        pixels = torch.empty(N, 3, size, size, dtype=torch.uint8)
+        progress = files.Progress("reading images", N)
+        for block in blocks(images, workers=workers if N > 2000 else 0):
+            done = progress.done + len(block)
+            pixels[progress.done : done] = block
+            progress.update(done, keep=done == N)
+        return pixels
+
+    key = {"files": runs.digest_files(images.paths), "size": size, "resize_to": images.resize_to,
+           "interpolation": str(images.interpolation)}
+    return runs.cached(files.cache_folder(cache_dir) / f"images-{N}x{size}", key, decode)
+
+
+def rename_classes(split, path):
+    """The split with the class names of a text file, one a line in the order of its classes, or
+    id<tab>name. Raises ValueError where it does not name each class."""
+    text, ids = files.read_text(path), split.ids
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if names and all("\t" in name for name in names):  # as in words.txt: id<tab>name
+        words = folders.split_words(text)
+        names = [words[id] for id in ids if id in words]
+    if len(names) != len(ids):
+        raise ValueError(f"{path} has {len(names)} names, one a line; expected one for each of the "
+                         f"{len(ids)} classes, from {ids[0]!r} to {ids[-1]!r}")
+    for own in (ids, list(split.class_names)):
+        before, after = ([folders.alike(name) for name in each] for each in (own, names))
+        if before != after and sorted(before) == sorted(after):
+            raise ValueError(f"{path} has the classes' own names in another order; expected "
+                             f"{own[0]!r} first and {own[-1]!r} last")
+    return split._replace(class_names=names, class_ids=ids)
+
+
+def subset(split, low, high):
+    """The images from `low` to `high`, shares in 0..1, of every class in one fixed random order, so
+    that subsets of ranges that do not meet share no image. Raises ValueError where none is left."""
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(0))
+    order = order[split.labels[order].sort(stable=True).indices]  # by class
+    counts = split.labels.bincount()
+    begin = (counts.cumsum(0) - counts).repeat_interleave(counts)  # where an image's class begins
+    share = (torch.arange(len(order)) - begin) / counts.repeat_interleave(counts).double()
+    index = order[(share >= low) & (share < high)].sort().values
+    if not len(index):
+        raise ValueError(f"no image lies between the shares {low} and {high} of any class")
+    return split._replace(images=take(split.images, index), labels=split.labels[index])
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="cpu"):
+    """Yield what `look_up` makes each batch of an epoch of training from: of a split in memory
+    int64 (4,B) on `device`, the images' index, top, left and flip; of a Stream the batch itself.
+    All of it is a function of the seed.
+
+    Rank r of `world` gets every world-th image of a batch: the ranks together see the batches,
+    crops and flips that one process would, and all get as many, since gradients are averaged over
+    them. A last batch of one image is left out, since BatchNorm needs two.
+    """
+    in_memory = is_in_memory(split.images)
+    drawn = torch.stack(draw_epoch(len(split.labels), seed))                        # (4,N)
+    batches = drawn.to(device if in_memory else "cpu").split(batch_size, dim=1)
+    if batches[-1].shape[1] == 1 < batch_size:
+        batches = batches[:-1]
+    batches = [batch[:, rank : batch.shape[1] // world * world : world] for batch in batches]
+    batches = [batch for batch in batches if batch.shape[1]]
+    if in_memory:
+        yield from batches
         return
-    index, labels, *tables = (x.to(images.device) for x in (torch.arange(N), split.labels, *tables))
-    if seed is not None:
-        split = split._replace(labels=labels)
-        for places in epoch_places(N, batch_size, seed, rank, world, images.device):
-            yield tuple(x.to(device, non_blocking=True) for x in look_up(split, tables, places))
-        return
-    for share in shares:
-        found = (x[share] for x in (images, labels, index, *tables))
-        yield tuple(x.to(device, non_blocking=True) for x in found)
+    for images, index in load(split.images, [batch[0] for batch in batches], seed, workers, device):
+        rows = (split.labels[index], index, *(table[index] for table in tables))
+        if images.device.type == "cuda":  # a copy from other than pinned memory waits for it
+            rows = (row.pin_memory() for row in rows)
+        yield images, *(row.to(device, non_blocking=True) for row in rows)
 
 
-def stream_batches(split, order, shares, seed, workers, device, tables):
-    """`batches` of a Stream, decoded by a loader's workers."""
-    cuda = torch.device(device).type == "cuda"
-    items = ([(i, seed) for i in order[share].tolist()] for share in shares)
-    loader = torch.utils.data.DataLoader(split.images, batch_sampler=items, num_workers=workers,
-                                         pin_memory=cuda, worker_init_fn=ignore_interrupts)
-    try:
-        for pixels, index in loader:
-            found = (pixels, split.labels[index], index, *(table[index] for table in tables))
-            if cuda:  # a copy from other than pinned memory waits for the device
-                found = (x.pin_memory().to(device, non_blocking=True) for x in found)
-            yield tuple(found)
-    except ValueError as error:  # a worker's carries its traceback; the last line is the message
-        error.__traceback__ = None  # it holds the loader, whose workers would be waited for
-        raise ValueError(files.one_line(error).removeprefix("ValueError: ")) from None
-
-
-def ignore_interrupts(worker):
-    """Ctrl-C, and `timeout` or a cluster by SIGTERM, reach all processes of a group; a worker goes
-    on serving the step that the program ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def look_up(split, tables, drawn):
+    """One item of `epoch` -> (images uint8 (B,3,H,W), augmented, labels (B,), index (B,), *rows of
+    tables). Here alone streamed batches, which are drawn as such, and those in memory meet."""
+    if not is_in_memory(split.images):
+        return drawn
+    index, top, left, flip = drawn
+    images = split.images.index_select(0, index)  # on a CPU ten times as fast as images[index]
+    rows = (table[index] for table in tables)
+    return augment(images, top, left, flip), split.labels[index], index, *rows
 
 
 def blocks(images, size=None, workers=0, device="cpu"):
-    """The images, of either kind, in order: uint8 (b,3,H,W) a block of `size`, on `device`. None:
-    250, on a GPU 2 million pixels, which it needs to be busy."""
+    """The images, of either kind, in order and unchanged: uint8 (b,3,H,W) a block of `size`, on
+    `device`. None: 250, on a GPU 2 million pixels, which it needs to be busy."""
     if size is None:
-        side = images.geometry[0] if isinstance(images, Stream) else images.shape[-1]
-        size = max(50, 2**21 // side**2) if torch.device(device).type == "cuda" else 250
-    unlabelled = Split(images, torch.zeros(len(images), dtype=torch.int64), [])
-    for pixels, _, _ in batches(unlabelled, size, workers=workers, device=device):
-        yield pixels
+        cuda = torch.device(device).type == "cuda"
+        size = max(50, 2**21 // size_of(images)**2) if cuda else 250
+    if is_in_memory(images):
+        yield from (block.to(device, non_blocking=True) for block in images.split(size))
+    else:
+        index = torch.arange(len(images)).split(size)
+        yield from (block for block, _ in load(images, index, None, workers, device))
+
+
+def load(images, batches, seed, workers, device):
+    """Yield (images uint8 (B,3,H,W) on `device`, index (B,)) of a Stream, decoded by a loader's
+    workers. batches: the index of each batch. Raises ValueError for a file that cannot be read."""
+    items = [[(i, seed) for i in batch.tolist()] for batch in batches]
+    loader = torch.utils.data.DataLoader(images, batch_sampler=items, num_workers=workers,
+                                         pin_memory=torch.device(device).type == "cuda",
+                                         worker_init_fn=end_quietly)
+    try:
+        for pixels, index in loader:
+            yield pixels.to(device, non_blocking=True), index
+    except ValueError as error:  # a worker's carries its traceback; the last line is the message
+        raise ValueError(files.one_line(error).removeprefix("ValueError: ")) from None
+
+
+def end_quietly(worker):
+    """A cluster's or `timeout`'s SIGTERM reaches the workers, too: they end, and not as a failure,
+    which the program would report instead of its own end."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # Data sets ----------------------------------------------------------------------------------------
@@ -344,20 +331,23 @@ CIFAR_CLASSES = {
 
 
 def cifar(name, root, split, cache_dir):
-    """CIFAR-10 or CIFAR-100: torchvision's files in `root`, or pictures (`cifar_pictures`), else
-    downloaded."""
-    dataset = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    """CIFAR-10 or CIFAR-100: torchvision's files in `root`; or pictures, in a zip or a folder that
+    is `root` or, called like the data set, lies in it; else downloaded."""
+    dataset = getattr(torchvision.datasets, name.upper())
     if root.name in (dataset.base_folder, dataset.filename):
         root = root.parent
+    called = [path for path in root.glob("*") if path.stem.lower().replace("-", "") == name
+              and (path.is_dir() or path.suffix == ".zip")]
     try:
         read = dataset(root, train=split == "train")
     except RuntimeError:  # not there, or damaged
-        below = [*root.glob("*")] if root.is_dir() else []
-        called = [path for path in below if path.stem.lower().replace("-", "") == name
-                  and (path.is_dir() or path.suffix == ".zip")]
         for place in (root, *called):
-            if place.is_file() or (place / "train").is_dir() and (place / "test").is_dir():
-                return cifar_pictures(name, place, split, cache_dir)
+            if place.is_file():
+                place = folders.unpack(place, cache_dir)
+                place = folders.holder(place, "train") or place
+            elif not ((place / "train").is_dir() and (place / "test").is_dir()):
+                continue
+            return cifar_pictures(name, place, split, cache_dir)
         urls = [f"{ZENODO_CIFAR}{dataset.filename}?download=1", dataset.url]
         files.fetch(urls, root / dataset.filename, f"md5:{dataset.tgz_md5}", ELSEWHERE)
         read = dataset(root, train=split == "train", download=True)  # now it only unpacks
@@ -366,92 +356,62 @@ def cifar(name, root, split, cache_dir):
 
 
 def cifar_pictures(name, root, split, cache_dir):
-    """CIFAR as pictures, a folder or a zip: [cifar100/]train/[superclass/]<class>/*, test/..."""
-    top = {}  # name below train/ or test/: whole name
-    for file in folders.list_files(root):
-        parts = file.split("/")
-        depth = 1 if parts[0] in ("train", "test") else 2
-        if parts[depth - 1 : depth] == [split]:
-            top["/".join(parts[depth:])] = file
-    where, known = f"{root} ({split})", CIFAR_CLASSES[name]
-    found = sorted(folders.pictures(top, where), key=lambda file: file.split("/")[-2:])
-    if not found:
-        raise ValueError(f"{where} holds no pictures; expected {split}/<class>/<image>")
-    of = {file: file.split("/")[-2] for file in found}
-    matched = folders.match_classes({*of.values()}, known, known, where)
-    if len(matched) < len(known):
-        lacking = next(k for k in range(len(known)) if k not in matched.values())
-        raise ValueError(f"{where} holds {len(matched)} of {name}'s {len(known)} classes, no "
-                         f"{known[lacking]!r}; --dataset folder reads other data")
+    """CIFAR as pictures in a folder: train/[superclass/]<class>/*, test/..."""
+    where, known = root / split, CIFAR_CLASSES[name]
+    listing = folders.by_class(where, part=-2)
+    matched = folders.match_classes(listing, known, known, where)
+    absent = [known[k] for k in range(len(known)) if k not in matched.values()]
+    if absent:
+        raise ValueError(f"{where} lacks {len(absent)} of {name}'s classes, {absent[0]!r} for one; "
+                         "--dataset folder reads other data")
+    paths, labels = folders.labelled(listing, matched)
     usual = {"train": 50_000, "test": 10_000}[split]
-    if len(found) != usual:
-        files.note(f"{where} holds {len(found)} images; {name} has {usual}")
-    stream = Stream([(str(root), top[file]) for file in found], 32, None)
-    images = in_memory(stream, 32, cache_dir, cores())
-    return Split(images, torch.tensor([matched[of[file]] for file in found]), list(known))
-
-
-def list_tiny_imagenet(root, split):
-    """-> ({name in the folder or zip: label}, class names, WordNet ids), the classes sorted by id
-    as in an ImageFolder. The validation images are in images/, or in folders by class."""
-    def text(name):
-        return folders.read_bytes(root, top + name).decode("utf-8-sig")
-
-    names = [name for name in folders.list_files(root) if not name.endswith("_boxes.txt")]
-    listings = [name for name in names if name.endswith("wnids.txt") and folders.is_data(name)]
-    if not listings:
-        raise ValueError("it holds no wnids.txt")
-    top = min(listings, key=len).removesuffix("wnids.txt")
-    wnids = sorted(set(text("wnids.txt").split()))
-    words = folders.split_words(text("words.txt")) if top + "words.txt" in names else {}
-
-    below = top + ("train/" if split == "train" else "val/")
-    listing = "val_annotations.txt"
-    found = folders.pictures([name.removeprefix(below) for name in names
-                              if name.startswith(below) and name != below + listing], below)
-    class_of = {name: name.split("/")[0] for name in found}  # <wnid>/images/<image>, <wnid>/<image>
-    if split == "test" and below + listing in names:
-        places = {name.split("/")[-1]: name for name in found}
-        rows = [tuple(line.split()[:2]) for line in text(f"val/{listing}").splitlines()
-                if len(line.split()) > 1]
-        annotated = dict(rows)
-        if len({*rows}) > len(annotated):
-            raise ValueError(f"{listing} has two classes for one image")
-        if len(annotated) < len(found):
-            files.note(f"{root}: {len(found) - len(annotated)} images in {below} are not in "
-                       f"{listing}, and left out")
-        for file, wnid in annotated.items():
-            if file not in places:
-                raise ValueError(f"it holds no {below}images/{file}")
-            if class_of[places[file]] not in ("images", wnid):
-                raise ValueError(f"{below}{places[file]} is of class {wnid} in {listing}")
-        class_of = {places[file]: wnid for file, wnid in annotated.items()}
-    matched = folders.match_classes({*class_of.values()}, wnids, wnids, below)
-    folders.say_absent(matched, wnids, f"{root}: {below}", "wnids.txt")
-    labels = {below + name: matched[of] for name, of in class_of.items()}
-    return labels, [words.get(wnid, wnid) for wnid in wnids], wnids
+    if len(paths) != usual:
+        files.note(f"{where} holds {len(paths)} images; {name} has {usual}")
+    images = decoded(Stream(paths, 32, None), cache_dir, cores())
+    return Split(images, torch.tensor(labels), list(known))
 
 
 def tiny_imagenet(root, split, cache_dir):
     """The original layout, a zip or unpacked, in `root` or one folder below: wnids.txt, words.txt,
-    train/<wnid>/images/*, val/images/* with val_annotations.txt. Images of one size."""
-    unpacked = [*root.glob("wnids.txt"), *root.glob("*/wnids.txt")]
-    if unpacked:
-        root = unpacked[0].parent
-    elif not root.is_file():
-        root = files.fetch([TINY_IMAGENET_URL], root / TINY_IMAGENET_URL.split("/")[-1],
-                           TINY_IMAGENET_MD5, ELSEWHERE)
-    try:
-        labels, class_names, wnids = list_tiny_imagenet(root, split)
-        paths = [(str(root), name) for name in labels]
-        first = folders.open_image(paths[0][1], BytesIO(folders.read_bytes(*paths[0])))
-        images = in_memory(Stream(paths, first.width, None), first.width, cache_dir, cores())
-    except Exception as error:  # a damaged archive can fail anywhere, with any exception
-        if isinstance(error, OSError) and not str(error.filename).startswith(str(root)):
-            raise  # the cache folder's
-        raise ValueError(f"{root} is no complete Tiny-ImageNet ({files.one_line(error)}); expected "
-                         f"its original layout from {TINY_IMAGENET_URL}") from None
-    return Split(images, torch.tensor(list(labels.values())), class_names, wnids)
+    train/<wnid>/images/*, val/images/* with val_annotations.txt, or val/<wnid>/*. The classes are
+    sorted by id, as in an ImageFolder."""
+    top = folders.holder(root, "wnids.txt")
+    if not top:
+        if not root.is_file():
+            root = files.fetch([TINY_IMAGENET_URL], root / TINY_IMAGENET_URL.split("/")[-1],
+                               TINY_IMAGENET_MD5, ELSEWHERE)
+        top = folders.holder(folders.unpack(root, cache_dir), "wnids.txt")
+    if not top:
+        raise ValueError(f"{root} holds no wnids.txt; expected the layout of {TINY_IMAGENET_URL}")
+    wnids = sorted(set(files.read_text(top / "wnids.txt").split()))
+    words = folders.class_words(top, wnids)
+    where = top / ("train" if split == "train" else "val")
+    class_of = {path: wnid for wnid, paths in folders.by_class(where).items() for path in paths}
+    if (where / "val_annotations.txt").is_file():
+        class_of = annotated(class_of, where / "val_annotations.txt")
+    matched = folders.match_classes(dict.fromkeys(class_of.values()), wnids, wnids, where)
+    folders.say_absent(matched, wnids, where, "wnids.txt")
+    paths, labels = list(class_of), [matched[wnid] for wnid in class_of.values()]
+    size = folders.open_image(paths[0]).width
+    images = decoded(Stream(paths, size, None), cache_dir, cores())
+    return Split(images, torch.tensor(labels), [words.get(wnid, wnid) for wnid in wnids], wnids)
+
+
+def annotated(class_of, listing):
+    """{path: class} of validation images in the order and of the classes in which Tiny-ImageNet
+    lists them, a line each; class_of: {path: its folder}, which is images/ or the class's."""
+    rows = [tuple(line.split()[:2]) for line in files.read_text(listing).splitlines() if line]
+    path_of, listed = {Path(path).name: path for path in class_of}, {}
+    for file, wnid in dict.fromkeys(rows):
+        path = path_of.get(file)
+        if path is None or path in listed or class_of[path] not in ("images", wnid):
+            raise ValueError(f"{listing}: {file} is of class {wnid} there; expected one picture of "
+                             f"that name, in images/ or {wnid}/, and one class")
+        listed[path] = wnid
+    if len(listed) < len(class_of):
+        files.note(f"{listing} lacks {len(class_of) - len(listed)} images, which are left out")
+    return listed
 
 
 def image_folders(root, split, size, resize_to):
@@ -465,19 +425,16 @@ def image_folders(root, split, size, resize_to):
         files.note(f"{root} has val/ and test/ with class folders: val/ is the test split")
     ids = folders.class_folders(root / "train")
     folder = root / "train" if split == "train" else (tests or [root / "val"])[0]
-    try:
-        found = folders.by_class(folder)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; --data-dir names what holds train/ and val/") from None
+    listing = folders.by_class(folder)
     if not ids:
         files.note(f"{root} has no train/: the classes are those of {folder.name}/")
-        ids = list(found)
+        ids = list(listing)
     words = folders.class_words(root, ids)
     # A further synonym is for `clip_model.prompt_names`, where the first one is another's, too.
     names = [", ".join([words.get(id, id), *folders.SYNONYMS.get(id, ())]) for id in ids]
-    matched = folders.match_classes(found, ids, names, folder)
+    matched = folders.match_classes(listing, ids, names, folder)
     folders.say_absent(matched, ids, folder, "train/")
-    paths, labels = folders.labelled(found, matched)
+    paths, labels = folders.labelled(listing, matched)
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 
 
@@ -486,9 +443,10 @@ def load_dataset(name, root, split, cache_dir=None):
 
     root: where its files lie or are downloaded to (unused by `shapes`); for tiny-imagenet and cifar
     also a zip of pictures. split: "train", "test" (the public validation split where test labels
-    are not published) or one of its shifts; their labels are train's. Pictures that are decoded
-    into memory are kept in `files.cache_folder(cache_dir)`. Raises ValueError for an unknown name
-    or split and for damaged files, FileNotFoundError where they are missing.
+    are not published) or one of its shifts; their labels are train's. Zips are unpacked, and
+    pictures that are decoded into memory are kept, in `files.cache_folder(cache_dir)`. Raises
+    ValueError for an unknown name or split and for damaged files, FileNotFoundError where they are
+    missing.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")

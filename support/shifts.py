@@ -1,6 +1,6 @@
 """Test sets from elsewhere: CIFAR-C, CIFAR-10.1, STL-10, ImageNet-C, any class folders.
 
-    split, columns = load_shift(directory, "imagenet", test)   # ImageNet-A: 200 of 1000 columns
+    images, labels, columns = load_shift(directory, "imagenet", ids, names)  # paths; 200 of 1000
     images, labels = read_cifar_c(directory, "fog", severity=3)
 
 Errors are ValueError and OSError of one line that names the file.
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
 from support import files, folders
 
 
@@ -31,7 +30,7 @@ def read_arrays(images_path, labels_path):
 def read_cifar_c(directory, name, severity):
     """One severity, 1 to 5, of CIFAR-10-C or -100-C: images uint8 (N,3,32,32), labels int64 (N,);
     from <name>.npy (5 N,32,32,3), severity-major, and labels.npy. Raises as `read_arrays`."""
-    images, labels = read_arrays(Path(directory) / f"{name}.npy", Path(directory) / "labels.npy")
+    images, labels = read_arrays(Path(directory, f"{name}.npy"), Path(directory, "labels.npy"))
     n = len(labels) // 5
     if severity not in range(1, 6) or not labels.equal(labels[:n].repeat(5)):
         raise ValueError(f"{directory}: severity {severity} of {len(labels)} images; expected 1 to "
@@ -40,10 +39,9 @@ def read_cifar_c(directory, name, severity):
     return images[part].contiguous(), labels[part]
 
 
-def read_cifar10_1(directory):
+def read_cifar10_1(folder):
     """CIFAR-10.1 (Recht et al. 2018), the latest version in the folder: images uint8 (N,3,32,32),
     labels int64 (N,) of CIFAR-10's classes. Raises as `read_arrays`."""
-    folder = Path(directory)
     path = max(folder.glob("cifar10.1_v*_data.npy"), default=folder / "cifar10.1_v6_data.npy")
     images, labels = read_arrays(path, path.with_name(path.name.replace("data", "labels")))
     if set(labels.tolist()) - set(range(10)):
@@ -51,10 +49,10 @@ def read_cifar10_1(directory):
     return images.contiguous(), labels
 
 
-def read_stl10(directory):
+def read_stl10(folder):
     """STL-10's test images of the nine classes that CIFAR-10 has: uint8 (N,3,96,96), labels int64
     (N,) of CIFAR-10's classes (no frog). The folder has stl10_binary/. Raises as `read_arrays`."""
-    folder = Path(directory) / "stl10_binary"
+    folder = folder / "stl10_binary"
     with files.undamaged(folder, "unpack it again"):
         images, labels = (torch.from_numpy(np.fromfile(folder / name, np.uint8))
                           for name in ("test_X.bin", "test_y.bin"))
@@ -65,9 +63,9 @@ def read_stl10(directory):
 
 
 def imagenet_c_folder(directory, name, severity):
-    """The ImageFolder of one corruption of ImageNet-C or Tiny-ImageNet-C: <name>/<severity>, there
-    or in a folder below as the archives unpack (blur/defocus_blur/1). Raises FileNotFoundError."""
-    for path in (Path(directory) / name, *sorted(Path(directory).glob(f"*/{name}"))):
+    """The folder of one corruption's classes in ImageNet-C or Tiny-ImageNet-C: <name>/<severity>,
+    or below another one, as the archives unpack (blur/defocus_blur/1). FileNotFoundError: none."""
+    for path in (Path(directory, name), *sorted(Path(directory).glob(f"*/{name}"))):
         if (path / str(severity)).is_dir():
             return path / str(severity)
     raise FileNotFoundError(f"{directory} has no {name}/{severity}; expected ImageNet-C, unpacked")
@@ -76,40 +74,39 @@ def imagenet_c_folder(directory, name, severity):
 def list_classes(root, class_ids, class_names, renamed=None):
     """The images of a folder a class -> paths, labels int64 (N,), columns int64 (k,).
 
-    The folders are named as `folders.match_classes` reads them. columns are the classes that occur,
-    ascending; labels count within them, so that logits[:, columns] choose among the set's own (200
-    for ImageNet-A and -R). Raises OSError, and ValueError for a folder of no known class.
+    The folders are named as `folders.match_classes` reads them, or `renamed`: {folder: class}.
+    columns are the classes that occur, ascending; labels count within them, so that
+    logits[:, columns] choose among the set's own (200 for ImageNet-A and -R). Raises OSError, and
+    ValueError for a folder of no known class.
     """
-    found = folders.by_class(root)
-    absent = sorted({*(renamed or {})} - found.keys())
-    if absent:
-        files.note(f"{root} has no images in {', '.join(absent[:5])}, which classes.json names")
-    matched = folders.match_classes(found, class_ids, class_names, root, renamed, partial=True)
-    paths, classes = folders.labelled(found, matched)
+    listing = folders.by_class(root)
+    names = {folder: (renamed or {}).get(folder, folder) for folder in listing}  # some of one class
+    matched = folders.match_classes(dict.fromkeys(names.values()), class_ids, class_names, root,
+                                    partial=True)
+    paths, classes = folders.labelled(listing, {folder: matched[names[folder]] for folder in names})
     columns, labels = torch.tensor(classes).unique(return_inverse=True)
     return paths, labels, columns
 
 
-def load_shift(directory, dataset, test):
-    """A shift set -> (Split whose labels count within the columns, columns int64 (k,) of the logits
-    to choose among). dataset: one of DATASETS, of which `test` is the test split.
+def load_shift(directory, dataset, class_ids, class_names):
+    """A shift set -> its images, a uint8 tensor (N,3,H,W) or a list of paths, labels int64 (N,)
+    that count within the columns, columns int64 (k,) of the logits to choose among. dataset: the
+    name of the data set whose classes these are.
 
     The folder has CIFAR-10.1's or STL-10's files, or a folder of images a class, named by the data
     set's own ids (WordNet's) or names, by number (ImageNet-V2), or in classes.json: {folder: class}
     """
-    root, size, names = Path(directory), data.DATASETS[dataset].image_size, list(test.class_names)
+    root = Path(directory)
     for pattern, read in (("cifar10.1_v*_data.npy", read_cifar10_1), ("stl10_binary", read_stl10)):
         if any(root.glob(pattern)):
             if dataset != "cifar10":
                 raise ValueError(f"{root} holds a shift set of cifar10, not of {dataset}")
             images, labels = read(root)
             columns, labels = labels.unique(return_inverse=True)
-            return data.Split(images, labels, names, test.class_ids), columns
+            return images, labels, columns
     renamed, listing = {}, root / "classes.json"
     if listing.is_file():
         with files.undamaged(listing, "expected {folder: class}"):
             renamed = {str(folder): str(name)
                        for folder, name in json.loads(files.read_text(listing)).items()}
-    paths, labels, columns = list_classes(root, data.ids_of(test), names, renamed)
-    geometry = test.images.geometry if isinstance(test.images, data.Stream) else (size, size)
-    return data.Split(data.Stream(paths, *geometry), labels, names, test.class_ids), columns
+    return list_classes(root, class_ids, class_names, renamed)

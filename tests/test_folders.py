@@ -1,48 +1,75 @@
 """folders.py: what is a picture, of which class, and what is said of the rest."""
 
-import io
 import os
+import stat
 import struct
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
+from helpers import class_pictures, encoded, refused, write_files, write_zip
 from PIL import Image
 
 from support import files, folders
 
-
-def said(capsys):
-    return capsys.readouterr().err
-
-
 # Files --------------------------------------------------------------------------------------------
 
 
-def test_list_files_follows_links_and_stops_at_what_is_no_data(tmp_path):
-    for name in ("a/b/c.png", "a/.git/x.png", "__MACOSX/a/._c.png", "e.txt"):
-        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / name).write_bytes(b"")
+def test_list_files_follows_links_and_leaves_out_what_is_no_data(tmp_path):
+    names = ("a/b/c.png", "a/.git/x.png", "__MACOSX/a/._c.png", "e.txt")
+    write_files(tmp_path / "root", dict.fromkeys(names, b""))
     (tmp_path / "root/link").symlink_to(tmp_path / "root/a/b")
     (tmp_path / "root/a/up").symlink_to("..")
-    assert sorted(folders.list_files(tmp_path / "root")) == [
-        "__MACOSX", "a/.git", "a/b/c.png", "e.txt", "link/c.png"]
+    assert sorted(folders.list_files(tmp_path / "root")) == ["a/b/c.png", "e.txt", "link/c.png"]
     assert folders.class_folders(tmp_path / "root") == ["a", "link"]
     (tmp_path / "root/a/b/c.png").unlink()  # what is left lies in .git
     assert folders.class_folders(tmp_path / "root") == []
 
 
 def test_list_files_names_a_folder_that_it_may_not_read(tmp_path, monkeypatch):
-    (tmp_path / "train").mkdir()
-    scan = os.scandir
-
     def scandir(path):
-        if str(path).endswith("train"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
+        raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(PermissionError, match="train"):
-        list(folders.list_files(tmp_path))
+    assert str(tmp_path) in refused(list, folders.list_files(tmp_path))
+
+
+def test_unpack_once_by_content(tmp_path, monkeypatch):
+    content = {"top\\a\\0.png": b"1", "top/b/": b"", "__MACOSX/top/._0.png": b"", "top/.x": b"",
+               "../../out.txt": b"", "/absolute.txt": b"2"}
+    archive = write_zip(tmp_path / "x.zip", content)
+    folder = folders.unpack(archive, tmp_path / "cache")
+    assert sorted(folders.list_files(folder)) == ["absolute.txt", "top/a/0.png"]
+    assert folders.holder(folder, "a") == folder / "top" and not folders.holder(folder, "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile, "ZipFile", None)
+        assert folders.unpack(archive, tmp_path / "cache") == folder
+    write_zip(archive, {"other.png": b""})
+    assert folders.unpack(archive, tmp_path / "cache") != folder
+    assert sorted(os.listdir(tmp_path)) == ["cache", "x.zip"]
+    assert len(os.listdir(tmp_path / "cache")) == 2
+
+
+def test_unpack_refuses(tmp_path):
+    archive, cache = tmp_path / "x.zip", tmp_path / "cache"
+    whole = write_zip(archive, {"a/0.png": encoded(size=(64, 64))}).read_bytes()
+    changed = whole[:60] + bytes([whole[60] ^ 255]) + whole[61:]
+    for content in (b"", b"no zip", whole[:-30], changed):
+        archive.write_bytes(content)
+        with pytest.raises(files.Damaged, match="x.zip"):
+            folders.unpack(archive, cache)
+    write_zip(archive, {"a/bomb.png": bytes(folders.MAX_ENTRY + 1)})
+    message = refused(folders.unpack, archive, cache)
+    assert "x.zip" in message and "bomb.png" in message and not os.listdir(cache)
+
+
+def test_unpack_makes_no_link_of_a_link(tmp_path):
+    link = zipfile.ZipInfo("a/0.png")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    folder = folders.unpack(write_zip(tmp_path / "x.zip", {link: b"/etc/passwd"}), tmp_path)
+    assert not (folder / "a/0.png").is_symlink()
+    assert "0.png" in refused(folders.open_image, folder / "a/0.png")
 
 
 def test_split_words_of_every_separator_and_a_byte_order_mark(tmp_path):
@@ -52,58 +79,82 @@ def test_split_words_of_every_separator_and_a_byte_order_mark(tmp_path):
                                                            "sea horse": "hippo"}
 
 
+@pytest.mark.parametrize("above", ["", "..", "../../.."])
+@pytest.mark.parametrize("name", ["LOC_synset_mapping.txt", "words.txt", "synset_words.txt"])
+def test_class_words_are_found_where_kaggle_lays_them(above, name, tmp_path, capsys):
+    root = tmp_path / "imagenet/ILSVRC/Data/CLS-LOC"
+    write_files(root / above, {name: b"\xef\xbb\xbfn01 tench, Tinca\nn02 goldfish\n"})
+    root.mkdir(parents=True, exist_ok=True)
+    assert folders.class_words(root, ["n01", "n02"]) == {"n01": "tench, Tinca", "n02": "goldfish"}
+    assert (name in capsys.readouterr().err) == bool(above)
+    assert folders.class_words(root, ["n02", "n03"]) == {"n02": "goldfish"}
+    assert name in capsys.readouterr().err  # it names one of two
+    assert folders.class_words(root, ["n03"]) == {}
+
+
+def test_class_words_of_imagenet_without_a_list(tmp_path):
+    ids = [f"n9{k:07d}" for k in range(1000)]
+    for k, id in ((0, "n01440764"), (388, "n02510455"), (999, "n15075141")):
+        ids[k] = id
+    words = folders.class_words(tmp_path, ids)
+    assert [words[ids[k]] for k in (0, 388, 999)] == ["tench", "giant panda", "toilet tissue"]
+
+
 # Pictures -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
-def test_open_image_scales_grey_of_16_bits(form, tmp_path):
-    """A ramp of all levels: PIL's own conversion to RGB makes all above 255 white."""
-    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    path = tmp_path / "ramp"
-    if form == "PPM":
-        path.write_bytes(b"P5 256 256 65535\n" + ramp.astype(">u2").tobytes())
-    else:
-        Image.fromarray(ramp).save(path, form)
-    found = np.asarray(folders.open_image(path, path))
-    expected = np.round(ramp / 257.0).astype(np.uint8)
-    assert found.shape == (256, 256, 3) and (found == expected[:, :, None]).all()
-
-
-def test_open_image_of_12_bits_is_refused(tmp_path):
-    """PIL reads a TIFF's 12 bits as 16: white would be nearly black."""
-    Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / "x.tiff")
-    content = (tmp_path / "x.tiff").read_bytes()
-    tag = struct.pack("<HHI", 258, 3, 1)  # BitsPerSample, a short, one of them
-    content = content.replace(tag + struct.pack("<H", 16), tag + struct.pack("<H", 12))
-    (tmp_path / "x.tiff").write_bytes(content)
-    with pytest.raises(ValueError, match="x.tiff is not a readable image"):
-        folders.open_image(tmp_path / "x.tiff", tmp_path / "x.tiff")
-
-
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_open_image_refuses_depths_whose_range_it_cannot_know(kind, tmp_path):
-    Image.fromarray(np.full((4, 4), 1000, kind)).save(tmp_path / "x.tiff")
-    with pytest.raises(ValueError, match="x.tiff is not a readable image .*save it with 8 bits"):
-        folders.open_image(tmp_path / "x.tiff", tmp_path / "x.tiff")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_open_image_of_8_bits_is_pils(mode, tmp_path):
     pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
     image = Image.fromarray(pixels).convert(mode)
-    file = io.BytesIO()
-    image.save(file, "TIFF")
-    assert (np.asarray(folders.open_image("x", file)) == np.asarray(image.convert("RGB"))).all()
+    image.save(tmp_path / "x.tiff")
+    opened = folders.open_image(tmp_path / "x.tiff")
+    assert opened.mode == "RGB" and (np.asarray(opened) == np.asarray(image.convert("RGB"))).all()
 
 
-def test_pictures_are_sorted_by_part_and_the_rest_is_counted(capsys):
+@pytest.mark.parametrize("kind, form", [
+    (np.uint16, "png"), (np.uint16, "tiff"), (np.int32, "tiff"), (np.float32, "tiff")])
+def test_open_image_refuses_what_8_bits_cannot_hold(kind, form, tmp_path):
+    path = tmp_path / f"x.{form}"
+    Image.fromarray(np.full((4, 4), 1000, kind)).save(path)
+    assert str(path) in refused(folders.open_image, path)
+
+
+def claiming(width, height):
+    """A PNG of 8 x 8 pixels whose header says that it has width x height."""
+    png = encoded()
+    header = png[12:16] + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", encoded()[:45], claiming(11000, 9000),
+                                     claiming(20000, 10000)],
+                         ids=["empty", "text", "cut", "huge", "bomb"])
+def test_open_image_names_what_is_none_or_huge(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    assert str(tmp_path / "x.png") in refused(folders.open_image, tmp_path / "x.png")
+
+
+def test_by_class_sorts_by_part_and_counts_the_rest(tmp_path, capsys):
     names = ["b/2.PNG", "b/10.jpg", "a-b/1.png", "a/1.webp", "a/x/0.tif", "b/.DS_Store", "loose",
-             "loose.png", "__MACOSX/b/._2.png", "b/clip.gif", "b/x.txt", "a/y.txt"]
-    assert folders.pictures(names, "somewhere") == [
-        "a/1.webp", "a/x/0.tif", "a-b/1.png", "b/10.jpg", "b/2.PNG"]
-    assert said(capsys) == ("somewhere: left out what is no picture of a class: 2 hidden, 2 .txt, "
-                            "1 without a suffix, 1 in no class's folder, 1 .gif\n")
-    assert folders.pictures(["a/1.png"], "elsewhere") == ["a/1.png"] and not said(capsys)
+             "loose.png", "__MACOSX/b/._2.png", "b/clip.gif", "b/x.txt"]
+    write_files(tmp_path, dict.fromkeys(names, b""))
+    assert folders.by_class(tmp_path) == {
+        "a": [f"{tmp_path}/a/1.webp", f"{tmp_path}/a/x/0.tif"], "a-b": [f"{tmp_path}/a-b/1.png"],
+        "b": [f"{tmp_path}/b/10.jpg", f"{tmp_path}/b/2.PNG"]}
+    assert f"{tmp_path}: left out 4 files" in capsys.readouterr().err
+    assert list(folders.by_class(tmp_path, part=-2)) == ["a", "a-b", "b", "x"]
+    for root in (tmp_path / "a", tmp_path / "absent"):
+        (tmp_path / "a/x/0.tif").unlink(missing_ok=True)
+        assert str(root) in refused(folders.by_class, root)
+
+
+@pytest.mark.parametrize("suffix", folders.SUFFIXES)
+def test_by_class_counts_pictures_of_every_suffix(tmp_path, suffix):
+    class_pictures(tmp_path, ["cat"])
+    Image.new("RGB", (4, 4)).save(tmp_path / f"cat/other{suffix.upper()}")
+    assert len(folders.by_class(tmp_path)["cat"]) == 3
+    assert folders.open_image(tmp_path / f"cat/other{suffix.upper()}").size == (4, 4)
 
 
 # Two listings of the classes ----------------------------------------------------------------------
@@ -111,19 +162,19 @@ def test_pictures_are_sorted_by_part_and_the_rest_is_counted(capsys):
 IDS, NAMES = ["n01", "n02", "n03"], ["tench, Tinca", "sea horse", "crane"]
 
 
-@pytest.mark.parametrize("found, expected, line", [
+@pytest.mark.parametrize("listing, expected, line", [
     (["n02", "n01"], {"n02": 1, "n01": 0}, ""),
     (["sea horse"], {"sea horse": 1}, ""),
     (["Sea_Horse", "TENCH"], {"Sea_Horse": 1, "TENCH": 0}, "2 classes are spelled otherwise"),
     (["0", "1", "2"], {"0": 0, "1": 1, "2": 2}, "3 classes are numbers"),
     (["002", "000", "001"], {"002": 2, "000": 0, "001": 1}, "3 classes are numbers"),
 ])
-def test_match_classes(found, expected, line, capsys):
-    assert folders.match_classes(found, IDS, NAMES, "val") == expected
-    assert line in said(capsys)
+def test_match_classes(listing, expected, line, capsys):
+    assert folders.match_classes(listing, IDS, NAMES, "val") == expected
+    assert line in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("found, names", [
+@pytest.mark.parametrize("listing, names", [
     (["n04"], NAMES),                       # unknown
     (["1", "2", "3"], NAMES),               # from 1 on?
     (["1", "2"], NAMES),                    # is 0 absent, or are they from 1 on?
@@ -131,20 +182,25 @@ def test_match_classes(found, expected, line, capsys):
     (["Crane"], ["crane", "dog", "crane"]),  # of which?
     (["n01", "tench"], NAMES),              # twice the same class
 ])
-def test_match_classes_refuses_what_is_not_certain(found, names):
-    with pytest.raises(ValueError, match="is no class; the 3 classes are like|two folders are of"):
-        folders.match_classes(found, IDS, names, "val")
+def test_match_classes_refuses_what_is_not_certain(listing, names):
+    message = refused(folders.match_classes, listing, IDS, names, "val")
+    assert message.startswith("val: ") and repr(listing[0]) in message
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_match_classes_by_number_where_classes_are_numbers_themselves(first):
     ids = sorted(map(str, range(first, 12)))  # 0 1 10 11 2 ...
     for digits in (1, 3):
-        found = [f"{k:0{digits}d}" for k in range(first, 12)]
-        expected = {name: ids.index(str(int(name))) for name in found}
-        assert folders.match_classes(found, ids, ids, "val") == expected
-        assert folders.match_classes(found[:3], ids, ids, "set", None, True) == {
-            name: expected[name] for name in found[:3]}
+        listing = [f"{k:0{digits}d}" for k in range(first, 12)]
+        expected = {name: ids.index(str(int(name))) for name in listing}
+        assert folders.match_classes(listing, ids, ids, "val") == expected
+        part = {name: expected[name] for name in listing[:3]}
+        assert folders.match_classes(listing[:3], ids, ids, "set", partial=True) == part
+
+
+def test_match_classes_of_a_part():
+    assert folders.match_classes(["1"], IDS, NAMES, "set", partial=True) == {"1": 1}
+    assert "'3'" in refused(folders.match_classes, ["3"], IDS, NAMES, "set", True)
 
 
 def test_match_classes_of_names_in_two_forms_of_unicode():
@@ -152,17 +208,8 @@ def test_match_classes_of_names_in_two_forms_of_unicode():
     assert folders.match_classes(["caf\xe9", "tea"], ids, ids, "val") == {"caf\xe9": 0, "tea": 1}
 
 
-def test_match_classes_of_a_part_and_renamed():
-    assert folders.match_classes(["1"], IDS, NAMES, "set", partial=True) == {"1": 1}
-    renamed = {"1": "crane", "hound": "n01", "dog": "n01"}
-    found = folders.match_classes(["1", "hound", "dog"], IDS, NAMES, "set", renamed, True)
-    assert found == {"1": 2, "hound": 0, "dog": 0}
-    with pytest.raises(ValueError, match="'whale' is no class"):
-        folders.match_classes(["1"], IDS, NAMES, "set", {"1": "whale"}, True)
-
-
 def test_say_absent(capsys):
     folders.say_absent({"n01": 0, "n02": 1, "n03": 2}, IDS, "val", "train/")
-    assert not said(capsys)
+    assert not capsys.readouterr().err
     folders.say_absent({"n02": 1}, IDS, "val", "train/")
-    assert said(capsys) == "val has no image of 2 of the 3 classes of train/: n01, n03\n"
+    assert capsys.readouterr().err == "val has no image of 2 of the 3 classes of train/: n01, n03\n"
