@@ -1,26 +1,22 @@
-"""Evaluate trained classifiers: accuracy, calibration, shift, corruptions; what fusing does; CLIP.
+"""Evaluate trained classifiers and what taught them: accuracy, calibration, shift, corruptions.
 
-    python evaluate.py                               # the newest finished run on its test split
-    python evaluate.py --shift --corruptions         # its shift splits and 15 corruptions, too
-    python evaluate.py --shift imagenet-a --corruptions ImageNet-C   # folders, published files
-    python evaluate.py --fused --plot                # teacher, CLIP and both fused; report.png
+    python evaluate.py                                    # the newest finished run, its test split
+    python evaluate.py --shift --corruptions --fused      # further sets; teacher, CLIP, both fused
+    python evaluate.py --run runs/A runs/B --shift imagenet-a --corruptions ImageNet-C
     python evaluate.py --checkpoint FILE --model resnet20 --dataset cifar100
     python evaluate.py --zero-shot --clip ViT-B/32 --dataset cifar100
-    python evaluate.py --compare runs/*/report.json  # methods over seeds, from the reports alone
 
-report.json, beside each run, grows set by set: the same command goes on where it was interrupted,
-and a report of other weights, settings or images is begun anew. Runs and what is asked of them come
-first, then what is printed; the numbers are those of metrics.py.
+Whatever is evaluated is a subject, a function from images to logits, and every set of images goes
+once through all of them. report.json, beside each run, grows set by set: the same command goes on
+where it was interrupted. study/ compares reports over seeds, and draws them.
 """
 
 import contextlib
 import dataclasses
-import importlib.util
-import itertools
+import functools
 import math
-import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
 
@@ -29,29 +25,26 @@ import data
 import metrics
 import models
 import richkd
-import targets
 import train
 from corruptions import COMMON, corrupt
-from support import checkpoints, clip_layout, command, files, keys, runs, shifts
+from support import checkpoints, clip_files, command, files, runs, shifts
 from support.command import setting
 
-# Runs and reports ---------------------------------------------------------------------------------
-# A report: {"of", "settings", "inputs", "teachers", "weights", "how": what it is about; then "test"
-# and each shift set: `scores` with "calibration"; "corruptions"; "fused"}. Images are known by
-# their content, wherever they lie.
+ANEW = "train.py --overwrite makes the run anew"
+CORRUPTED = [f"{name} {severity}" for name in COMMON for severity in range(1, 6)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting with its line of help; the command line is made from it."""
     run: tuple = setting(None, "run folders; without, the newest finished one in runs/", nargs="+")
-    checkpoint: str = setting(None, "a bare checkpoint, with --model and --dataset", type=str)
-    model: str = setting(None, "the checkpoint's architecture", type=str)
+    checkpoint: str = setting(None, "a bare checkpoint, with --model and --dataset")
+    model: str = setting(None, "the checkpoint's architecture")
     image_size: int = setting(None, "side of the checkpoint's images, where it does not say",
-                              type=int, within=(8, math.inf))
-    dataset: str = setting(None, "the data set; without, the run's own", type=str,
+                              within=(8, math.inf))
+    dataset: str = setting(None, "the data set; without, the run's own",
                            choices=tuple(data.DATASETS))
-    data_dir: str = setting(None, "where it lies; without, where the run found it", type=str)
+    data_dir: str = setting(None, "where it lies; without, where the run found it")
     shift: tuple = setting(
         None, "the data set's own shift splits, too, and those in folders: CIFAR-10.1, STL-10, or "
         "a folder a class (classes.json: {folder: class})", nargs="*", metavar="DIR")
@@ -59,42 +52,117 @@ class Config:
                                nargs="?", const="generated", metavar="DIR")
     corrupted_share: float = setting(1.0, "share of the test images to corrupt, as much of every "
                                      "class", above=0, within=(0, 1))
-    fused: bool = setting(False, "the run's teacher, CLIP and both fused on the test split, too")
-    plot: bool = setting(False, "draw report.png, of corruptions samples.png (needs matplotlib)")
-    compare: tuple = setting(None, "only compare the methods of these reports, or lists of them",
-                             nargs="+", metavar="FILE")
+    fused: bool = setting(False, "beside each student what taught it: teacher, CLIP, both fused")
     zero_shot: bool = setting(False, "only --clip itself on --dataset, by each template and all")
-    class_names: str = setting(None, "as in train.py; without, the run's own", type=str)
-    clip: str = setting("ViT-L/14", "as in train.py", type=str)
-    clip_activation: str = setting(None, "as in train.py", choices=clip_layout.ACTIVATIONS)
-    bpe: str = setting(None, "as in train.py", type=str)
-    prompts: str = setting(None, "as in train.py", type=str)
-    seed: int = setting(0, "of generated corruptions and intervals", within=(0, 2**31))
-    amp: bool = setting(False, "bfloat16; CLIP's on a CPU alone, on a GPU it is float16")
+    class_names: str = setting(None, "as in train.py; without, the run's own")
+    clip: str = setting("ViT-L/14", "as in train.py")
+    clip_activation: str = setting(None, "as in train.py", choices=clip_files.ACTIVATIONS)
+    bpe: str = setting(None, "as in train.py")
+    prompts: str = setting(None, "as in train.py")
+    seed: int = setting(0, "of generated corruptions", within=(0, 2**31))
+    amp: bool = setting(False, "bfloat16, for students; what taught them has their runs' own")
     device: str = setting(train.Config.device, "cpu, cuda, cuda:1")
     workers: int = setting(train.Config.workers, "as in train.py", within=(0, math.inf))
-    cache_dir: str = setting(None, "as in train.py", type=str)
+    cache_dir: str = setting(None, "as in train.py")
 
 
-ANEW = "train.py --overwrite makes the run anew"
+# Measures: logits (N,K), labels int64 (N,) --------------------------------------------------------
 
 
-class Subject(NamedTuple):
-    """What is evaluated: a classifier, its report, and where that lies."""
-    classifier: train.Classifier
-    path: Path
-    report: dict
+def measures(logits, labels):
+    """What is told of every subject on every set, all but NLL in percent: top-1, top-5, NLL, ECE,
+    and the images of which it is confident (from .5, from .7) and right, or wrong."""
+    row = {"images": len(labels), "top1": 100 * metrics.top_k_accuracy(logits, labels),
+           "top5": 100 * metrics.top_k_accuracy(logits, labels, 5),
+           "nll": metrics.nll(logits, labels), "ece": 100 * metrics.ece(logits, labels)}
+    for threshold in (0.5, 0.7):
+        masks = metrics.quadrants(logits, labels, threshold)
+        for name in ("confident_right", "confident_wrong"):
+            row[f"{name} {threshold}"] = 100 * masks[name].double().mean().item()
+    return row
 
 
-def newest_run(root="runs"):
-    """The folder below `root` whose run finished last. Raises FileNotFoundError."""
+def scores(logits, labels, temperature=None):
+    """`measures`, Brier score, ECE by bins of equal mass; "calibration": NLL, ECE and reliability
+    diagram before and after a division by the temperature. Without one it is fitted on a random
+    half of the images, always the same, and the calibration is that of the other half."""
+    row = {**measures(logits, labels), "brier": metrics.brier(logits, labels),
+           "ece_equal_mass": 100 * metrics.ece(logits, labels, equal_mass=True)}
+    if temperature is None:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        rest, half = order.tensor_split(2)
+        temperature = metrics.fit_temperature(logits[half], labels[half])
+        logits, labels = logits[rest], labels[rest]
+    row["calibration"] = {"temperature": temperature, "images": len(labels)}
+    for name, z in (("before", logits), ("after", logits / temperature)):
+        bins = zip(("confidence", "accuracy", "count"), metrics.calibration_bins(z, labels))
+        row["calibration"][name] = {
+            "nll": metrics.nll(z, labels), "ece": 100 * metrics.ece(z, labels),
+            "bins": {what: values.tolist() for what, values in bins}}
+    return row
+
+
+def over_corruptions(rows, alexnet):
+    """Means over the fifteen corruptions and five severities; "by_severity": {corruption: top-1 at
+    each}; in percent the mean error and how much it is above the clean one, with alexnet also
+    ImageNet-C's mCE and relative mCE. rows: {"clean", "fog 1" and so on: `measures`}."""
+    top1 = {name: [rows[f"{name} {severity}"]["top1"] for severity in range(1, 6)]
+            for name in COMMON}
+    errors = {name: 1 - sum(row) / 500 for name, row in top1.items()}  # shares, as metrics has them
+    clean = 1 - rows["clean"]["top1"] / 100
+    shares = {"mean_error": metrics.mean_corruption_error(errors),
+              "relative_mean_error": metrics.mean_corruption_error(errors, clean)}
+    if alexnet:
+        shares["mce"] = metrics.mean_corruption_error(errors, alexnet=True)
+        shares["relative_mce"] = metrics.mean_corruption_error(errors, clean, alexnet=True)
+    means = {name: sum(rows[each][name] for each in CORRUPTED) / 75 for name in rows["clean"]}
+    return {**means, "by_severity": top1, **{name: 100 * x for name, x in shares.items()}}
+
+
+# What is evaluated --------------------------------------------------------------------------------
+
+
+class Student:
+    """A classifier, with --fused what taught it, and the report of them, a JSON file: {"about":
+    whose numbers these are, "sets": {name: {"key": which images they are of, subject: numbers}}}.
+    A report about something else is begun anew, and so is a set with another key."""
+
+    def __init__(self, path, about, classify):
+        self.path, self.about, self.sets = Path(path), about, {}
+        self.subjects = {"student": classify}  # of uint8 images (B,3,H,W) to logits (B,K)
+        self.clip_targets = self.classes = self.clip_scale = self.alpha = None
+        with contextlib.suppress(OSError, ValueError):
+            before = files.read_json(path, "it is begun anew")
+            if before.get("about") == about:
+                self.sets = before["sets"]
+
+    def done(self, name, key):
+        """{subject: numbers} of those that were measured on a set."""
+        rows = self.sets.get(name, {"key": None})
+        return {who: row for who, row in rows.items() if who != "key"} if rows["key"] == key else {}
+
+    def add(self, name, key, rows):
+        self.sets[name] = {"key": key, **self.done(name, key), **rows}
+        files.write_json(self.path, {"about": self.about, "sets": self.sets})
+
+    def fitted(self, subject):
+        """The temperature that was fitted on the test split, if it was."""
+        row = self.sets.get("test", {}).get(subject)
+        return row and row["calibration"]["temperature"]
+
+
+def newest_run(fused, root="runs"):
+    """The folder below `root` whose run finished last, with `fused` of those with a teacher and
+    CLIP. Raises FileNotFoundError."""
     finished = Path(root).glob("*/summary.json")
-    newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        raise FileNotFoundError(f"no finished run below {root}/: python train.py makes one; --run "
-                                "names one elsewhere, --checkpoint a bare checkpoint")
-    print(f"evaluating {newest.parent}", file=sys.stderr)
-    return newest.parent
+    for path in sorted(finished, key=lambda path: path.stat().st_mtime, reverse=True):
+        summary = files.read_json(path, ANEW)
+        if not fused or summary["teacher"] and summary["clip"]:
+            files.note(f"evaluating {path.parent}")
+            return path.parent
+    kind = "run with a teacher and CLIP, as --fused needs," if fused else "run"
+    raise FileNotFoundError(f"no finished {kind} below {root}/: python train.py makes one; --run "
+                            "names one elsewhere, --checkpoint a bare checkpoint")
 
 
 def read_run(folder, config):
@@ -102,7 +170,7 @@ def read_run(folder, config):
     if not (folder / "summary.json").is_file():
         raise FileNotFoundError(f"no finished run in {folder}: python train.py makes one, and "
                                 "finishes one that it began")
-    about = files.read_own(folder / "config.json", ANEW)
+    about = files.read_json(folder / "config.json", ANEW)
     with files.undamaged(folder / "config.json", ANEW):
         own = train.Config(
             **about["settings"], data_dir=config.data_dir or about["places"]["data_dir"],
@@ -110,331 +178,244 @@ def read_run(folder, config):
     return own, about
 
 
-def load_run(folder, own, about, test, identity):
-    """The Subject of a finished run, own and about as `read_run` has them. Raises ValueError for a
-    damaged one, and where its classes are others; says where it was tested on other images."""
-    summary = files.read_own(folder / "summary.json", ANEW)
-    of = ("dataset", "method", "teacher", "student", "seed", "epochs")
-    report = {"of": {name: summary[name] for name in of}, "settings": runs.settings(own),
-              "teachers": {who: row for who, row in summary["accuracies"].items()
-                           if row and who != "student"}}
-    path = folder / "student.pt"
-    student = files.read_own(path, ANEW)
-    with files.undamaged(path, ANEW):
-        model = models.load_weights(student["model_name"], path)
-        classifier = train.Classifier(model, *runs.input_of(student, data.DATASETS[own.dataset]))
-        differ = runs.class_difference(student, test)
+def at_own_size(network, config, size):
+    """A network as a function of uint8 images of any size to logits."""
+    info = data.DATASETS[config.dataset]
+    logits = train.classifier(network, info.mean, info.std, config)
+    return lambda images: logits(data.resize(images, size))
+
+
+def load_student(config, test, path, name, about, report):
+    """The Student in a checkpoint of the architecture `name`. about: what its report is about
+    beside weights and images. Raises ValueError where its classes or images are others."""
+    info = data.DATASETS[config.dataset]
+    size = runs.input_size(path, checkpoints.read_about(path), test, info._replace(
+        image_size=config.image_size or info.image_size))
+    if config.image_size not in (None, size):
+        raise ValueError(f"{path} reads images of {size} x {size}, here they are of "
+                         f"{config.image_size}: evaluate those of one size at a time")
+    model = models.freeze(models.load_weights(name, path, len(test.class_names)))
+    about = {**about, "weights": files.file_digest(path), "image_size": size, "amp": config.amp,
+             "test": runs.identity(test)["content"]}
+    return Student(report, about, at_own_size(model.to(config.device), config, size))
+
+
+def add_teaching(student, own, about):
+    """Add what taught a run's student, as train.py makes it again from its cache; own, about: as
+    `read_run` has them. Raises ValueError where data or files are others now."""
+    splits = train.load_splits(own)
+    differ = runs.run_difference(about, own, train.inputs(own, splits))
     if differ:
-        raise ValueError(f"{folder}: {differ}")
-    if "inputs" in about:  # else it is of an earlier version
-        with files.undamaged(folder / "config.json", ANEW):
-            found = about["inputs"]
-            report["inputs"] = {"train": found["data"]["train"]["content"],
-                                "files": dict(found["files"])}
-            if own.clip:  # which is asked for them
-                names = files.json_digest(found["data"]["train"]["class_names"])
-                report["inputs"]["files"]["class_names"] = names
-            other = keys.difference(found["data"]["test"], identity, names=False)
-        if other:
-            files.note(f"{folder} was tested on another test split while training: {other}")
-            report["teachers"] = {who: {} for who in report["teachers"]}  # of other images
-    report["weights"] = files.file_digest(path)
-    return Subject(classifier, folder / "report.json", report)
+        raise ValueError(f"--fused: what taught this run is not here: it has {differ}")
+    if own.teacher:
+        teachers = train.load_teachers(own, splits)
+        student.subjects["teacher"] = at_own_size(teachers, own, own.image_size)
+    if own.clip:
+        (clip, tokenizer, scale), names = train.load_clip(own), splits["test"].class_names
+        classes = functools.cache(lambda: train.class_embeddings(own, clip, tokenizer, names))
 
+        def clip_targets(name, split):  # of plain images, which train.py may have cached
+            named = {"test": splits["test"], name: split._replace(class_names=names)}
+            return scale * train.clip_targets(own, clip, tokenizer, named)[name][0].float()
 
-def load_bare(config, test):
-    """The Subject of a bare checkpoint, by what it says of itself (`checkpoints.read_about`) or by
-    --image-size and what is known of the data set. Raises ValueError where its classes are others.
-    """
-    path, info = Path(config.checkpoint), data.DATASETS[config.dataset]
-    info = info._replace(image_size=config.image_size or info.image_size)
-    model = models.load_weights(config.model, path, len(test.class_names))
-    about = checkpoints.read_about(path)
-    with files.undamaged(path, "expected what train.py leaves"):
-        classifier = train.Classifier(model, *runs.input_of(about, info))
-        differ = runs.class_difference(about, test)
-    if differ:
-        raise ValueError(f"{path}: {differ}")
-    if config.image_size not in (None, classifier.image_size):
-        raise ValueError(f"--image-size {config.image_size}: {path} says that its images have "
-                         f"{classifier.image_size}")
-    of = {"checkpoint": str(path), "dataset": config.dataset, "student": config.model}
-    report = {"of": of, "image_size": classifier.image_size, "weights": files.file_digest(path)}
-    return Subject(classifier, path.with_name(f"{path.name}.report.json"), report)
-
-
-def is_taught(subject):
-    return {"teacher", "clip"} <= subject.report.get("teachers", {}).keys()
+        student.subjects["CLIP"] = lambda images: (
+            scale * train.clip_view(clip, classes(), images)[0])
+        student.clip_targets, student.classes = clip_targets, classes
+        student.clip_scale, student.alpha = scale, own.alpha
 
 
 def prepare(config):
-    """-> (config with data set and place filled in, the test split, [Subject]). What can be wrong
-    with a command is said here, before anything takes long."""
-    if config.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    """-> (config with data set, place and size filled in, the test split, [Student]). What can be
+    wrong with a command is said here, before anything takes long."""
+    config = dataclasses.replace(config, device=command.use_device(config.device))
     if config.checkpoint and not (config.model and config.dataset):
         raise ValueError("--checkpoint takes --model NAME and --dataset NAME with it")
-    owns = {}
-    if not config.checkpoint:
-        folders = [Path(folder) for folder in config.run or [newest_run()]]
-        owns = {folder: read_run(folder, config) for folder in folders}
-    datasets = sorted({own.dataset for own, _ in owns.values()})
-    if not config.dataset and len(datasets) > 1:
-        raise ValueError(f"these runs are on {', '.join(datasets)}: evaluate one after another")
-    first, _ = next(iter(owns.values()), (train.Config(), {}))
-    config = dataclasses.replace(config, dataset=config.dataset or first.dataset,
-                                 data_dir=config.data_dir or first.data_dir,
-                                 class_names=config.class_names or first.class_names)
+    if len({Path(folder).name for folder in config.shift or ()}) < len(config.shift or ()):
+        raise ValueError("--shift: two folders have one name; evaluate one after another")
+    folders = [] if config.checkpoint else config.run or [newest_run(config.fused)]
+    read = {Path(folder): read_run(Path(folder), config) for folder in folders}
+    first, _ = next(iter(read.values()), (train.Config(), None))
+    config = dataclasses.replace(
+        config, dataset=config.dataset or first.dataset, data_dir=config.data_dir or first.data_dir,
+        image_size=config.image_size or first.image_size,
+        class_names=config.class_names or first.class_names)
     if config.shift == [] and not data.DATASETS[config.dataset].shifts:
         raise ValueError(f"{config.dataset} has no shift split of its own: --shift DIR names one")
-    test = runs.load_split(config, "test")
-    identity = keys.identity(test)
-    found = [load_run(folder, *own, test, identity) for folder, own in owns.items()]
+    test, students = train.load_split(config, "test"), []
+    for folder, (own, about) in read.items():
+        with files.undamaged(folder / "config.json", ANEW):
+            split, named = about["inputs"]["data"]["train"], about["inputs"]["files"]
+            names = files.json_digest(split["class_names"])  # which CLIP is asked for
+            inputs = {"train": split["content"], "files": {**named, "class_names": names}}
+        students.append(load_student(
+            config, test, folder / "student.pt", own.student,
+            {"settings": about["settings"], "inputs": inputs}, folder / "report.json"))
+        if config.fused:
+            add_teaching(students[-1], own, about)
     if config.checkpoint:
-        found = [load_bare(config, test)]
-    if config.dataset == "folder":  # no size of its own: corruptions are made at the classifiers'
-        sizes = sorted({classifier.image_size for classifier, _, _ in found})
-        if len(sizes) > 1:
-            raise ValueError(f"these runs have images of {', '.join(map(str, sizes))} pixels: "
-                             "evaluate one after another")
-        test = train.resized(test, sizes[0], config)
-    del identity["class_names"]  # of no influence here
-    how = {"seed": config.seed, "amp": config.amp, "test": identity}
-    subjects = []
-    for classifier, path, report in found:
-        model = models.freeze(classifier.model).to(config.device)
-        report = go_on(path, {**report, "how": how})
-        subjects.append(Subject(classifier._replace(model=model), path, report))
-    if config.fused and not any(map(is_taught, subjects)):
-        raise ValueError("--fused: no run here has a teacher and CLIP, as those of richkd have")
-    return config, test, subjects
+        of = {"checkpoint": config.checkpoint, "dataset": config.dataset, "student": config.model}
+        students.append(load_student(config, test, config.checkpoint, config.model,
+                                     {"settings": of}, f"{config.checkpoint}.report.json"))
+    if config.fused and all(len(student.subjects) == 1 for student in students):
+        raise ValueError("--fused: no run here has a teacher or CLIP")
+    size = students[0].about["image_size"]
+    return dataclasses.replace(config, image_size=size), test, students
 
 
-def go_on(path, start):
-    """The report at `path`, to be completed, where there is a whole one with the entries of
-    `start`; else a new one that begins with these."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        report = files.read_own(path, "it is begun anew")
-        if start.items() <= report.items():
-            return report
-    return start
+# Sets of images -----------------------------------------------------------------------------------
 
 
-def save_reports(subjects):
-    for subject in subjects:
-        files.write_json(subject.path, subject.report)
+class Images(NamedTuple):
+    """A set of images, and what tells it from others."""
+    name: str
+    key: dict
+    labels: torch.Tensor           # int64 (N,)
+    blocks: Iterator               # of what networks see, uint8 (b,3,H,W) on the device
+    split: data.Split = None       # of plain images, of which CLIP sees its own crop
+    columns: object = slice(None)  # of the logits, to choose among
 
 
-def scores(logits, labels):
-    """The metrics of a test set: top-1, top-5 and both ECEs (15 bins) in percent, NLL, Brier."""
-    return {"images": len(labels), "top1": 100 * metrics.top_k_accuracy(logits, labels),
-            "top5": 100 * metrics.top_k_accuracy(logits, labels, 5),
-            "nll": metrics.nll(logits, labels), "brier": metrics.brier(logits, labels),
-            "ece": 100 * metrics.ece(logits, labels),
-            "ece_equal_mass": 100 * metrics.ece(logits, labels, equal_mass=True)}
-
-
-def calibration(logits, labels, temperature=None):
-    """`scores` and the reliability diagram before and after a division by the temperature. Without
-    one it is fitted on a random half of the images, always the same; reported is the other."""
-    if temperature is None:
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        rest, half = order.tensor_split(2)
-        temperature = metrics.fit_temperature(logits[half], labels[half])
-        logits, labels = logits[rest], labels[rest]
-    table = {"temperature": temperature}
-    for name, z in (("before", logits), ("after", logits / temperature)):
-        points = zip(("confidence", "accuracy", "count"), metrics.calibration_bins(z, labels))
-        table[name] = {**scores(z, labels), "bins": {what: row.tolist() for what, row in points}}
-    return table
-
-
-def device_blocks(images, config):
+def blocks(images, config):
     return data.blocks(images, None, config.workers, config.device)
 
 
-def evaluate_sets(config, test, subjects):
-    """Add to the reports the test split and, with --shift, shift splits and folders."""
-    folders = {f"shift {Path(folder).name}": folder for folder in config.shift or ()}
-    if len(folders) < len(config.shift or ()):
-        raise ValueError("--shift: two folders have one name; evaluate one after another")
-    own = data.DATASETS[config.dataset].shifts if config.shift is not None else ()
-    for name in ("test", *own, *folders):
-        split, columns, key = test, slice(None), {}  # the whole report is of one test split
-        if name in folders:
-            split, columns = shifts.load_shift(folders[name], config.dataset, test)
-            key["columns"] = columns.tolist()
-        elif name != "test":
-            split = runs.load_split(config, name)
-        if name != "test":
-            key["content"] = keys.identity(split)["content"]
-        todo = [subject for subject in subjects if name not in subject.report
-                or not key.items() <= subject.report[name].items()]
-        sizes = sorted({subject.classifier.image_size for subject in todo})
-        progress = files.Progress(name, len(split.labels) * len(sizes))
-        for size in sizes:
-            same = [subject for subject in todo if subject.classifier.image_size == size]
-            images = train.resized(split, size, config).images
-            found = train.predict([subject.classifier for subject in same],
-                                  device_blocks(images, config), config, progress)
-            for (_, _, report), logits in zip(same, found):
-                logits = logits[:, columns]
-                fitted = None if name == "test" else report["test"]["calibration"]["temperature"]
-                report[name] = {**scores(logits, split.labels), **key,
-                                "calibration": calibration(logits, split.labels, fitted)}
-        save_reports(todo)
+def at_size(split, config):
+    return data.at_size(split, config.image_size, config.cache_dir, config.workers, config.device)
 
 
-def published(test, name, severity, config):
-    """The published images of one corruption and severity, of either kind, and their labels."""
+def plain_sets(config, test):
+    """Yield the test split and, with --shift, the data set's own shift splits and the folders."""
+    def seen(split):
+        yield from blocks(at_size(split, config).images, config)
+
+    names = ["test", *(data.DATASETS[config.dataset].shifts if config.shift is not None else ())]
+    for name in names:
+        split = test if name == "test" else train.load_split(config, name)
+        key = {"content": runs.identity(split)["content"]}
+        yield Images(name, key, split.labels, seen(split), split)
+    for folder in config.shift or ():
+        images, labels, columns = shifts.load_shift(folder, config.dataset, test.ids,
+                                                    test.class_names)
+        if isinstance(images, list):  # paths
+            size = data.DATASETS[config.dataset].image_size
+            images = data.Stream(images, size, 256 if config.dataset == "imagenet" else size)
+        split = test._replace(images=images, labels=labels)
+        key = {"content": runs.identity(split)["content"], "columns": columns.tolist()}
+        yield Images(f"shift {Path(folder).name}", key, labels, seen(split), split, columns)
+
+
+def published(config, test, name, severity):
+    """The published images of a corruption, of either kind, and their labels."""
+    K = len(test.class_names)
     if config.dataset.startswith("cifar"):
+        where = Path(config.corruptions, "labels.npy")
         images, labels = shifts.read_cifar_c(config.corruptions, name, severity)
-        if len(labels) == len(test.labels) and not labels.equal(test.labels):
-            raise ValueError(f"{config.corruptions}/labels.npy has other labels than the test "
-                             f"split of {config.dataset}")
-        if int(labels.max()) >= len(test.class_names):
-            raise ValueError(f"{config.corruptions}/labels.npy has the label {int(labels.max())}; "
-                             f"{config.dataset} has {len(test.class_names)} classes")
-        say_other_count(config.corruptions, labels, test)
-        return images, labels
-    root = shifts.imagenet_c_folder(config.corruptions, name, severity)
-    paths, labels, columns = shifts.list_classes(root, data.ids_of(test), test.class_names)
-    if len(columns) != len(test.class_names):
-        raise ValueError(f"{root} has {len(columns)} classes, {config.dataset} "
-                         f"{len(test.class_names)}: expected a folder for each")
-    say_other_count(root, labels, test)
-    images = test.images  # whose size the published images have already
-    size = images.geometry[0] if isinstance(images, data.Stream) else images.shape[-1]
-    return data.Stream(paths, size, size), labels
-
-
-def say_other_count(where, labels, test):
-    if len(labels) != len(test.labels):
-        files.note(f"{where} has {len(labels)} images a severity, the test split "
-                   f"{len(test.labels)}")
-
-
-def drawing_device(config):
-    """Where generated corruptions are drawn: where the images are, if that is a GPU of CUDA's."""
-    return config.device if torch.device(config.device).type == "cuda" else "cpu"
-
-
-def corruption_source(config, test):
-    """What tells one set of corrupted test images from another: {"source", "content", "share"}, of
-    generated ones the kind of device, too, whose generators differ. Raises as reading them where
-    one of the published is missing."""
-    if config.corruptions == "generated":
-        return {"source": "generated", "content": None, "share": config.corrupted_share,
-                "drawn_on": torch.device(drawing_device(config)).type}
-    if config.corrupted_share < 1:
-        raise ValueError("--corrupted-share is for generated corruptions: published ones are whole")
-    if config.dataset.startswith("cifar"):
-        paths = [Path(config.corruptions) / f"{name}.npy" for name in (*COMMON, "labels")]
     else:
-        streams = (published(test, name, severity, config)[0]
-                   for name, severity in itertools.product(COMMON, range(1, 6)))
-        paths = itertools.chain.from_iterable(stream.paths for stream in streams)
-    return {"source": "published", "content": keys.digest_files(paths), "share": 1.0}
+        where = shifts.imagenet_c_folder(config.corruptions, name, severity)
+        paths, labels, columns = shifts.list_classes(where, test.ids, test.class_names)
+        labels, size = columns[labels], data.size_of(test.images)
+        images = data.Stream(paths, size, size)  # which they have already
+    counts = labels.bincount(minlength=K)
+    if len(counts) > K:
+        raise ValueError(f"{where} has the label {len(counts) - 1}; {config.dataset} has {K} "
+                         "classes")
+    if not counts.equal(test.labels.bincount(minlength=K)):
+        files.note(f"{where} has {len(labels)} images, of some classes more or fewer than the "
+                   f"test split's {len(test.labels)}")
+    return images, labels
 
 
-def is_from(source, found):
-    """Whether what a report has of corruptions is of this source; earlier ones drew on the CPU."""
-    return source.items() <= {"drawn_on": "cpu", **found}.items()
+def corrupted_sets(config, test):
+    """Yield the test images at the data set's own size, clean ones and the fifteen corruptions at
+    five severities, generated or published. Raises as reading them where one of these is missing.
+    """
+    device = config.device if config.device.type == "cuda" else torch.device("cpu")
+    tasks = [(name, severity) for name in COMMON for severity in range(1, 6)]
+    key = {"share": config.corrupted_share, "source": "generated",  # differing with the device
+           "content": f"seed {config.seed} on {device.type}"}
+    if config.corruptions != "generated":
+        paths = [Path(config.corruptions, f"{name}.npy") for name in (*COMMON, "labels")]
+        if not config.dataset.startswith("cifar"):
+            paths = [path for task in tasks for path in published(config, test, *task)[0].paths]
+        key |= {"source": "published", "content": runs.digest_files(paths)}
+    if config.dataset == "folder":  # which has no size of its own
+        test = at_size(test, config)
+    if config.corrupted_share < 1:
+        test = data.subset(test, 0, config.corrupted_share)
+    yield Images("clean", key, test.labels, blocks(test.images, config))
+    for name, severity in tasks:
+        if key["source"] == "published":
+            images, labels = published(config, test, name, severity)
+            seen = blocks(images, config)
+        else:  # each has its own generator, so that it can be repeated alone
+            seed = 1000 * config.seed + 10 * list(COMMON).index(name) + severity
+            draw = functools.partial(corrupt, name=name, severity=severity,
+                                     generator=torch.Generator(device).manual_seed(seed))
+            labels, seen = test.labels, map(draw, blocks(test.images, config))
+        yield Images(f"{name} {severity}", key, labels, seen)
 
 
-def corrupted(test, name, severity, config):
-    """-> (blocks of corrupted test images at the data set's own size, their labels): generated, or
-    the published files. Each generated corruption and severity has its own generator, so that it
-    can be repeated alone."""
-    if config.corruptions == "generated":
-        seed = 1000 * config.seed + 10 * list(COMMON).index(name) + severity
-        generator = torch.Generator(drawing_device(config)).manual_seed(seed)
-        clean = device_blocks(test.images, config)
-        return (corrupt(images, name, severity, generator) for images in clean), test.labels
-    images, labels = published(test, name, severity, config)
-    return device_blocks(images, config), labels
-
-
-def corruption_errors(table, clean, alexnet):
-    """In percent, of {corruption: top-1 a severity}: the mean error, and the same less the clean
-    one (`clean` is the clean top-1); with alexnet ImageNet-C's mCE and relative mCE, too."""
-    errors = {name: 1 - sum(row) / 500 for name, row in table.items()}  # 5 x percent
-    means = {"mean_error": metrics.mean_corruption_error(errors),
-             "relative_mean_error": metrics.mean_corruption_error(errors, 1 - clean / 100)}
-    if alexnet:
-        means["mce"] = metrics.mean_corruption_error(errors, alexnet=True)
-        means["relative_mce"] = metrics.mean_corruption_error(errors, 1 - clean / 100, alexnet=True)
-    return {name: 100 * value for name, value in means.items()}
-
-
-def evaluate_corruptions(config, test, subjects, source):
-    """Add to the reports top-1 under fifteen corruptions at five severities, and their means."""
-    for _, _, report in subjects:
-        if not is_from(source, report.get("corruptions", {})):
-            report["corruptions"] = {**source, "top1": {}}
-    tasks = []
-    for name, severity in itertools.product(COMMON, range(1, 6)):
-        todo = [subject for subject in subjects
-                if len(subject.report["corruptions"]["top1"].get(name, ())) < severity]
-        if todo:
-            tasks.append((name, severity, todo))
-    progress = files.Progress(f"corruptions ({source['source']})", len(tasks) * len(test.labels))
-    for name, severity, todo in tasks:
-        images, labels = corrupted(test, name, severity, config)
-        found = train.predict([subject.classifier for subject in todo], images, config, progress,
-                              f"{name} {severity}")
-        for (_, _, report), logits in zip(todo, found):
-            top1 = report["corruptions"]["top1"].setdefault(name, [])
-            top1.append(100 * metrics.top_k_accuracy(logits, labels))
-        save_reports(todo)
-    alexnet = config.dataset == "imagenet" and len(test.class_names) == 1000
-    for classifier, _, report in subjects:
-        found, clean = report["corruptions"], report["test"]["top1"]
-        if source["share"] < 1:  # of the same images
-            if "clean" not in found:
-                blocks = device_blocks(data.resize(test.images, classifier.image_size), config)
-                [logits] = train.predict([classifier], blocks, config)
-                found["clean"] = 100 * metrics.top_k_accuracy(logits, test.labels)
-            clean = found["clean"]
-        found |= corruption_errors(found["top1"], clean, alexnet)
-    save_reports(subjects)
+def evaluate_set(students, images, progress):
+    """Add to the reports what is missing there of a set, which goes once through all subjects."""
+    subjects = {(student, who): subject for student in students
+                for who, subject in student.subjects.items()
+                if who not in student.done(images.name, images.key)}
+    if not subjects:
+        progress.start = progress.done = progress.done + len(images.labels)
+        return
+    asked = {which for which in subjects if which[1] == "CLIP" and images.split}
+    networks = {which: subject for which, subject in subjects.items() if which not in asked}
+    note = "" if images.split else images.name
+    logits = train.predict(networks, images.blocks, progress, note) if networks else {}
+    for student, who in asked:
+        logits[student, who] = student.clip_targets(images.name, images.split)
+    for student in dict.fromkeys(student for student, _ in subjects):
+        own = {who: logits[student, who] for who in student.subjects if (student, who) in logits}
+        if {"teacher", "CLIP"} <= own.keys():
+            own["fused"] = richkd.fuse_logits(own["teacher"], own["CLIP"], student.alpha)
+        own = {who: z[:, images.columns] for who, z in own.items()}
+        student.add(images.name, images.key, {
+            who: scores(z, images.labels, student.fitted(who)) if images.split
+            else measures(z, images.labels) for who, z in own.items()})
 
 
 def evaluate(config):
-    """What the command does with classifiers: -> their reports, dicts that also lie in report.json
-    beside each run. What is in a report already is not done again."""
-    config, test, subjects = prepare(config)
-    evaluate_sets(config, test, subjects)
-    source, part = {}, test  # of the corrupted images
-    if config.corruptions:
-        source = corruption_source(config, test)
-        if config.corrupted_share < 1:
-            part = data.subset(test, 0, config.corrupted_share)
-        evaluate_corruptions(config, part, subjects, source)
-    for subject in subjects:
-        if config.fused and is_taught(subject):
-            from study import fusion
-            fusion.evaluate_fused(config, part, subject, source)
-        if config.plot:
-            from study import plot
-            plot.draw(config, test, subject)
-    return [subject.report for subject in subjects]
+    """What the command does with classifiers: -> [Student], the report of each also beside its
+    checkpoint. What is in one already is not done again."""
+    if config.corrupted_share < 1 and config.corruptions != "generated":
+        raise ValueError("--corrupted-share is for generated --corruptions: published are whole")
+    config, test, students = prepare(config)
+    for images in plain_sets(config, test):
+        evaluate_set(students, images, files.Progress(images.name, len(images.labels)))
+    if not config.corruptions:
+        return students
+    progress = None
+    for images in corrupted_sets(config, test):
+        progress = progress or files.Progress("corruptions", len(images.labels) * 76)
+        evaluate_set(students, images, progress)
+    alexnet = config.dataset == "imagenet" and len(test.class_names) == 1000
+    for student in students:
+        rows = {name: student.done(name, images.key) for name in ("clean", *CORRUPTED)}
+        student.add("corruptions", images.key, {
+            who: over_corruptions({name: row[who] for name, row in rows.items()}, alexnet)
+            for who in rows["clean"]})
+    return students
 
 
 def zero_shot(config):
     """CLIP itself on a test split: {"all M templates": top-1 in percent, then one a template}."""
-    places = ("class_names", "clip", "clip_activation", "bpe", "prompts", "amp", "device",
-              "workers", "cache_dir")
+    shared = ("class_names", "clip", "clip_activation", "bpe", "prompts", "amp", "workers",
+              "cache_dir")
     own = train.Config(dataset=config.dataset or "shapes", data_dir=config.data_dir or "data",
-                       **{name: getattr(config, name) for name in places})
-    test = runs.load_split(own, "test")
-    templates = clip_model.load_templates(own.prompts or targets.PROMPTS)
-    clip, tokenizer, scale = targets.load_clip_teacher(own)
-    _, features = targets.load_targets(own, clip, tokenizer, {"test": test},  # (N,D)
-                                       {"test": keys.identity(test)})["test"]
+                       device=command.use_device(config.device),
+                       **{name: getattr(config, name) for name in shared})
+    test = train.load_split(own, "test")
+    templates = clip_model.load_templates(own.prompts or train.PROMPTS)
+    clip, tokenizer, scale = train.load_clip(own)
+    _, features = train.clip_targets(own, clip, tokenizer, {"test": test})["test"]          # (N,D)
     text = clip_model.class_features(clip, tokenizer, test.class_names, templates).cpu()  # (K,M,D)
     classes = {f"all {len(templates)} templates": richkd.ensemble_text_features(text)}
-    classes |= {template: text[:, m] for m, template in enumerate(templates)}  # (K,D) each
+    classes |= {template: text[:, m] for m, template in enumerate(templates)}               # (K,D)
     logits = {name: richkd.zero_shot_logits(features.float(), rows, scale)
               for name, rows in classes.items()}
     return {name: 100 * metrics.top_k_accuracy(z, test.labels) for name, z in logits.items()}
@@ -442,91 +423,73 @@ def zero_shot(config):
 
 # Printed ------------------------------------------------------------------------------------------
 
+COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %",
+           "confident_right 0.5": "right .5", "confident_wrong 0.5": "wrong .5",
+           "confident_right 0.7": "right .7", "confident_wrong 0.7": "wrong .7"}
 
-def describe(report):
-    return ", ".join(f"{key} {value}" for key, value in report["of"].items() if value is not None)
 
-
-def table(corner, columns, rows):
-    """Lines of at most 100 columns where labels have up to 28; a row is (label, numbers), a number
-    a column, at most seven."""
-    width = max([28, *(len(label) for label, _ in rows)])
-    lines = [f"{corner:{width}}" + "".join(f" {name:>9}" for name in columns)]
-    for label, numbers in rows:
-        line = f"{label:{width}}"
-        for column, number in zip(columns, numbers):
-            digits = 3 if column in ("NLL", "Brier") else 2
-            cell = f"{number:10.{digits}f}"
-            line += cell if cell[0] == " " else f" {number:9.2e}"
-        lines.append(line)
+def table(corner, rows):
+    """Lines of at most 100 columns where labels have up to 28; rows: {label: `measures`}."""
+    width = max([28, *map(len, (corner, *rows))])
+    lines = [f"{corner:{width}}" + "".join(f" {title:>8}" for title in COLUMNS.values())]
+    for label, row in rows.items():
+        lines.append(f"{label:{width}}")
+        for name in COLUMNS:
+            form = "8.1e" if abs(row[name]) >= 1e4 else "8.3f" if name == "nll" else "8.2f"
+            lines[-1] += f" {row[name]:{form}}"
     return lines
 
 
-def temperature_text(temperature):
-    """ "T = 1.23"; "T >= 1e+03" where `fit_temperature` met its bound: the best is beyond it."""
-    beyond = {temperature < 1.001 * metrics.LEAST_TEMPERATURE: "<=",
-              temperature > 0.999 * metrics.MOST_TEMPERATURE: ">="}
-    return f"T {beyond.get(True, '=')} {temperature:.3g}"
-
-
-def sets_table(report):
-    rows = []
-    for name, row in report.items():
-        if isinstance(row, dict) and "brier" in row:
-            before, after = row["calibration"]["before"], row["calibration"]["after"]
-            half = "half of it, " if before["images"] < row["images"] else ""
-            rows.append((name, row))
-            if half:
-                rows.append((f"  {half}T = 1", before))
-            fitted = temperature_text(row["calibration"]["temperature"])
-            rows.append((f"  {half}{fitted}", after))
-    names = ("top1", "top5", "nll", "brier", "ece", "ece_equal_mass")
-    return table("", ("top-1 %", "top-5 %", "NLL", "Brier", "ECE %", "mass-ECE"),
-                 [(label, [row[name] for name in names]) for label, row in rows])
-
-
-def tables(reports):
-    """The reports as text: test sets, corruptions by severity and what fusing does."""
+def details(student):
+    """Lines on the student alone: what a temperature changes, the corruptions one by one."""
     lines = []
-    for report in reports:
-        lines += [describe(report), *sets_table(report)]
-        found = report.get("corruptions", {})
-        if "mean_error" in found:
-            rows = [(name, [*row, sum(row) / 5]) for name, row in found["top1"].items()]
-            lines += table("top-1 %, severity", (1, 2, 3, 4, 5, "mean"), rows)
-            share = found.get("share", 1)
-            share = f", {100 * share:.3g} % of the images" if share < 1 else ""
-            lines.append(f"over the fifteen ({found['source']}{share}): mean error "
-                         f"{found['mean_error']:.2f} %, less the clean error "
-                         f"{found['relative_mean_error']:.2f} %")
-        if "mce" in found:
-            lines.append(f"against AlexNet: mCE {found['mce']:.1f} %, relative mCE "
-                         f"{found['relative_mce']:.1f} %")
-        if "fused" in report:
-            from study import fusion
-            lines += fusion.tables(report["fused"])
-    return "\n".join(lines)
+    for name, rows in student.sets.items():
+        if "calibration" in rows["student"]:
+            found = rows["student"]["calibration"]
+            T, before, after = found["temperature"], found["before"], found["after"]
+            inside = 1.001 * metrics.LEAST_TEMPERATURE < T < 0.999 * metrics.MOST_TEMPERATURE
+            lines.append(f"{name}, student, {found['images']} images at T = {T:.3g}"
+                         f"{'' if inside else ', a bound'}: NLL {before['nll']:.3f} -> "
+                         f"{after['nll']:.3f}, ECE {before['ece']:.2f} -> {after['ece']:.2f} %")
+    if "corruptions" in student.sets:
+        row, key = student.sets["corruptions"]["student"], student.sets["corruptions"]["key"]
+        lines.append(f"{key['source']} corruptions of {100 * key['share']:.3g} % of the images, "
+                     f"student: mean error {row['mean_error']:.2f} %, clean one + "
+                     f"{row['relative_mean_error']:.2f}")
+        if "mce" in row:
+            lines.append(f"against AlexNet: mCE {row['mce']:.1f} %, relative mCE "
+                         f"{row['relative_mce']:.1f} %")
+        cells = [f"{name:18}{sum(top1) / 5:7.2f}" for name, top1 in row["by_severity"].items()]
+        lines += ["     ".join(cells[i : i + 3]) for i in range(0, 15, 3)]
+    return lines
+
+
+def tables(students):
+    """The reports as text: a row a set, student and subject; of one student alone its `details`."""
+    rows, several = {}, len(students) > 1
+    names = dict.fromkeys(name for student in students for name in student.sets)
+    for name in (name for name in names if name not in ("clean", *CORRUPTED)):
+        for student in students:
+            run = f", {student.path.parent.name}" if several else ""
+            for who, row in student.sets.get(name, {}).items():
+                if who != "key":
+                    rows[f"{name}{run}, {who}"] = row
+    lines = [*table("" if several else str(students[0].path.parent), rows),
+             "right, wrong: % of the images, of which it is confident from .5, .7"]
+    if several:
+        paths = " ".join(str(student.path) for student in students)
+        return "\n".join([*lines, f"python study/compare.py {paths}  # methods over seeds"])
+    return "\n".join(lines + details(*students))
 
 
 def job(config):
-    from study import compare
     command.check(config)
-    command.check_device(config.device)
-    command.set_up_gpu(config.device)
     if config.zero_shot:
         for template, top1 in zero_shot(config).items():
             print(f"{top1:6.2f} %  {template}")
-    elif config.compare:
-        runs = [run for path in config.compare for run in compare.read_reports(path)]
-        print(compare.as_markdown(compare.groups(runs)))
     else:
-        reports = evaluate(config)
-        print(tables(reports))
-        if len(reports) > 1:
-            runs = [compare.run_of(report) for report in reports]
-            print("\n" + compare.as_markdown(compare.groups(runs)))
+        print(tables(evaluate(config)))
 
 
 if __name__ == "__main__":
-    import evaluate as module  # as study/fusion.py imports it
-    command.main(lambda: module.job(command.parse(module.Config, __doc__)))
+    command.main(lambda: job(command.parse(Config, __doc__)))

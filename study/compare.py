@@ -1,27 +1,30 @@
 """Methods over seeds, from reports alone: mean, standard deviation, paired difference to kd.
 
-    runs = read_reports("study/results/shapes-methods.json")
-    print(as_markdown(groups(runs)))                         # Markdown, as in study/README.md
+    python study/compare.py runs/*/report.json              # or lists of them, as study.sh gathers:
+    python study/compare.py study/results/shapes-methods.json
 
-`python evaluate.py --compare FILES` prints it. Nothing is evaluated here.
-
-Reference: Student 1908, The probable error of a mean.
+prints a table for each data set, pair of networks and number of epochs, as in study/README.md.
+Nothing is evaluated here. Reference: Student 1908, The probable error of a mean.
 """
 
 import functools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from support import files
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support import command, files
 
 # What every method has, so that it is said where it is not that of the first kd.
 SHARED = ("image_size", "lr", "weight_decay", "batch_size", "temperature", "ce_weight", "amp")
-UNSET = ("clip_scale", "clip_activation", "teacher_shares")  # in which None is a value
-TEACHER_ROWS = {"clip": "CLIP zero-shot", "teacher": "teacher", "fused": "fused teacher"}
+UNSET = ("clip_scale", "clip_activation")  # in which None is a value
+TEACHER_ROWS = {"CLIP": "CLIP zero-shot", "teacher": "teacher", "fused": "fused teacher"}
 
 # Statistics ---------------------------------------------------------------------------------------
 
@@ -64,57 +67,44 @@ class Run(NamedTuple):
     inputs: dict     # "train": content of the training images; "files": {setting: of its file}
     figures: dict    # {column: number} of the student
     teaching: dict   # {row of TEACHER_ROWS: {column: number}}
-    content: dict = {}  # {column: what tells its images from others}
+    content: dict    # {column: what tells its images from others}
 
 
-def corruption_column(corruptions):
-    """The name of a column: figures of another share of the images are another one's."""
-    share = corruptions.get("share", 1)
-    part = f", {100 * share:.3g} % of the images," if share < 1 else ""
-    return f"{corruptions['source']} corruptions{part} top-1 %"
+def column_of(name, key):
+    """The column of a set's top-1; another share of the images, corrupted, is another column."""
+    if name != "corruptions":
+        return f"{name} top-1 %"
+    part = f", {100 * key['share']:.3g} % of the images," if key["share"] < 1 else ""
+    return f"{key['source']} corruptions{part} top-1 %"
 
 
 def run_of(report):
-    """The Run in a report, as evaluate.py makes it. Another dict raises what reading it raises."""
-    of, corruptions = report["of"], report.get("corruptions", {})
-    figures = {f"{name} top-1 %": float(row["top1"]) for name, row in report.items()
-               if isinstance(row, dict) and "brier" in row}
-    if "mean_error" in corruptions:
-        figures[corruption_column(corruptions)] = 100 - corruptions["mean_error"]
-    figures["NLL"] = float(report["test"]["nll"])
-    figures["ECE %"] = float(report["test"]["ece"])
-
-    teaching = {name: {} for name in TEACHER_ROWS.values()}
-    for who, name in TEACHER_ROWS.items():
-        for split, top1 in report.get("teachers", {}).get(who, {}).items():
-            teaching[name][f"{split} top-1 %"] = float(top1)
-        corrupted = report.get("fused", {}).get("corruptions")
-        if corrupted:
-            teaching[name][corruption_column(corrupted)] = float(corrupted[who])
-    found = report.get("inputs") or {}
-    inputs = {"train": found.get("train"), "files": dict(found.get("files", {}))}
-    group = {name: of.get(name) for name in ("dataset", "student", "epochs")}
-    content = {f"{name} top-1 %": row["content"][:8] for name, row in report.items()
-               if isinstance(row, dict) and "brier" in row and "content" in row}
-    if "mean_error" in corruptions:
-        seed = f"seed {report.get('how', {}).get('seed')}, {corruptions.get('drawn_on', 'cpu')}"
-        digest = corruptions.get("content")
-        content[corruption_column(corruptions)] = digest[:8] if digest else seed
-    group["test"] = report.get("how", {}).get("test", {}).get("content")
-    return Run(group, of.get("teacher"), of.get("method") or of["checkpoint"], of.get("seed"),
-               dict(report.get("settings", {})), inputs, figures, teaching, content)
+    """The Run in a report, as evaluate.py writes it. Another dict raises what reading it raises."""
+    about, sets, settings = report["about"], report["sets"], report["about"]["settings"]
+    figures, content, teaching = {}, {}, {label: {} for label in TEACHER_ROWS.values()}
+    for name, rows in sets.items():
+        if "source" in rows["key"] and name != "corruptions":  # one of the fifteen
+            continue
+        column = column_of(name, rows["key"])
+        figures[column] = float(rows["student"]["top1"])
+        content[column] = str(rows["key"].get("content"))[:13]
+        for who in TEACHER_ROWS.keys() & rows.keys():
+            teaching[TEACHER_ROWS[who]][column] = float(rows[who]["top1"])
+    figures["NLL"] = float(sets["test"]["student"]["nll"])
+    figures["ECE %"] = float(sets["test"]["student"]["ece"])
+    group = {name: settings.get(name) for name in ("dataset", "student", "epochs")}
+    return Run({**group, "test": about["test"]}, "+".join(settings.get("teacher") or ()) or None,
+               settings.get("method") or settings["checkpoint"], settings.get("seed"), settings,
+               about.get("inputs", {"train": None, "files": {}}), figures, teaching, content)
 
 
 def read_reports(path):
-    """The Runs in a file: a report.json of this version, or a list of reports, as study.sh gathers.
-
-    A list is read whatever version wrote its reports, since what is compared has kept its names:
-    published results stay as they were measured. Raises ValueError for anything else."""
-    advice = "expected a report.json, or a list of such reports"
+    """The Runs in a file: a report.json, or a list of reports. Raises ValueError for another."""
+    advice = "expected a report.json of evaluate.py, or a list of such reports"
     with files.undamaged(path, advice):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text("utf-8"))
     if isinstance(content, dict):
-        content = [files.read_own(path, "python evaluate.py --run makes it anew")]
+        content = [files.read_json(path, "python evaluate.py --run makes it anew")]
     with files.undamaged(path, advice):
         first, *rest = [run_of(report) for report in content]
     return [first, *rest]  # an empty list was refused above
@@ -132,7 +122,7 @@ def by_method(runs):
     for run in runs:
         usual = first.setdefault(run.method, run)
         named, there = run.inputs["files"], usual.inputs["files"]
-        flags = [f"--{name.replace('_', '-')} {value}" for name, value in run.settings.items()
+        flags = [f"{command.flag(name)} {value}" for name, value in run.settings.items()
                  if name != "seed" and (value not in (None, []) or name in UNSET)
                  and value != (common if name in SHARED else usual).settings.get(name)
                  and not (name in named and named[name] == there.get(name))]  # one file, two places
@@ -148,14 +138,13 @@ def by_method(runs):
 
 
 def told_apart(runs):
-    """The runs, with columns of one name and of other images renamed by the latters' digest."""
-    sets = {}
-    for run in runs:
-        for column, content in run.content.items():
-            sets.setdefault(column, set()).add(content)
-    return [run._replace(figures={
-        f"{column} ({run.content[column]})" if len(sets.get(column, ())) > 1 else column: value
-        for column, value in run.figures.items()}) for run in runs]
+    """The runs of one test split, with columns of one name and of other images renamed by these."""
+    def name(column, run):
+        several = len({other.content.get(column) for other in runs} - {None}) > 1
+        return f"{column} ({run.content[column]})" if several and column in run.content else column
+
+    return [run._replace(figures={name(column, run): value
+                                  for column, value in run.figures.items()}) for run in runs]
 
 
 def groups(runs):
@@ -166,27 +155,25 @@ def groups(runs):
     their seed and training images. Runs without a teacher join every group of their student. The
     first rows are the group's own CLIP, teacher and fused teacher, where its runs know them.
     """
-    found, seen, runs = [], [], told_apart(runs)
+    found = []
     for run in runs:
         group = {**run.group, "teacher": run.teacher}
         alike = [other for other in runs if other.group == run.group]
         joins_others = run.teacher is None and any(other.teacher for other in alike)
-        if joins_others or group in seen:
+        if joins_others or any(group.items() <= other.items() for other in found):
             continue
-        seen.append(group)
-        members = [other for other in alike if other.teacher in (run.teacher, None)]
+        members = told_apart([other for other in alike if other.teacher in (run.teacher, None)])
         found.append({**group, "rows": {**teaching_rows(members), **method_rows(members)}})
     return found
 
 
 def teaching_rows(runs):
     """The rows of CLIP, teacher and fused teacher: of each column, what the last run knows."""
-    rows = {name: {} for name in TEACHER_ROWS.values()}
+    rows = {label: {} for label in TEACHER_ROWS.values()}
     for run in runs:
-        for name, figures in run.teaching.items():
-            for column, value in figures.items():
-                rows[name][column] = statistics([value])
-    return {name: row for name, row in rows.items() if row}
+        for label, figures in run.teaching.items():
+            rows[label] |= {column: statistics([value]) for column, value in figures.items()}
+    return {label: row for label, row in rows.items() if row}
 
 
 def method_rows(runs):
@@ -211,7 +198,7 @@ def method_rows(runs):
 
 
 def as_markdown(groups):
-    """What `compare` returns, as Markdown: a table a group."""
+    """What `groups` returns, as Markdown: a table a group."""
     lines = []
     for group in groups:
         columns = list(dict.fromkeys(column for row in group["rows"].values() for column in row))
@@ -246,3 +233,14 @@ def cell_text(cell, digits):
             text += f"; {more['low']:+.{digits}f} to {more['high']:+.{digits}f}"
         text += ")"
     return text
+
+
+def job(paths):
+    """Print the tables of some files. Raises ValueError where there are none."""
+    if not paths:
+        raise ValueError("expected FILE...: reports, or lists of them")
+    print(as_markdown(groups([run for path in paths for run in read_reports(path)])))
+
+
+if __name__ == "__main__":
+    command.main(lambda: job(sys.argv[1:]))

@@ -1,25 +1,31 @@
 """What fusing does to a teacher: the two claims of the paper's abstract, measured for a run's own.
 
+    python study/fusion.py RUN                 # and where and how, as evaluate.py has it
+
 "The fused teacher yields more confident and reliable predictions": the four `quadrants`, at one
 alpha and at eleven. "Semantically meaningful probabilities for non-target classes": `non_target`.
-`python evaluate.py --fused` prints it. Shares are in percent, probabilities are the softmax of the
-logits as they are distilled, at temperature 1.
+Shares are in percent, probabilities are the softmax of the logits as they are distilled, at
+temperature 1. RUN/fusion.json keeps what is printed; study/plot.py draws it.
 """
 
-import itertools
+import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import torch
 
-import clip_model
-import data
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import evaluate
 import metrics
 import richkd
-import targets
 import train
-from support import files, runs
+from support import command, files
+
+MODELS = ("teacher", "CLIP", "fused")
+QUADRANTS = ("confident_right", "confident_wrong", "unsure_right", "unsure_wrong")
 
 # Logits (N, K), target (N,) int64 -----------------------------------------------------------------
 
@@ -88,10 +94,10 @@ def non_target(logits, target, similarity, groups):
 
 
 def fusion_table(teacher_logits, clip_logits, target, alpha, similarity, groups, generator):
-    """All of it, of the models teacher, clip and fused: {"alpha", "quadrants": {threshold: {model:
-    `measures`}}, "changes" from teacher to fused, "sweep", "non_target": {model: ...}}."""
-    logits = {"teacher": teacher_logits, "clip": clip_logits,
-              "fused": richkd.fuse_logits(teacher_logits, clip_logits, alpha)}
+    """All of it, of the MODELS: {"alpha", "quadrants": {threshold: {model: `measures`}}, "changes"
+    from teacher to fused, "sweep", "non_target": {model: ...}}."""
+    logits = dict(zip(MODELS, (teacher_logits, clip_logits,
+                               richkd.fuse_logits(teacher_logits, clip_logits, alpha))))
     table = {str(threshold): {model: measures(z, target, threshold) for model, z in logits.items()}
              for threshold in (0.5, 0.7, 0.9)}
     return {"alpha": alpha, "quadrants": table,
@@ -136,107 +142,57 @@ def superclasses(dataset, class_names, class_ids=(), is_a="wordnet.is_a.txt"):
 # A run's own teacher, CLIP and alpha --------------------------------------------------------------
 
 
-class RunTeachers:
-    """What taught a run's student, as train.py makes it again from its cache. own: the run's
-    train.Config; about: its config.json. Raises ValueError where data or files are others now."""
-
-    def __init__(self, own, about):
-        self.own, self.splits, info = own, runs.load_splits(own), data.DATASETS[own.dataset]
-        inputs = runs.inputs(own, self.splits)
-        differ = runs.difference(about, own, inputs) if "inputs" in about else None
-        if differ:
-            raise ValueError(f"--fused: what taught this run is not here: it has {differ}")
-        self.identities = inputs["data"]
-        self.teacher = train.Classifier(train.load_teachers(own, self.splits, inputs), info.mean,
-                                        info.std, own.image_size)
-        self.clip, self.tokenizer, self.scale = targets.load_clip_teacher(own)
-
-    def analyse(self, seed):
-        """`fusion_table` on the run's test split, and CLIP's scale."""
-        own, test = self.own, self.splits["test"]
-        images = train.resized(test, own.image_size, own).images
-        teacher_logits, = train.predict([self.teacher], evaluate.device_blocks(images, own), own)
-        cosines, _ = targets.load_targets(own, self.clip, self.tokenizer, {"test": test},
-                                          self.identities)["test"]
-        templates = clip_model.load_templates(own.prompts or targets.PROMPTS)
-        names = clip_model.class_features(self.clip, self.tokenizer, test.class_names, templates)
-        names = richkd.ensemble_text_features(names).cpu()  # (K, M, D) -> (K, D)
-        groups = superclasses(own.dataset, data.ids_of(test), test.class_ids,
-                              Path(own.data_dir) / "wordnet.is_a.txt")
-        found = fusion_table(teacher_logits, self.scale * cosines.float().cpu(), test.labels,
-                             own.alpha, names @ names.T, groups,
-                             torch.Generator().manual_seed(seed))
-        return {"clip_scale": self.scale, **found}
-
-    def analyse_corrupted(self, test, config):
-        """{"teacher", "clip", "fused"}: top-1 in percent on the corrupted images that the student
-        is evaluated on, the mean over corruptions and severities. CLIP sees them at the data set's
-        own size."""
-        own = self.own
-        classes = targets.class_embeddings(own, self.clip, self.tokenizer,
-                                           self.splits["test"].class_names)
-        tasks = list(itertools.product(evaluate.COMMON, range(1, 6)))
-        found = {"teacher": 0.0, "clip": 0.0, "fused": 0.0}
-        progress = files.Progress("teacher, CLIP and fused", len(tasks) * len(test.labels))
-        for name, severity in tasks:
-            images, labels = evaluate.corrupted(test, name, severity, config)
-            teacher_logits, clip_logits = [], []
-            for block in images:
-                teacher_logits += train.predict([self.teacher], [block], own)
-                cosines, _ = targets.clip_view(own, self.clip, classes, block)
-                clip_logits.append(self.scale * cosines.float().cpu())
-                progress.update(progress.done + len(block), f"{name} {severity}")
-            logits = {"teacher": torch.cat(teacher_logits), "clip": torch.cat(clip_logits)}
-            logits["fused"] = richkd.fuse_logits(logits["teacher"], logits["clip"], own.alpha)
-            for who, z in logits.items():
-                found[who] += 100 * metrics.top_k_accuracy(z, labels) / len(tasks)
-        progress.update(progress.total, keep=True)
-        return found
+def analyse(config):
+    """`fusion_table` of a run's test split, with CLIP's scale; also in RUN/fusion.json. config: an
+    evaluate.Config. Raises ValueError where the run has no teacher and CLIP, or not any more."""
+    config, test, [student, *_] = evaluate.prepare(dataclasses.replace(config, fused=True))
+    if not {"teacher", "CLIP"} <= student.subjects.keys():
+        raise ValueError(f"{student.path.parent} has no teacher and CLIP, as those of richkd have")
+    images = next(evaluate.plain_sets(config, test))
+    progress = files.Progress("teacher", len(test.labels))
+    logits = train.predict({"teacher": student.subjects["teacher"]}, images.blocks, progress)
+    names = student.classes().float().cpu()                                        # (K, D)
+    groups = superclasses(config.dataset, test.ids, test.class_ids,
+                          Path(config.data_dir) / "wordnet.is_a.txt")
+    table = fusion_table(logits["teacher"], student.clip_targets("test", test), test.labels,
+                         student.alpha, names @ names.T, groups,
+                         torch.Generator().manual_seed(config.seed))
+    table = {"weights": student.about["weights"], "clip_scale": student.clip_scale, **table}
+    files.write_json(student.path.with_name("fusion.json"), table)
+    return table
 
 
-def evaluate_fused(config, test, subject, source):
-    """Add to a report what fusing its run's own teacher and CLIP does, on the test split and, where
-    there is a `source` of them, on corrupted images. config: an evaluate.Config."""
-    fused = subject.report.get("fused", {})
-    if fused and evaluate.is_from(source, fused.get("corruptions", {})):
-        return
-    teaching = RunTeachers(*evaluate.read_run(subject.path.parent, config))
-    if not fused:
-        fused = subject.report["fused"] = teaching.analyse(config.seed)
-        evaluate.save_reports([subject])
-    if source:
-        fused["corruptions"] = {**source, **teaching.analyse_corrupted(test, config)}
-        evaluate.save_reports([subject])
-
-
-# Printed ------------------------------------------------------------------------------------------
-
-
-def tables(found):
-    """What `RunTeachers.analyse` found, as lines."""
-    rows = []
+def lines(found):
+    """What `analyse` found, as lines of text."""
+    rows = {"": [f"{name:>9}" for name in (*MODELS, "change")]}
 
     def add(label, models, name):
-        numbers = [models[model][name] for model in ("teacher", "clip", "fused")]
-        rows.append((label, [*numbers, numbers[2] - numbers[0]]))
+        numbers = [models[model][name] for model in MODELS]
+        rows[label] = [f"{x:9.{3 if name == 'nll' else 2}f}" for x in (
+            *numbers, numbers[2] - numbers[0])]
 
     for name, label in (("top1", "top-1 %"), ("nll", "NLL, nats"), ("ece", "ECE %")):
         add(label, found["quadrants"]["0.5"], name)  # these are the same at each threshold
     for threshold, models in found["quadrants"].items():
-        for name in ("confident_right", "confident_wrong", "unsure_right", "unsure_wrong"):
+        for name in QUADRANTS:
             add(f"{name.replace('_', ', ')} at {threshold}, %", models, name)
     for name in found["non_target"]["teacher"]:
         label = {"rank_correlation": "rank correlation", "entropy": "entropy, nats"}
         add(f"non-target {label.get(name, name + ' %')}", found["non_target"], name)
-    if "corruptions" in found:
-        corrupted = {model: {"top1": top1} for model, top1 in found["corruptions"].items()}
-        add("top-1 %, corruptions", corrupted, "top1")
-    lines = [f"fusion at alpha {found['alpha']}, CLIP's scale {found['clip_scale']:.3g}, softmax "
-             "at T = 1; change: fused less teacher",
-             *evaluate.table("", ("teacher", "CLIP", "fused", "change"), rows)]
+    text = [f"fusion at alpha {found['alpha']}, CLIP's scale {found['clip_scale']:.3g}, softmax at "
+            "T = 1; change: fused less teacher"]
+    text += [f"{label:30}{' '.join(cells)}" for label, cells in rows.items()]
     for name, (change, low, high) in found["changes"].items():
-        lines.append(f"{name.replace('_', ' and ')} at 0.7: {change:+.2f} % of the images, 95 % "
-                     f"interval {low:+.2f} to {high:+.2f}")
-    columns = ("top-1 %", "NLL", "ECE %", "sure +", "sure -", "unsure +", "unsure -")
-    sweep = [(f"alpha {row['alpha']}", list(row.values())[1:]) for row in found["sweep"]]
-    return lines + evaluate.table("sure: from 0.7; +: right", columns, sweep)
+        text.append(f"{name.replace('_', ' and ')} at 0.7: {change:+.2f} % of the images, 95 % "
+                    f"interval {low:+.2f} to {high:+.2f}")
+    text.append("  alpha   top-1 %       NLL     ECE %    and at 0.7, %: " + ", ".join(
+        name.replace("_", " ") for name in QUADRANTS))
+    for alpha, top1, nll, *others in (row.values() for row in found["sweep"]):
+        text.append(f"{alpha:7} {top1:9.2f} {nll:9.3f}" + "".join(f" {x:9.2f}" for x in others))
+    return text
+
+
+if __name__ == "__main__":
+    flags = ["--run", *sys.argv[1:]] if sys.argv[1:] not in ([], ["--help"]) else sys.argv[1:]
+    command.main(lambda: print("\n".join(lines(analyse(
+        command.parse(evaluate.Config, __doc__, flags))))))

@@ -1,71 +1,89 @@
-"""The pictures of `python evaluate.py --plot`, for black and white print. Needs matplotlib."""
+"""The pictures of a run, for black and white print. Needs matplotlib.
 
+    python study/plot.py RUN                     # RUN/report.png, of report.json and fusion.json
+    python study/plot.py RUN --corruptions       # RUN/samples.png, too: two images, corrupted
+
+evaluate.py makes RUN/report.json, study/fusion.py RUN/fusion.json. Flags are those of evaluate.py.
+"""
+
+import importlib.util
 import io
 import math
+import sys
+from pathlib import Path
 
 import torch
 import torchvision
 from PIL import Image
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import data
 import evaluate
-from corruptions import COMMON
-from support import files
+from support import command, files
 
 
-def draw(config, test, subject):
-    """Write report.png and, of corruptions, samples.png beside a report; config: evaluate's."""
-    title = evaluate.describe(subject.report)
-    files.write_atomically(subject.path.with_suffix(".png"), pictures(subject.report, title))
+def draw(config):
+    """Write the pictures of a run beside its report; config: an evaluate.Config."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError("the pictures need matplotlib, which is not installed: pip install "
+                         "matplotlib")
+    folder = Path(config.run[0] if config.run else evaluate.newest_run(config.fused))
+    report = files.read_json(folder / "report.json", f"python evaluate.py --run {folder} makes it")
+    fusion = None
+    if (folder / "fusion.json").is_file():
+        advice = f"python study/fusion.py {folder} makes it anew"
+        fusion = files.read_json(folder / "fusion.json", advice)
+        if fusion["weights"] != report["about"]["weights"]:
+            raise ValueError(f"{folder / 'fusion.json'} is of other weights; {advice}")
+    files.write_atomically(folder / "report.png", pictures(report["sets"], fusion, folder.name))
     if config.corruptions:
-        images = next(iter(evaluate.device_blocks(test.images, config)))[:2].cpu()
-        few = data.Split(images, test.labels[:2], test.class_names)
-        rows = []
-        for severity in range(1, 6):
-            first = [next(iter(evaluate.corrupted(few, name, severity, config)[0]))
-                     for name in COMMON]
-            rows.append([block[:2].cpu() for block in first])
-        files.write_atomically(subject.path.with_name("samples.png"), samples(rows))
+        config, test, _ = evaluate.prepare(config)
+        few = test._replace(images=data.take(test.images, slice(2)), labels=test.labels[:2])
+        _, *sets = evaluate.corrupted_sets(config, few)
+        first = [next(iter(images.blocks))[:2].cpu() for images in sets]  # severity by severity
+        cells = [first[severity::5] for severity in range(5)]
+        files.write_atomically(folder / "samples.png", samples(cells))
 
 
-def pictures(report, title):
-    """What a report has, a panel each: reliability, corruptions, the sweep over alpha, quadrants.
-    Returns the bytes of a PNG."""
+def pictures(sets, fusion, title):
+    """A panel each for what a report's sets have, reliability and corruptions, and for the sweep
+    over alpha and the quadrants of fusion.json, if that is there. Returns the bytes of a PNG."""
     from matplotlib.figure import Figure  # optional; without the global state of pyplot
 
-    panels = [reliability]
-    if "mean_error" in report.get("corruptions", {}):
-        panels.append(corruptions)
-    if "fused" in report:
-        panels += [sweep, quadrants]
+    panels = [(reliability, sets)]
+    if "corruptions" in sets:
+        panels.append((corruptions, sets["corruptions"]))
+    if fusion:
+        panels += [(sweep, fusion), (quadrants, fusion)]
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     figure = Figure(figsize=(7.5 * columns, 6 * rows), layout="constrained")
-    for i, panel in enumerate(panels, 1):
-        panel(figure.add_subplot(rows, columns, i), report)
+    for i, (panel, table) in enumerate(panels, 1):
+        panel(figure.add_subplot(rows, columns, i), table)
     figure.suptitle(title)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, format="png")
     return picture.getvalue()
 
 
-def reliability(axes, report):
-    table = report["test"]["calibration"]
+def reliability(axes, sets):
+    table = sets["test"]["student"]["calibration"]
     axes.plot([0, 100], [0, 100], color="0.7", label="calibrated")
-    fitted = evaluate.temperature_text(table["temperature"])
     for part, style, shade, label in (("before", "o-", "k", "T = 1"),
-                                      ("after", "s--", "0.5", fitted)):
+                                      ("after", "s--", "0.5", f"T = {table['temperature']:.3g}")):
         bins = table[part]["bins"]
         points = [(100 * confidence, 100 * accuracy) for confidence, accuracy, count
                   in zip(bins["confidence"], bins["accuracy"], bins["count"]) if count]
         axes.plot(*zip(*points), style, color=shade,
                   label=f"{label}: ECE {table[part]['ece']:.1f} %, NLL {table[part]['nll']:.2f}")
     axes.set(xlabel="confidence, % (mean of a bin)", ylabel="accuracy, %", xlim=(0, 100),
-             ylim=(0, 100), title=f"Reliability, test split ({table['before']['images']} images)")
+             ylim=(0, 100), title=f"Reliability, test split ({table['images']} images)")
     axes.legend(loc="upper left")
 
 
-def corruptions(axes, report):
-    table = report["corruptions"]["top1"]
+def corruptions(axes, rows):
+    table = rows["student"]["by_severity"]
     picture = axes.imshow(list(table.values()), cmap="Greys_r", vmin=0, vmax=100, aspect="auto")
     for y, row in enumerate(table.values()):
         for x, value in enumerate(row):
@@ -73,12 +91,12 @@ def corruptions(axes, report):
                       color="k" if value > 45 else "w")
     axes.set(xlabel="severity", xticks=range(5), xticklabels=range(1, 6), yticks=range(len(table)),
              yticklabels=[name.replace("_", " ") for name in table],
-             title=f"Corruptions, {report['corruptions']['source']}")
+             title=f"Corruptions, {rows['key']['source']}")
     axes.figure.colorbar(picture, ax=axes, label="top-1 accuracy, %")
 
 
-def sweep(axes, report):
-    fused, right = report["fused"], axes.twinx()
+def sweep(axes, fused):
+    right = axes.twinx()
     alphas = [row["alpha"] for row in fused["sweep"]]
     for side, name, style, label in ((axes, "top1", "o-", "top-1, %"),
                                      (axes, "ece", "s--", "ECE, %"),
@@ -93,8 +111,8 @@ def sweep(axes, report):
     axes.legend(*(a + b for a, b in zip(*handles)), loc="upper center", ncol=3)
 
 
-def quadrants(axes, report):
-    table = report["fused"]["quadrants"]
+def quadrants(axes, fused):
+    table = fused["quadrants"]
     bars = [(threshold, model) for threshold in table for model in table[threshold]]
     places = [i + i // 3 for i in range(len(bars))]
     base = [0.0] * len(bars)
@@ -128,3 +146,8 @@ def samples(cells):
     picture = io.BytesIO()
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(picture, format="png")
     return picture.getvalue()
+
+
+if __name__ == "__main__":
+    flags = ["--run", *sys.argv[1:]] if sys.argv[1:] not in ([], ["--help"]) else sys.argv[1:]
+    command.main(lambda: draw(command.parse(evaluate.Config, __doc__, flags)))
