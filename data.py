@@ -111,15 +111,15 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         index, seed = item
-        image, shape = folders.open_image(self.paths[index]), [self.size, self.size]
+        image = folders.open_image(self.paths[index])
         if seed is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed((seed * 1_000_003 + index) % 2**32)  # the CPU's ignores the rest
                 image = v2.RandomHorizontalFlip()(v2.RandomResizedCrop(self.size)(image))
         elif self.resize_to:
             image = TF.resize(image, [self.resize_to], self.interpolation)
-            image = TF.center_crop(image, shape)
-        elif [*image.size] != shape:
+            image = TF.center_crop(image, [self.size])
+        elif image.size != (self.size, self.size):
             raise ValueError(f"{self.paths[index]} has {image.width} x {image.height} pixels; "
                              f"expected {self.size} x {self.size}, as all images of this data set")
         return TF.pil_to_tensor(image), index
@@ -148,7 +148,7 @@ def resize(images, size):
     if is_in_memory(images):
         if images.shape[-2:] == (size, size):
             return images
-        return torch.cat([TF.center_crop(TF.resize(block, [size], antialias=True), [size, size])
+        return torch.cat([TF.center_crop(TF.resize(block, [size], antialias=True), [size])
                           for block in images.split(1000)])  # blocks bound the memory
     if size == images.size:
         return images
@@ -236,21 +236,17 @@ def subset(split, low, high):
 
 
 def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="cpu"):
-    """Yield what `look_up` makes each batch of an epoch of training from: of a split in memory
-    int64 (4,B) on `device`, the images' index, top, left and flip; of a Stream the batch itself.
-    All of it is a function of the seed.
-
-    Rank r of `world` gets every world-th image of a batch: the ranks together see the batches,
-    crops and flips that one process would, and all get as many, since gradients are averaged over
-    them. A last batch of one image is left out, since BatchNorm needs two.
-    """
+    """Yield what `look_up` makes each batch of an epoch of training from, drawn from the seed: of a
+    split in memory, all of which lies on `device`, int64 (4,B), the images' index, top, left, flip;
+    of a Stream the batch itself. Rank r of `world` gets every world-th image of the batches that
+    one process would see, and as many as the others, since gradients are averaged over them. A last
+    batch of one image is left out, since BatchNorm needs two."""
     in_memory = is_in_memory(split.images)
     drawn = torch.stack(draw_epoch(len(split.labels), seed))                        # (4,N)
-    batches = drawn.to(device if in_memory else "cpu").split(batch_size, dim=1)
-    if batches[-1].shape[1] == 1 < batch_size:
-        batches = batches[:-1]
-    batches = [batch[:, rank : batch.shape[1] // world * world : world] for batch in batches]
-    batches = [batch for batch in batches if batch.shape[1]]
+    drawn = drawn.to(device if in_memory else "cpu")
+    least = max(world, min(2, batch_size))
+    batches = [batch[:, rank : batch.shape[1] // world * world : world]
+               for batch in drawn.split(batch_size, dim=1) if batch.shape[1] >= least]
     if in_memory:
         yield from batches
         return
@@ -288,7 +284,7 @@ def blocks(images, size=None, workers=0, device="cpu"):
 def load(images, batches, seed, workers, device):
     """Yield (images uint8 (B,3,H,W) on `device`, index (B,)) of a Stream, decoded by a loader's
     workers. batches: the index of each batch. Raises ValueError for a file that cannot be read."""
-    items = [[(i, seed) for i in batch.tolist()] for batch in batches]
+    items = ([(i, seed) for i in batch.tolist()] for batch in batches)
     loader = torch.utils.data.DataLoader(images, batch_sampler=items, num_workers=workers,
                                          pin_memory=torch.device(device).type == "cuda",
                                          worker_init_fn=end_quietly)
@@ -296,6 +292,7 @@ def load(images, batches, seed, workers, device):
         for pixels, index in loader:
             yield pixels.to(device, non_blocking=True), index
     except ValueError as error:  # a worker's carries its traceback; the last line is the message
+        error.__traceback__ = None  # it holds the loader, whose workers would be waited for
         raise ValueError(files.one_line(error).removeprefix("ValueError: ")) from None
 
 
@@ -399,18 +396,14 @@ def tiny_imagenet(root, split, cache_dir):
 
 
 def annotated(class_of, listing):
-    """{path: class} of validation images in the order and of the classes in which Tiny-ImageNet
-    lists them, a line each; class_of: {path: its folder}, which is images/ or the class's."""
-    rows = [tuple(line.split()[:2]) for line in files.read_text(listing).splitlines() if line]
-    path_of, listed = {Path(path).name: path for path in class_of}, {}
-    for file, wnid in dict.fromkeys(rows):
-        path = path_of.get(file)
-        if path is None or path in listed or class_of[path] not in ("images", wnid):
-            raise ValueError(f"{listing}: {file} is of class {wnid} there; expected one picture of "
-                             f"that name, in images/ or {wnid}/, and one class")
-        listed[path] = wnid
-    if len(listed) < len(class_of):
-        files.note(f"{listing} lacks {len(class_of) - len(listed)} images, which are left out")
+    """{path: class} of validation images as Tiny-ImageNet lists them, a line each; class_of: {path:
+    its folder}, which is images/ or the class's. `files.Damaged`: these are not the same images."""
+    with files.undamaged(listing, "expected one class for each picture beside it"):
+        rows = [line.split()[:2] for line in files.read_text(listing).splitlines() if line]
+        path_of = {Path(path).name: path for path in class_of}
+        listed = {path_of[file]: wnid for file, wnid in rows}
+        if any(listed[path] != folder != "images" for path, folder in class_of.items()):
+            raise ValueError
     return listed
 
 

@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -63,9 +62,8 @@ def check_folder(path):
 
 
 def write_atomically(path, data):
-    """Write `data`: bytes, an iterable of bytes, or a function that is given the open file.
-    Whatever happens, kill -9 and a full disk included, `path` then holds all of it or what it held
-    before. Raises OSError, naming the file."""
+    """Write `data`, bytes or a function that is given the open file. Whatever happens, kill -9 and
+    a full disk included, `path` holds all of it or what it held before. OSError names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
@@ -74,7 +72,7 @@ def write_atomically(path, data):
             if callable(data):
                 data(file)
             else:
-                file.writelines([data] if isinstance(data, bytes) else data)
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -113,17 +111,6 @@ def read_json(path, advice):
         content = json.loads(Path(path).read_text("utf-8"))
         kind, digest = content.pop("format"), content.pop("digest")
         if kind != FORMAT or digest != json_digest(content):
-            raise ValueError
-    return content
-
-
-def read_own(path, advice):  # goes with its last caller
-    from support import checkpoints
-    if Path(path).suffix == ".json":
-        return read_json(path, advice)
-    with undamaged(path, advice):
-        content = checkpoints.read_checkpoint(path)
-        if content.pop("format", 1) != FORMAT:
             raise ValueError
     return content
 
@@ -168,53 +155,41 @@ def fetch(urls, path, digest, advice):
     Raises FileNotFoundError with every address, the place and `advice`; ValueError for a file that
     lies there with another digest.
     """
-    path = Path(path)
-    algorithm, expected = digest.split(":")
-    if path.is_file():
-        there = file_digest(path, algorithm)
-        if not there.startswith(expected):
-            raise ValueError(f"{path}: {algorithm} is {there}, expected {expected}; move it away, "
-                             f"or {advice}")
-        return path
+    path, failures = Path(path), []
     part = path.with_name(f"{path.name}.part")
-    failures = []
+    algorithm, expected = digest.split(":")
     for url in urls:
+        if path.is_file():  # it was there, or another process was faster
+            break
         if os.environ.get("HF_ENDPOINT"):  # Hugging Face's own variable, for mirrors
             url = url.replace("https://huggingface.co", os.environ["HF_ENDPOINT"].rstrip("/"))
         try:
-            download(url, part, algorithm, expected)
+            download(url, part)
+            came = file_digest(part, algorithm)
+            if not came.startswith(expected):
+                part.unlink()
+                raise ValueError(f"{algorithm} of what came is {came}, expected {expected}")
             os.replace(part, path)
-            return path
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if path.is_file():  # another process was faster
-                return fetch(urls, path, digest, advice)
+            if getattr(error, "code", 0) == 416:  # nothing follows what is here
+                part.unlink()
             failures.append(f"{url} ({one_line(error)})")
             note(f"could not download {failures[-1]}")
-    raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
-                            f"or {advice}")
+    if not path.is_file():
+        raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
+                                f"or {advice}")
+    there = file_digest(path, algorithm)
+    if not there.startswith(expected):
+        raise ValueError(f"{path}: {algorithm} is {there}, expected {expected}; move it away, or "
+                         f"{advice}")
+    return path
 
 
-def download(url, part, algorithm, expected):
-    """What is at an address, into `part`, which may hold its beginning. Raises OSError,
-    HTTPException, and ValueError where another file came, of which nothing stays."""
-    begun = part.exists()
-    try:
-        receive(url, part, part.stat().st_size if begun else 0)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code != 416:  # nothing follows what is here
-            raise
-    came = file_digest(part, algorithm)
-    if not came.startswith(expected):
-        part.unlink()
-        if begun:  # with another file
-            return download(url, part, algorithm, expected)
-        raise ValueError(f"{algorithm} of what came is {came}, expected {expected}")
-
-
-def receive(url, part, done):
-    """Write what follows the first `done` bytes behind them; all of it, if a server ignores Range.
-    Raises OSError where the connection ends early, HTTPException, and ValueError for a web page."""
+def download(url, part):
+    """What is at an address, into `part`; what this holds is taken for the beginning, unless the
+    server ignores `Range`. Raises OSError where the connection ends early, HTTPException, and
+    ValueError for a web page."""
+    done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=10) as answer:
         done = done if answer.status == 206 else 0
@@ -243,16 +218,6 @@ def is_web_page(head):
     return text.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error"))
 
 
-# Progress -----------------------------------------------------------------------------------------
-
-
-def duration(seconds):
-    """"0:07", "1:02:03"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 class Progress:
     """One line on stderr: what, how much of it, rate, time left. On a terminal it rewrites itself;
     elsewhere (in a log) the lines to keep are printed. `start` was done before and does not count
@@ -268,11 +233,18 @@ class Progress:
         if not keep and (not terminal or now - self.shown < 0.2):
             return
         self.shown, spent = now, max(now - self.began, 1e-9)
-        rate = (done - self.start) / spent
-        left = duration((self.total - done) / max(rate, 1e-9)) + " left"
+        rate = max(done - self.start, 1e-9) / spent
+        left = f"{duration((self.total - done) / rate)} left"
         parts = [f"{self.label} {done:.0f}/{self.total:.0f}", note, f"{rate:.0f} {self.unit}/s",
                  left if done < self.total else duration(spent)]
         line = " | ".join(part for part in parts if part)
         if terminal:  # a line that wraps could not be rewritten
             line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
         print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
+
+
+def duration(seconds):
+    """"0:07", "1:02:03"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

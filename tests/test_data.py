@@ -401,18 +401,6 @@ def test_cifar_pictures_of_every_layout(layout, tmp_path, capsys):
     assert "train holds 20 images; cifar10 has 50000" in capsys.readouterr().err
 
 
-def test_cifar_pictures_with_a_class_that_is_called_train(tmp_path):
-    known = data.CIFAR_CLASSES["cifar100"]
-    for split in ("train", "test"):
-        write_files(tmp_path / split, {
-            f"{name}/x.png": encoded((k, split == "test", 0), (32, 32))
-            for k, name in enumerate(known)})
-    for split in ("train", "test"):
-        found = data.load_dataset("cifar100", tmp_path, split)
-        assert found.images[:, 0, 0, 0].tolist() == found.labels.tolist() == list(range(100))
-        assert found.images[:, 1].eq(split == "test").all()
-
-
 @pytest.mark.parametrize("change, named", [
     (lambda content: {n: v for n, v in content.items() if "/frog/" not in n}, "'frog'"),
     (lambda content: content | {"cifar10/train/whale/0.png": b""}, "'whale'"),
@@ -496,9 +484,10 @@ ROW = b"val_0.JPEG\tn02\t0\t0\t1\t1\n"
     ({f"{TOP}train/n01/images/n01_1.JPEG": b"no image"}, "train", "n01_1.JPEG"),
     ({f"{TOP}train/n09/images/z.JPEG": encoded()}, "train", "'n09'"),
     ({f"{TOP}wnids.txt": None}, "train", "wnids.txt"),
-    ({f"{VAL}images/val_0.JPEG": None, f"{VAL}n01/val_0.JPEG": encoded()}, "test", "val_0.JPEG"),
-    ({f"{VAL}images/val_0.JPEG": None}, "test", "val_0.JPEG"),
-    ({f"{VAL}val_annotations.txt": ROW + ROW.replace(b"n02", b"n01")}, "test", "val_0.JPEG"),
+    ({f"{VAL}images/val_0.JPEG": None, f"{VAL}n01/val_0.JPEG": encoded()}, "test",
+     "val_annotations.txt"),
+    ({f"{VAL}images/val_0.JPEG": None}, "test", "val_annotations.txt"),
+    ({f"{VAL}val_annotations.txt": ROW}, "test", "val_annotations.txt"),
     ({f"{VAL}val_annotations.txt": b"no columns\nhere\n"}, "test", "val_annotations.txt"),
 ])
 def test_tiny_imagenet_refuses(change, split, named, tmp_path):
@@ -508,12 +497,6 @@ def test_tiny_imagenet_refuses(change, split, named, tmp_path):
     archive.write_bytes(archive.read_bytes()[:-20])
     assert str(archive) in refused(data.load_dataset, "tiny-imagenet", archive, split)
     assert os.listdir(tmp_path) == ["t.zip"]
-
-
-def test_tiny_imagenet_says_which_images_are_not_listed(tmp_path, capsys):
-    write_files(tmp_path, {**tiny_imagenet_files(), f"{VAL}val_annotations.txt": ROW + ROW})
-    assert data.load_dataset("tiny-imagenet", tmp_path, "test").labels.tolist() == [1]
-    assert "val_annotations.txt lacks 1 images" in capsys.readouterr().err
 
 
 # Class folders ------------------------------------------------------------------------------------
