@@ -11,6 +11,12 @@ standard deviation over seeds.
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from study import compare
+from support import command
+
 ROWS = """
 wrn_40_2    wrn_16_2      75.61 73.26 74.92 75.48 76.23 -
 wrn_40_2    wrn_40_1      75.61 71.98 73.54 74.14 74.81 -
@@ -48,7 +54,6 @@ def measured(runs, teacher, student, method):
 
 def as_markdown(runs):
     """A row a pair, a cell "published / ours"."""
-    from study import compare
     lines = ["| teacher → student | teacher | " + " | ".join(METHODS) + " |",
              "| --- " * (2 + len(METHODS)) + "|"]
     for row in ROWS.strip().splitlines():
@@ -63,6 +68,5 @@ def as_markdown(runs):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from study import compare
-    print(as_markdown([run for path in sys.argv[1:] for run in compare.read_reports(path)]))
+    command.main(lambda: print(as_markdown(
+        [run for path in sys.argv[1:] for run in compare.read_reports(path)])))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's claims in miniature: several methods over several seeds with one teacher and one
 # schedule, all evaluated on the test split, the shift splits and under corruptions. It only calls
-# train.py and evaluate.py, from the repository's root:
+# train.py, evaluate.py and study/*.py, from the repository's root:
 #
 #   bash study/study.sh methods shapes 5 30     # part, data set, seeds, epochs, flags of train.py
 #   bash study/study.sh methods cifar100 3 240 --teacher resnet32x4 --student resnet8x4 --amp
@@ -14,7 +14,7 @@
 # evaluate.py's flags, --corruptions by default. Runs lie below runs/study/<data set>-<epochs>; the
 # same command skips those that are finished, and parts share the runs that they have in common. The
 # reports end in study/results/<data set>-<part><TAG>.json, of which
-#   python evaluate.py --compare study/results/<data set>-<part><TAG>.json
+#   python study/compare.py study/results/<data set>-<part><TAG>.json
 # makes the tables again.
 set -euo pipefail
 [ $# -ge 4 ] || { echo "usage: bash study/study.sh PART DATASET SEEDS EPOCHS [flags of train.py]" >&2; exit 2; }
@@ -56,8 +56,7 @@ list=$(for seed in $(seq 0 $((seeds - 1))); do  # a line a run: the name of its 
             echo "lam-$value$end --lam $value"
         done
         echo "one-template$end --prompts $root/one-template.txt"
-        echo "clip-scale-1$end --clip-scale 1"
-        echo "average-logits$end --average logits" ;;
+        echo "clip-scale-1$end --clip-scale 1" ;;
     esac
 done)
 folders=$(cut -d " " -f 1 <<< "$list" | sed "s|^|$root/|")
@@ -71,16 +70,27 @@ if [ "$dataset" = shapes ]; then flags="--shift $flags"; fi
 places=$(grep -oE -- '--(data-dir|cache-dir|device|workers) [^ ]+' <<< "$*" || true)
 python evaluate.py --run $folders $places $flags
 fusing=$(grep -m 1 richkd <<< "$folders" || true)  # one run's teachers stand for all
-if python -c "import matplotlib" 2> /dev/null; then flags="$flags --plot"; fi
-if [ "$fusing" ]; then python evaluate.py --run "$fusing" $places $flags --fused; fi
+if [ "$fusing" ]; then
+    python evaluate.py --run "$fusing" $places $flags --fused
+    python study/fusion.py "$fusing" $places
+    if python -c "import matplotlib" 2> /dev/null; then
+        python study/plot.py "$fusing" $places ${EVALUATE---corruptions}
+    fi
+fi
 python - $folders > "$results" << 'END'
 import json, pathlib, sys
-reports = [json.loads(pathlib.Path(folder, "report.json").read_text()) for folder in sys.argv[1:]]
-for report in reports:  # small: without the points of the reliability diagrams
-    del report["digest"]  # of the whole
-    for row in report.values():
-        if isinstance(row, dict):
-            row.pop("calibration", None)
+reports = []
+for folder in map(pathlib.Path, sys.argv[1:]):
+    report = json.loads((folder / "report.json").read_text())
+    del report["digest"], report["format"]  # small: without the corruptions one by one, and
+    report["sets"] = {name: rows for name, rows in report["sets"].items()
+                      if name == "corruptions" or "source" not in rows["key"]}
+    for rows in report["sets"].values():  # without the points of the reliability diagrams
+        for who in rows.keys() - {"key"}:
+            rows[who].pop("calibration", None)
+    if (folder / "fusion.json").is_file():
+        report["fusion"] = json.loads((folder / "fusion.json").read_text())
+    reports.append(json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 6)))
 print("[" + ",\n".join(map(json.dumps, reports)) + "]")
 END
-python evaluate.py --compare "$results"
+python study/compare.py "$results"
