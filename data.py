@@ -399,7 +399,8 @@ def annotated(class_of, listing):
     """{path: class} of validation images as Tiny-ImageNet lists them, a line each; class_of: {path:
     its folder}, which is images/ or the class's. `files.Damaged`: these are not the same images."""
     with files.undamaged(listing, "expected one class for each picture beside it"):
-        rows = [line.split()[:2] for line in files.read_text(listing).splitlines() if line]
+        rows = [line.split()[:2] for line in files.read_text(listing).splitlines()
+                if line.strip()]
         path_of = {Path(path).name: path for path in class_of}
         listed = {path_of[file]: wnid for file, wnid in rows}
         if any(listed[path] != folder != "images" for path, folder in class_of.items()):
