@@ -474,7 +474,7 @@ def tables(students):
             for who, row in student.sets.get(name, {}).items():
                 if who != "key":
                     rows[f"{name}{run}, {who}"] = row
-    lines = [*table("" if several else str(students[0].path.parent), rows),
+    lines = [*table("" if several else students[0].path.parent.name, rows),
              "right, wrong: % of the images, of which it is confident from .5, .7"]
     if several:
         paths = " ".join(str(student.path) for student in students)
