@@ -3,34 +3,43 @@
 import io
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, class_pictures, python, refused, seeded
 from PIL import Image
 
+import data
 import evaluate
 import metrics
-from study import compare, fusion, plot
-from support import files
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+import train
+from study import compare, fusion, plot, published
+from support import command, files
 
 
-def report(method, seed, top1, teacher="resnet20", **changes):
+def report(method, seed, top1, teacher="resnet20", test="t1", train="a1", epochs=30, files=(),
+           shift=None, **changes):
     """A report with nothing but what runs are compared by; `changes` of its settings."""
-    return {"of": {"dataset": "shapes", "method": method, "teacher": teacher, "student": "resnet8",
-                   "seed": seed, "epochs": 30},
-            "settings": {"seed": seed, "alpha": 0.7, **changes},
-            "teachers": {"teacher": {"test": 85.6}},
-            "test": {"top1": top1, "nll": top1 / 100, "brier": 0.5, "ece": 7.0},
-            "corruptions": {"source": "generated", "mean_error": 100 - top1 / 2}}
+    settings = {"dataset": "shapes", "method": method, "teacher": [teacher] if teacher else [],
+                "student": "resnet8", "seed": seed, "epochs": epochs, "alpha": 0.7, **changes}
+    corrupted = {"source": "generated", "content": "seed 0 on cpu", "share": 1.0}
+    sets = {"test": {"key": {}, "student": {"top1": top1, "nll": top1 / 100, "ece": 7.0},
+                     "teacher": {"top1": 85.6}},
+            "fog 1": {"key": corrupted, "student": {"top1": 0.0}},
+            "corruptions": {"key": corrupted, "student": {"top1": top1 / 2}}}
+    if shift:
+        sets["shift val"] = {"key": {"content": shift}, "student": {"top1": 50.0}}
+    return {"about": {"settings": settings, "inputs": {"train": train, "files": dict(files)},
+                      "test": test}, "sets": sets}
 
 
 def compared(*reports):
@@ -41,8 +50,8 @@ def compared(*reports):
 
 
 def test_student_t_has_the_published_quantiles():
-    published = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 30: 2.0423, 1000: 1.9623}
-    for df, quantile in published.items():
+    quantiles = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 30: 2.0423, 1000: 1.9623}
+    for df, quantile in quantiles.items():
         assert compare.student_t(df) == pytest.approx(quantile, abs=2e-4)
     assert compare.student_t(5, level=0.9) == pytest.approx(2.0150, abs=2e-4)
 
@@ -56,7 +65,7 @@ def test_statistics_by_hand():
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_compare_pairs_differences_by_seed():
+def test_groups_pairs_differences_by_seed():
     group, = compared(report("kd", 0, 70), report("kd", 1, 74), report("kd", 2, 99),
                       report("richkd", 1, 77), report("richkd", 0, 71), report("richkd", 5, 10))
     assert list(group["rows"]) == ["teacher", "kd", "richkd"] and group["teacher"] == "resnet20"
@@ -71,7 +80,7 @@ def test_compare_pairs_differences_by_seed():
     assert group["rows"]["teacher"] == {"test top-1 %": {"n": 1, "mean": 85.6}}
 
 
-def test_compare_holds_a_row_against_the_kd_of_its_own_flags():
+def test_groups_holds_a_row_against_the_kd_of_its_own_flags():
     group, = compared(
         report("kd", 0, 70, amp=False), report("kd", 0, 60, amp=True),
         report("richkd", 0, 75, amp=False), report("richkd", 0, 66, amp=True),
@@ -82,109 +91,74 @@ def test_compare_holds_a_row_against_the_kd_of_its_own_flags():
                      "richkd --alpha 0.5 --amp True": 8, "richkd --alpha 0.5": 3}
 
 
-def test_compare_has_corruptions_of_what_teaches_where_they_were_analysed():
-    found = {"source": "generated", "teacher": 55.0, "clip": 44.0, "fused": 66.0}
-    group, = compared(report("kd", 0, 70),
-                      {**report("richkd", 0, 75), "fused": {"corruptions": found}})
-    assert group["rows"]["teacher"] == {
-        "test top-1 %": {"n": 1, "mean": 85.6},
-        "generated corruptions top-1 %": {"n": 1, "mean": 55}}
-
-
-def test_compare_groups_by_teacher_student_and_epochs():
-    short = report("kd", 0, 60)
-    short["of"]["epochs"] = 15
-    reports = [report("scratch", 0, 45, teacher=None), report("kd", 0, 70),
-               report("kd", 0, 80, teacher="resnet110"), short]
-    groups = compared(*reports)
+def test_groups_are_of_one_teacher_student_epochs_and_test_split():
+    scratch = report("scratch", 0, 45, teacher=None)
+    groups = compared(scratch, report("kd", 0, 70), report("kd", 0, 80, teacher="resnet110"),
+                      report("kd", 0, 60, epochs=15), report("kd", 2, 50, test="t2" * 32))
     found = [(group["teacher"], group["epochs"], list(group["rows"])[1:]) for group in groups]
     assert found == [("resnet20", 30, ["scratch", "kd"]), ("resnet110", 30, ["scratch", "kd"]),
-                     ("resnet20", 15, ["kd"])]  # scratch stands beside every teacher
+                     ("resnet20", 15, ["kd"]), ("resnet20", 30, ["kd"])]
     difference = groups[1]["rows"]["scratch"]["test top-1 %"]["difference"]
-    assert difference == {"n": 1, "mean": -35}
-    alone, = compared(reports[0])
+    assert difference == {"n": 1, "mean": -35}  # scratch stands beside every teacher
+    assert "t2t2t2t2" in compare.as_markdown(groups)
+    assert "t1" not in compare.as_markdown(groups[:1])
+    alone, = compared(scratch)
     assert alone["teacher"] is None and list(alone["rows"]) == ["teacher", "scratch"]
 
 
 def test_by_method_names_settings_that_differ():
-    kd = report("kd", 0, 70)
-    group, = compared(kd, report("richkd", 0, 72), report("richkd", 1, 72),
-                      report("richkd", 0, 71, alpha=0.5))
-    assert list(group["rows"])[1:] == ["kd", "richkd", "richkd --alpha 0.5"]
-    with pytest.raises(ValueError, match="two reports are of kd with seed 0; expected each run on"):
-        compared(kd, kd)
-
-
-def test_by_method_tells_apart_what_is_set_from_what_is_not():
-    """None is a value, too, whichever report comes first."""
-    reports = [report("richkd", 0, 72, clip_scale=None), report("richkd", 1, 70, clip_scale=1.0)]
-    for pair in (reports, reports[::-1]):
-        group, = compared(report("kd", 0, 70), *pair)
+    kd = report("kd", 0, 70, lr=0.02)
+    group, = compared(kd, report("richkd", 0, 72, lr=0.02), report("richkd", 1, 72, lr=0.02),
+                      report("richkd", 0, 71, lr=0.02, alpha=0.5), report("mlkd", 0, 72, lr=0.2))
+    assert list(group["rows"])[1:] == ["kd", "richkd", "richkd --alpha 0.5", "mlkd --lr 0.2"]
+    assert "kd with seed 0" in refused(compared, kd, kd)
+    # None is a value, too, whichever report comes first
+    pair = [report("richkd", 0, 72, clip_scale=None), report("richkd", 1, 70, clip_scale=1.0)]
+    for reports in (pair, pair[::-1]):
+        group, = compared(report("kd", 0, 70), *reports)
         assert [row["test top-1 %"]["n"] for row in list(group["rows"].values())[2:]] == [1, 1]
 
 
-def test_by_method_names_shared_settings_that_are_not_those_of_kd():
-    group, = compared(report("kd", 0, 70, lr=0.02), report("mlkd", 0, 72, lr=0.2))
-    assert list(group["rows"])[1:] == ["kd", "mlkd --lr 0.2"]
+def test_by_method_never_averages_runs_of_other_data_or_files():
+    """All with the same settings: other training images, another prompts file."""
+    same = [report("richkd", seed, 70, files={"prompts": "p1"}) for seed in (0, 1)]
+    others = [report("richkd", 2, 60, train="a2", files={"prompts": "p1"}),
+              report("richkd", 3, 60, files={"prompts": "p2"})]
+    group, = compared(*same, *others)
+    labels = [f"richkd (other data or files: {files.json_digest(other['about']['inputs'])[:8]})"
+              for other in others]
+    assert {label: row["test top-1 %"]["n"] for label, row in group["rows"].items()} == {
+        "teacher": 1, "richkd": 2, labels[0]: 1, labels[1]: 1}
+    # the same file in another place is no other method
+    places = [report("richkd", seed, 70, files={"prompts": "p1"}, prompts=f"{seed}.txt")
+              for seed in (0, 1)]
+    group, = compared(*places)
+    assert group["rows"]["richkd"]["test top-1 %"]["n"] == 2
+    # a difference to kd is one to kd on the same training images
+    group, = compared(report("kd", 0, 50), same[0], report("richkd", 0, 60, train="a2"))
+    rows = list(group["rows"].values())
+    assert rows[2]["test top-1 %"]["difference"]["mean"] == 20
+    assert "difference" not in rows[3]["test top-1 %"]
 
 
 def test_told_apart_are_shift_sets_of_one_name():
-    pair = []
-    for method, content in (("kd", "a" * 64), ("richkd", "b" * 64)):
-        row = {"brier": 0, "top1": 50.0, "content": content}
-        pair.append({**report(method, 0, 70), "shift val": row})
+    pair = [report("kd", 0, 70, shift="a" * 64), report("richkd", 0, 70, shift="b" * 64)]
     columns = {column for row in compared(*pair)[0]["rows"].values() for column in row}
-    assert {"shift val top-1 % (aaaaaaaa)", "shift val top-1 % (bbbbbbbb)"} <= columns
-    pair[1]["shift val"]["content"] = "a" * 64
+    assert {f"shift val top-1 % ({letter * 13})" for letter in "ab"} <= columns
+    pair[1] = report("richkd", 0, 70, shift="a" * 64)
     assert "difference" in compared(*pair)[0]["rows"]["richkd"]["shift val top-1 %"]
 
 
-def of_images(report, test="t1", train="a1", **named):
-    return {**report, "how": {"test": {"content": test}},
-            "inputs": {"train": train, "files": named}}
-
-
-def test_groups_are_of_one_test_split():
-    reports = [of_images(report("kd", seed, 70 + seed), test=test)
-               for seed, test in ((0, "t1" * 32), (1, "t1" * 32), (2, "t2" * 32))]
-    groups = compared(*reports)
-    assert [group["rows"]["kd"]["test top-1 %"]["n"] for group in groups] == [2, 1]
-    assert "shapes (test split t1t1t1t1), resnet20" in compare.as_markdown(groups)
-    assert "shapes, resnet20" in compare.as_markdown(groups[:1])
-
-
-def test_by_method_never_averages_runs_of_other_data_or_files():
-    """All with the same settings: other training images, another teacher's or prompts file."""
-    same = [of_images(report("richkd", seed, 70), prompts="p1") for seed in (0, 1)]
-    others = [of_images(report("richkd", 2, 60), train="a2", prompts="p1"),
-              of_images(report("richkd", 3, 60), prompts="p2")]
-    group, = compared(*same, *others)
-    rows = {label: row["test top-1 %"]["n"] for label, row in group["rows"].items()}
-    labels = [f"richkd (other data or files: {files.json_digest(other['inputs'])[:8]})"
-              for other in others]
-    assert rows == {"teacher": 1, "richkd": 2, labels[0]: 1, labels[1]: 1}
-    # the same file in another place is no other method
-    moved = of_images(report("richkd", 1, 70, prompts="there/p.txt"), prompts="p1")
-    group, = compared(of_images(report("richkd", 0, 70, prompts="p.txt"), prompts="p1"), moved)
-    assert group["rows"]["richkd"]["test top-1 %"]["n"] == 2
-    # a difference to kd is one to kd on the same training images
-    group, = compared(of_images(report("kd", 0, 50)), same[0],
-                      {**others[0], "of": {**others[0]["of"], "seed": 0}})
-    assert group["rows"]["richkd"]["test top-1 %"]["difference"]["mean"] == 20
-    assert "difference" not in group["rows"][labels[0]]["test top-1 %"]
-
-
-def test_comparison_is_markdown():
-    first = {**report("kd", 0, 70), "shift": report("kd", 0, 20)["test"]}
-    groups = compared(first, report("kd", 1, 74), report("richkd", 0, 71), report("richkd", 1, 77))
-    lines = compare.as_markdown(groups).splitlines()
-    assert lines[0].startswith("shapes, resnet20 → resnet8, 30 epochs.") and lines[1] == ""
+def test_as_markdown_is_a_table():
+    lines = compare.as_markdown(compared(
+        report("kd", 0, 70, shift="a"), report("kd", 1, 74), report("richkd", 0, 71),
+        report("richkd", 1, 77))).splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert table[0] == ["", "runs", "test top-1 %", "shift top-1 %",
-                        "generated corruptions top-1 %", "NLL", "ECE %"]
+    assert table[0] == ["", "runs", "test top-1 %", "generated corruptions top-1 %",
+                        "shift val top-1 %", "NLL", "ECE %"]
     assert table[1] == ["---"] * 7 and table[2] == ["teacher", "1", "85.60", *["not run"] * 4]
-    assert table[3][:4] == ["kd", "2", "72.00 ± 2.83", "20.00"]
-    assert table[4][:4] == ["richkd", "2", "74.00 ± 4.24 (+2.00; -10.71 to +14.71)", "not run"]
+    assert table[3][:5:2] == ["kd", "72.00 ± 2.83", "50.00"]
+    assert table[4][:3] == ["richkd", "2", "74.00 ± 4.24 (+2.00; -10.71 to +14.71)"]
     assert table[4][5] == "0.740 ± 0.042 (+0.020; -0.107 to +0.147)"
     assert len({line.count("|") for line in lines[2:]}) == 1
 
@@ -193,21 +167,12 @@ def test_read_reports_alone_or_as_a_list(tmp_path):
     path, one = tmp_path / "reports.json", report("kd", 0, 70)
     files.write_json(path, one)
     assert compare.read_reports(path) == [compare.run_of(one)]
-    first_edition = json.dumps([one, one])  # as study/results has them: a list without formats
-    path.write_text(first_edition)
+    path.write_text(json.dumps([one, one]))  # as study/results has them
     assert compare.read_reports(path) == [compare.run_of(one)] * 2
-    path.write_text(json.dumps(one))
-    with pytest.raises(ValueError, match="reports.json has format 1, this version reads 2; python"):
-        compare.read_reports(path)
-    damaged = {**one, "test": {**one["test"], "nll": "text"}}
-    for content in ("{", "[]", "3", '[{"of": 1}]', '[{"of": {}, "test": {}}]',
-                    json.dumps([damaged])):
+    for content in (json.dumps(one), "{", "[]", "3", '[{"about": 1}]', json.dumps(
+            [{**one, "sets": {"test": {"key": {}, "student": {"top1": 3, "nll": "text"}}}}])):
         path.write_text(content)
-        with pytest.raises(ValueError, match="reports.json is damaged; expected a report.json, or"):
-            compare.read_reports(path)
-    files.write_json(path, {"of": {}, "test": {}})
-    with pytest.raises(ValueError, match="reports.json is damaged; expected a report.json, or"):
-        compare.read_reports(path)
+        assert str(path) in refused(compare.read_reports, path)
 
 
 # What fusing does ---------------------------------------------------------------------------------
@@ -220,38 +185,39 @@ def random_logits(N=200, K=5):
     return teacher, clip, target
 
 
-def test_measures_are_the_metrics():
-    logits, _, target = random_logits()
-    masks = metrics.quadrants(logits, target, 0.7)
-    assert fusion.measures(logits, target, 0.7) == pytest.approx({
-        "top1": 100 * metrics.top_k_accuracy(logits, target), "nll": metrics.nll(logits, target),
-        "ece": 100 * metrics.ece(logits, target),
-        **{name: mask.sum().item() / 2 for name, mask in masks.items()}})
-
-
-def test_sweep_alpha_goes_from_clip_to_the_teacher():
+@pytest.fixture
+def fused():
     teacher, clip, target = random_logits()
-    sweep = fusion.sweep_alpha(teacher, clip, target)
-    assert [row.pop("alpha") for row in sweep] == [k / 10 for k in range(11)]
-    for row, logits in ((sweep[0], clip), (sweep[10], teacher),
-                        (sweep[3], 0.3 * teacher + 0.7 * clip)):
-        assert row == pytest.approx(fusion.measures(logits, target, 0.7), rel=1e-5)
+    kinds = {"kind": torch.arange(5) % 2}
+    found = fusion.fusion_table(teacher, clip, target, 0.4, torch.eye(5), kinds, seeded())
+    return {"clip_scale": 100.0, **found}
 
 
-def test_confident_changes_are_paired():
+def test_fusion_table_is_of_teacher_clip_and_both(fused):
     teacher, clip, target = random_logits()
-    before, after = (metrics.quadrants(z, target, 0.7) for z in (teacher, clip))
-    changes = fusion.confident_changes(teacher, clip, target, seeded())
-    assert list(changes) == ["confident_right", "confident_wrong"]
-    for name, (change, low, high) in changes.items():
-        difference = after[name].sum().item() - before[name].sum().item()
-        assert change == pytest.approx(difference / 2) and low < change < high
+    logits = {"teacher": teacher, "CLIP": clip, "fused": 0.4 * teacher + 0.6 * clip}
+    for threshold, models in fused["quadrants"].items():
+        assert list(models) == list(logits)
+        for model, z in logits.items():
+            masks = metrics.quadrants(z, target, float(threshold))
+            assert models[model] == pytest.approx({
+                "top1": 100 * metrics.top_k_accuracy(z, target), "nll": metrics.nll(z, target),
+                "ece": 100 * metrics.ece(z, target),
+                **{name: mask.sum().item() / 2 for name, mask in masks.items()}}, rel=1e-5)
+    assert [row["alpha"] for row in fused["sweep"]] == [k / 10 for k in range(11)]
+    for place, model in ((0, "CLIP"), (10, "teacher"), (4, "fused")):
+        expected = {"alpha": place / 10, **fused["quadrants"]["0.7"][model]}
+        assert fused["sweep"][place] == pytest.approx(expected, rel=1e-5)
+    for name, (change, low, high) in fused["changes"].items():  # paired
+        before, after = (fused["quadrants"]["0.7"][who][name] for who in ("teacher", "fused"))
+        assert change == pytest.approx(after - before) and low < change < high
     same = fusion.confident_changes(teacher, teacher, target, seeded())
-    assert same == dict.fromkeys(changes, [0, 0, 0])  # image by image
-
-
-def test_mean_ranks_shares_ties():
-    assert fusion.mean_ranks(torch.tensor([3.0, 1.0, 3.0, 7.0, 3.0])).tolist() == [3, 1, 3, 5, 3]
+    assert same == dict.fromkeys(fused["changes"], [0, 0, 0])  # image by image
+    found = {line[:30].strip(): line[30:].split() for line in fusion.lines(fused)}
+    rows = fused["quadrants"]["0.9"]
+    shares = [rows[model]["unsure_wrong"] for model in logits]
+    expected = [f"{value:.2f}" for value in (*shares, shares[2] - shares[0])]
+    assert found["unsure, wrong at 0.9, %"] == expected
 
 
 def test_non_target_by_hand():
@@ -273,19 +239,13 @@ def test_non_target_by_hand():
 
 
 def test_superclasses(tmp_path):
-    members = [row.split() for row in fusion.CIFAR100_SUPERCLASSES.split(",")]
-    names = sorted(name for row in members for name in row)
-    assert [len(row) for row in members] == [5] * 20 and len(set(names)) == 100
+    names = sorted(data.CIFAR_CLASSES["cifar100"])
     group = fusion.superclasses("cifar100", names)["superclass"]
-    assert len(group) == 100 and len(group.unique()) == 20
-
-    def together(a, b):
-        return group[names.index(a)] == group[names.index(b)]
-
-    for pair in (("maple_tree", "willow_tree"), ("streetcar", "lawn_mower"), ("man", "woman")):
-        assert together(*pair)
-    for pair in (("man", "maple_tree"), ("bus", "streetcar"), ("seal", "shark")):
-        assert not together(*pair)
+    assert group.unique(return_counts=True)[1].tolist() == [5] * 20
+    for a, b, together in (("maple_tree", "willow_tree", True), ("man", "woman", True),
+                           ("streetcar", "lawn_mower", True), ("man", "maple_tree", False),
+                           ("bus", "streetcar", False), ("seal", "shark", False)):
+        assert (group[names.index(a)] == group[names.index(b)]) == together
     groups = fusion.superclasses("shapes", ["red star", "blue star", "red heart"])
     assert groups["colour"].tolist() == [0, 1, 0] and groups["form"].tolist() == [0, 0, 2]
     (tmp_path / "is_a").write_text("n9 n1\nn8 n2\nn9 n3\nn7 n9\n")
@@ -296,62 +256,35 @@ def test_superclasses(tmp_path):
     assert fusion.superclasses("tiny-imagenet", ["cat"]) == {}
 
 
-@pytest.fixture
-def fused():
-    teacher, clip, target = random_logits()
-    kinds = {"kind": torch.arange(5) % 2}
-    found = fusion.fusion_table(teacher, clip, target, 0.4, torch.eye(5), kinds, seeded())
-    return {"clip_scale": 100.0, **found}
-
-
-def test_fusion_is_of_teacher_clip_and_both(fused):
-    teacher, clip, target = random_logits()
-    logits = {"teacher": teacher, "clip": clip, "fused": 0.4 * teacher + 0.6 * clip}
-    for threshold in ("0.5", "0.7", "0.9"):
-        assert list(fused["quadrants"][threshold]) == list(logits)
-        for model, z in logits.items():
-            expected = fusion.measures(z, target, float(threshold))
-            assert fused["quadrants"][threshold][model] == pytest.approx(expected, rel=1e-5)
-    change = fused["changes"]["confident_right"][0]
-    rows = fused["quadrants"]["0.7"]
-    before, after = (rows[model]["confident_right"] for model in ("teacher", "fused"))
-    assert change == pytest.approx(after - before)
-    assert list(fused["non_target"]["fused"]) == ["rank_correlation", "entropy", "same kind"]
-
-
-def test_tables_of_what_fusing_does(fused):
-    source = {"source": "generated", "folder": None}
-    fused["corruptions"] = {**source, "teacher": 50.0, "clip": 40.0, "fused": 62.5}
-    lines = fusion.tables(fused)
-    assert max(map(len, lines)) <= 100
-    found = {line[:28].strip(): line[28:].split() for line in lines}
-    assert found[""] == ["teacher", "CLIP", "fused", "change"]
-    assert found["top-1 %, corruptions"] == ["50.00", "40.00", "62.50", "12.50"]
-    rows = fused["quadrants"]["0.9"]
-    shares = [rows[model]["unsure_wrong"] for model in ("teacher", "clip", "fused")]
-    expected = [f"{value:.2f}" for value in (*shares, shares[2] - shares[0])]
-    assert found["unsure, wrong at 0.9, %"] == expected
-    once = [line for line in lines if line.startswith(("top-1 % ", "NLL", "ECE"))]
-    assert len(once) == 3  # not for every threshold
-    assert found["alpha 0.4"][0] == f"{fused['sweep'][4]['top1']:.2f}"
-    assert "non-target same kind %" in found and "95 % interval" in "\n".join(lines)
-
-
-# Pictures -----------------------------------------------------------------------------------------
-
-
 def decode(png):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))  # (H, W, 3)
 
 
-def test_pictures_have_a_panel_for_each_part(fused):
+def test_commands_of_a_run(tmp_path, few_shapes, clip_file):
+    """fusion.json and the pictures, of the run's own teacher, CLIP and alpha."""
     pytest.importorskip("matplotlib")
-    teacher, _, target = random_logits()
-    row = {**evaluate.scores(teacher, target), "calibration": evaluate.calibration(teacher, target)}
-    table = {"source": "generated", "mean_error": 50.0, "top1": {"fog": [9.0] * 5}}
-    small = decode(plot.pictures({"test": row}, "title"))
-    large = decode(plot.pictures({"test": row, "corruptions": table, "fused": fused}, "title"))
-    assert [large.shape[k] / small.shape[k] for k in (0, 1)] == [2, 2]  # four panels, not one
+    folder, cache = tmp_path / "run", str(tmp_path / "cache")
+    train.run(train.Config(teacher=("resnet8",), student="resnet8", clip=clip_file, epochs=1,
+                           cache_dir=cache, out=str(folder), device="cpu"))
+    own = evaluate.Config(run=(str(folder),), cache_dir=cache, device="cpu")
+    assert "report.json" in refused(plot.draw, own)
+    evaluate.evaluate(own)
+    plot.draw(own)
+    small = decode((folder / "report.png").read_bytes())
+    found = fusion.analyse(own)
+    assert found == files.read_json(folder / "fusion.json", "")
+    summary = json.loads((folder / "summary.json").read_text())
+    for model, name in (("teacher", "teacher"), ("CLIP", "clip"), ("fused", "fused")):
+        accuracy = summary[f"{name}_accuracy"]
+        assert found["quadrants"]["0.5"][model]["top1"] == pytest.approx(accuracy)
+    assert found["alpha"] == 0.7 and found["clip_scale"] == pytest.approx(1 / 0.07, rel=1e-4)
+    names = ["rank_correlation", "entropy", "same colour", "same form"]
+    assert list(found["non_target"]["fused"]) == names
+    plot.draw(own)
+    large = decode((folder / "report.png").read_bytes())
+    assert large.shape[0] > small.shape[0]  # reliability, and two further panels
+    files.write_json(folder / "fusion.json", {**found, "weights": "others"})
+    assert "fusion.json" in refused(plot.draw, own)
 
 
 def test_samples_have_corruptions_as_columns():
@@ -362,7 +295,7 @@ def test_samples_have_corruptions_as_columns():
     assert (picture[8 * 98 + 2:9 * 98, 10 * 98 + 2:11 * 98] == 40).all()  # the second's severity 4
 
 
-# The READMEs --------------------------------------------------------------------------------------
+# The READMEs, the published numbers, the scripts --------------------------------------------------
 
 
 def groups_of(name):
@@ -386,15 +319,15 @@ TOP1, CORRUPTED = "test top-1 %", "generated corruptions top-1 %"
 FIFTH = "generated corruptions, 20 % of the images, top-1 %"
 
 
-def test_comparison_is_what_the_table_of_claims_says():
+def test_comparison_is_what_the_tables_of_claims_say():
     readme = (ROOT / "study/README.md").read_text()
     claims = [line for line in readme.split("**In short.**")[0].splitlines() if line[:1] == "|"][2:]
     fused, confident, better, nll, corrupted, features, alpha = claims
     reports = json.loads((ROOT / f"study/results/{CIFAR}.json").read_text())
-    [quadrants] = [report["fused"]["quadrants"] for report in reports if "fused" in report]
+    [test] = [report["sets"]["test"] for report in reports if "fusion" in report]
     for threshold in ("0.5", "0.7"):
-        for quadrant in ("confident_right", "confident_wrong"):
-            before, after = (quadrants[threshold][who][quadrant] for who in ("teacher", "fused"))
+        for name in ("confident_right", "confident_wrong"):
+            before, after = (test[who][f"{name} {threshold}"] for who in ("teacher", "fused"))
             assert f"{before:.2f} → {after:.2f}" in confident
     for name in (CIFAR, METHODS, THIRTY, TEN):
         teacher, both = (groups_of(name)[0]["rows"][who][TOP1]["mean"]
@@ -415,6 +348,87 @@ def test_comparison_is_what_the_table_of_claims_says():
         more, digits = groups_of(name)[0]["rows"][row][column]["difference"], 2 + (column == "NLL")
         mean, low, high = (f"{more[end]:+.{digits}f}" for end in ("mean", "low", "high"))
         assert f"{mean} ({low} to {high})" in claim
-    for line in (ROOT / "README.md").read_text().splitlines():  # what it repeats, it repeats whole
-        if line.split("|")[1:2] in [claim.split("|")[1:2] for claim in claims]:
-            assert line in claims
+    for line in (ROOT / "README.md").read_text().splitlines():  # what it repeats is the same
+        if "→" in line or " to +" in line:
+            for number in re.findall(r"\d+\.\d+ → \d+\.\d+|[+-]\d+\.\d+ \([^)]* to [^)]*\)", line):
+                assert number in readme, number
+
+
+def fake_run(top1, **change):
+    settings = {"dataset": "cifar100", "epochs": 240, "fraction": 1.0, "holdout": 0.0,
+                "method": "kd", "teacher": ["resnet110"], "student": "resnet20", "seed": 0,
+                **published.METHODS["kd"], **change}
+    return compare.Run({}, "resnet110", "kd", 0, settings, {}, {"test top-1 %": top1}, {}, {})
+
+
+def test_published_has_ours_beside_theirs():
+    runs = [fake_run(70.0), fake_run(71.0), fake_run(9.0, epochs=60), fake_run(9.0, fraction=0.5),
+            fake_run(9.0, temperature=3.0), fake_run(9.0, ce_weight=1.0),
+            fake_run(69.0, method="scratch", teacher=[])]
+    header, _, *rows = published.as_markdown(runs).splitlines()
+    assert header == "| teacher → student | teacher | scratch | kd | crd | dkd | kd-ls |"
+    row = next(row for row in rows if "resnet110 → resnet20" in row)
+    assert row == ("| resnet110 → resnet20 | 74.31 | 69.06 / 69.00 | 70.67 / 70.50 ± 0.71 | "
+                   "71.46 / not run | - / not run | 71.48 / not run |")
+    assert len(rows) == 13 and sum("69.06 / 69.00" in row for row in rows) == 2  # and resnet56's
+
+
+def test_published_rows_are_those_of_the_reference(shared):
+    text = (shared / "reference/published.md").read_text("utf-8")
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if " → " in line]
+    table = [[*row[0].split(" → "), *row[1:]] for row in table[1:14]]
+    assert table == [row.split()[:7] for row in published.ROWS.strip().splitlines()]
+
+
+def test_subset_of_a_tenth_or_a_half_has_nothing_that_the_shared_clip_has_seen(shared):
+    """The pictures in the order in which `data.cifar_pictures` has them."""
+    with zipfile.ZipFile(shared / "data/cifar100.zip") as archive:
+        names = sorted(name for name in archive.namelist()
+                       if name.startswith("cifar100/train/") and name.endswith(".png"))
+    classes = sorted({name.split("/")[2] for name in names})
+    labels = torch.tensor([classes.index(name.split("/")[2]) for name in names])
+    split = data.Split(torch.arange(len(names)), labels, classes)
+    seen = set((shared / "clip/clip-cifar-seen.txt").read_text("utf-8").split())
+    for share in (0.1, 0.5):
+        taken = {names[i] for i in data.subset(split, 0, share).images.tolist()}
+        assert len(taken) == share * len(names)
+        assert not {"/".join(name.split("/")[-3:]) for name in taken} & {
+            "/".join(name.split("/")[-3:]) for name in seen}
+    assert len(seen) == 25_000
+
+
+def test_study_script_passes_settings_that_train_py_has():
+    text, found = (ROOT / "study/study.sh").read_text("utf-8"), {}
+    for flags in re.findall(r"\$end (--.*)\"", text):
+        own = command.parse(train.Config, "", flags.replace("$method", "kd").replace(
+            "$value", "1").split())
+        if "--temperature" in flags:  # as published
+            found[own.method] = {name: getattr(own, name) for name in published.METHODS[own.method]}
+    assert found == {name: published.METHODS[name] for name in ("kd", "dkd", "kd-ls")}
+    assert published.METHODS["crd"].items() <= vars(train.Config()).items()  # of `crd` as it is
+
+
+@pytest.mark.slow
+def test_cifar100_script_in_miniature(tmp_path, clip_file):
+    """The part for a CPU, with two images a class and two epochs."""
+    for pattern in ("*.py", "prompts.txt", "support/*.py", "study/*.py", "study/*.sh"):
+        for path in ROOT.glob(pattern):
+            (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    for split, count in (("train", 2), ("test", 1)):
+        class_pictures(tmp_path / "cifar100" / split, data.CIFAR_CLASSES["cifar100"], count,
+                       (32, 32))
+    environment = {**os.environ, "PAIRS": "resnet8:resnet8", "OMP_NUM_THREADS": "1",
+                   "RICHKD_CACHE": str(tmp_path / "cache"),
+                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "study/cifar100.sh", "tenth", "1", "2", "--data-dir", "cifar100", "--clip",
+         clip_file], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "study/results/cifar100-core-10-resnet8-resnet8.json"
+    found = json.loads(path.read_text("utf-8"))
+    assert [len(report["sets"]["corruptions"]["student"]["by_severity"]) for report in found] == (
+        [15] * 4)
+    assert found[1]["sets"]["corruptions"]["key"]["share"] == 0.2
+    assert {"fused", "CLIP"} <= found[1]["sets"]["corruptions"].keys() and "fusion" in found[1]
+    assert python(tmp_path / "study/compare.py", path).stdout in done.stdout
