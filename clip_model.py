@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # Transformer: the text tower, and the body of the ViT ---------------------------------------------
 def count_heads(width, heads=None):
     """`heads`, else as many as are 64 wide, as all of OpenAI's are: tensors do not tell. Raises
@@ -32,7 +31,6 @@ def count_heads(width, heads=None):
         raise ValueError(f"a width of {width} does not divide by {heads or 64} into heads; a "
                          "config beside the weights can say how many there are")
     return heads or width // 64
-
 
 class Attention(nn.Module):
     """Multi-head self-attention with the parameters of nn.MultiheadAttention. Causal: a position
@@ -54,14 +52,11 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, width)
 
-
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid_(1.702 * x)  # in place of the product, which nothing else needs
 
-
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; most of open_clip's own
-
 
 class ResidualAttentionBlock(nn.Module):
     def __init__(self, width, heads, causal, activation="quickgelu", hidden=None):
@@ -79,17 +74,14 @@ class ResidualAttentionBlock(nn.Module):
         x = x + self.mlp(self.ln_2(x))
         return x
 
-
 def transformer(layers, *block):
     """(B, L, width) to the same: blocks, each of these arguments."""
     blocks = [ResidualAttentionBlock(*block) for _ in range(layers)]
     return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
-
 # Image tower: ViT ---------------------------------------------------------------------------------
 # open_clip's ViT-H, g and bigG, whose heads are 80, 88 and 104 wide: {width: (heads, MLP's width)}
 GIANTS = {1280: (16, 5120), 1408: (16, 6144), 1664: (16, 8192)}
-
 
 class VisionTransformer(nn.Module):
     def __init__(self, input_resolution, patch_size, width, layers, embed_dim, heads=None,
@@ -114,7 +106,6 @@ class VisionTransformer(nn.Module):
         x = self.transformer(x)
         x = self.ln_post(x[:, 0])  # (B, width), of the class token alone
         return x @ self.proj  # (B, D)
-
 
 # Image tower: ModifiedResNet ----------------------------------------------------------------------
 class Bottleneck(nn.Module):
@@ -142,7 +133,6 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(self.avgpool(out)))  # (B, 4 planes, H / stride, W / stride)
         return F.relu(out + self.downsample(x))
 
-
 class AttentionPool(nn.Module):
     """One attention layer whose only query is the mean of the positions."""
 
@@ -162,7 +152,6 @@ class AttentionPool(nn.Module):
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, width / heads)
         return self.c_proj(x.flatten(1))  # (B, D)
-
 
 class ModifiedResNet(nn.Module):
     def __init__(self, input_resolution, width, layers, embed_dim):
@@ -195,7 +184,6 @@ class ModifiedResNet(nn.Module):
         x = self.layer3(x)  # (B, 16 width, H / 16, W / 16)
         x = self.layer4(x)  # (B, 32 width, H / 32, W / 32)
         return self.attnpool(x)  # (B, D)
-
 
 # CLIP ---------------------------------------------------------------------------------------------
 class CLIP(nn.Module):
@@ -249,10 +237,8 @@ class CLIP(nn.Module):
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end])  # (B, width)
         return x @ self.text_projection  # (B, D)
 
-
 # Weights ------------------------------------------------------------------------------------------
 ARCHIVE = ("input_resolution", "context_length", "vocab_size")  # integers beside OpenAI's weights
-
 
 def read_sizes(state):
     """The arguments of CLIP that the shapes of its tensors, in OpenAI's layout, tell."""
@@ -276,7 +262,6 @@ def read_sizes(state):
             "transformer_width": width, "transformer_heads": None,
             "transformer_layers": count("transformer.resblocks.")}
 
-
 def build_clip(state_dict: dict, said: dict | None = None) -> CLIP:
     """CLIP from tensors in OpenAI's layout: float32, eval mode, copies throughout. Sizes are read
     from their shapes; heads and activation, which these do not tell, are in `said`, arguments of
@@ -297,7 +282,6 @@ def build_clip(state_dict: dict, said: dict | None = None) -> CLIP:
                          f"other tensors and a config beside it have it: {text}") from None
     return clip.eval()
 
-
 def load_clip(name_or_path, cache_dir=None, activation=None) -> CLIP:
     """CLIP by what `support.clip_files.find` takes, such as a public name or a file: float32, eval
     mode, on the CPU. activation: one of ACTIVATIONS; None: what is known of the file, else
@@ -311,7 +295,6 @@ def load_clip(name_or_path, cache_dir=None, activation=None) -> CLIP:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
-
 # Tokenizer ----------------------------------------------------------------------------------------
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = regex.compile(  # a digit stands alone, letters and signs do not mix
@@ -320,7 +303,6 @@ WORDS = regex.compile(  # a digit stands alone, letters and signs do not mix
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are their own letter
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]  # their letters: from 256 on
 LETTERS = dict(zip(PRINTABLE + OTHERS, map(chr, PRINTABLE + list(range(256, 324)))))  # as in GPT-2
-
 
 class Tokenizer:
     """CLIP's lower-case byte-pair encoding; the ids are those of OpenAI's tokenizer.
@@ -377,7 +359,6 @@ class Tokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
-
 def load_merges(path) -> list[tuple[str, str]]:
     """The merges of a BPE file, plain or .gz, as (left, right) symbols in order of priority. Raises
     ValueError for another kind of file."""
@@ -390,10 +371,8 @@ def load_merges(path) -> list[tuple[str, str]]:
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path}: no BPE file, two symbols a line, or .gz: {error}") from None
 
-
 # Images -------------------------------------------------------------------------------------------
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
-
 
 def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
     """CLIP's image transform: RGB uint8 (B, 3, H, W) to normalised float32 (B, 3, resolution,
@@ -416,7 +395,6 @@ def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
     mean, std = (255 * torch.tensor(value, device=x.device)[:, None, None] for value in (MEAN, STD))
     return x.float().sub_(mean).div_(std)
 
-
 # Prompts ------------------------------------------------------------------------------------------
 def load_templates(path) -> list[str]:
     """The prompt templates of a file: one a line, `{}` for the class name; empty lines and `#`
@@ -435,7 +413,6 @@ def load_templates(path) -> list[str]:
     if twice:
         warnings.warn(f"{path}: {twice[0]!r} is there again, and counts again", stacklevel=2)
     return templates
-
 
 def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
     """K class names as prompts have them: spaces for underscores, of a comma list the first one;
@@ -460,7 +437,6 @@ def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
                       f"nothing: {', '.join(unclear[:6])}; name the classes by --class-names FILE, "
                       "or by words.txt (id<tab>name) beside train/", stacklevel=2)
     return found
-
 
 @torch.no_grad()
 def class_features(clip, tokenizer, class_names, templates, batch_size=256, progress=None):

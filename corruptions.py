@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
-
 def published(images, severity, cifar, tiny, imagenet):
     """The entry for `severity` in the table made for 32, 64 or 224 pixels, whichever fits: the
     shorter side is below 48, below 120, or above. Entries are in pixels and do not scale."""
@@ -24,23 +23,19 @@ def published(images, severity, cifar, tiny, imagenet):
     table = cifar if side < 48 else tiny if side < 120 else imagenet
     return table[int(severity) - 1]
 
-
 def to_uint8(x):
     """float 0...1 -> uint8, clipped and truncated (not rounded), as np.uint8 does in the published
     code. The margin keeps flat areas as they are: float32 can land just below a whole level."""
     return (x * 255 + 1e-4).clamp(0, 255).to(torch.uint8)
-
 
 def draw(sampler, shape, images, generator):
     """sampler(shape), torch.randn or torch.rand, drawn where the generator lives and moved to the
     images: a generator of the CPU serves any device."""
     return sampler(shape, generator=generator, device=generator.device).to(images.device)
 
-
 def gaussian(taps, sigma):
     """The weights of a Gaussian at whole numbers `taps`; their sum is 1."""
     return (-taps ** 2 / (2 * max(sigma, 1e-6) ** 2)).softmax(dim=0)
-
 
 def blur(x, sigma, truncate=4, mirror=False):
     """scipy's gaussian_filter over the last two axes of x float (..., H, W). Beyond the border the
@@ -60,11 +55,9 @@ def blur(x, sigma, truncate=4, mirror=False):
 
     return matrix(x.shape[-2]) @ (x @ matrix(x.shape[-1]).T)
 
-
 def crop_centre(x, height, width):
     top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
     return x[..., top:top + height, left:left + width]
-
 
 def clipped_zoom(x, factor):
     """Enlarges the centre of x float (N, C, H, W) by the factor, bilinear with aligned corners, and
@@ -74,7 +67,6 @@ def clipped_zoom(x, factor):
     size = [int(side * factor + 0.5) for side in x.shape[-2:]]
     x = F.interpolate(x, size, mode="bilinear", align_corners=True)
     return crop_centre(x, height, width)
-
 
 def motion(x, radius, sigma, angle):
     """ImageMagick's motion blur of x float (N, C, H, W) in grey levels, at angle (N,) in degrees.
@@ -95,13 +87,11 @@ def motion(x, radius, sigma, angle):
         total += weight * pixels.gather(2, index).view(x.shape)
     return (total + 1e-3).floor()  # the margin keeps flat areas as they are
 
-
 def gaussian_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Normal noise of standard deviation c, of a range of 1."""
     c = published(images, severity, [.04, .06, .08, .09, .10],
                   [.04, .08, .12, .15, .18], [.08, .12, .18, .26, .38])
     return to_uint8(images / 255 + c * draw(torch.randn, images.shape, images, generator))
-
 
 def shot_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Poisson noise of c photons at full brightness."""
@@ -110,14 +100,12 @@ def shot_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
     photons = torch.poisson((images / 255 * c).to(generator.device), generator)
     return to_uint8(photons.to(images.device) / c)
 
-
 def impulse_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Salt and pepper in equal parts, each channel on its own."""
     c = published(images, severity, [.01, .02, .03, .05, .07],
                   [.01, .02, .05, .08, .14], [.03, .06, .09, .17, .27])
     chance = draw(torch.rand, images.shape, images, generator)
     return images.masked_fill(chance < c, 0).masked_fill(chance < c / 2, 255)
-
 
 def defocus_blur(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """A disk, itself smoothed by a Gaussian of 3 x 3 or 5 x 5; both mirror at the border."""
@@ -136,7 +124,6 @@ def defocus_blur(images: Tensor, severity: int, generator: Generator | None = No
     x = x.flatten(0, 1)[None]  # (1, N * 3, ...): ten times faster as the channels of one image
     x = F.conv2d(x, kernel.expand(x.shape[1], -1, -1, -1), groups=x.shape[1])
     return to_uint8(x.view(images.shape))
-
 
 def glass_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Blurs, gives every pixel the value of one at most `reach` away, and blurs again.
@@ -166,7 +153,6 @@ def glass_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
         x = x.gather(2, source[:, None].expand(x.shape))
     return to_uint8(blur(x.view(images.shape) / 255, sigma))
 
-
 def motion_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Along a line at an angle between -45 and 45 degrees."""
     radius, sigma = published(images, severity, [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
@@ -174,7 +160,6 @@ def motion_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
                               [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)])
     angle = 90 * draw(torch.rand, len(images), images, generator) - 45
     return motion(images.float(), radius, sigma, angle).to(torch.uint8)
-
 
 def zoom_blur(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """The mean of the image and `count` enlargements of it, by 1, 1 + step, 1 + 2 step ..."""
@@ -184,7 +169,6 @@ def zoom_blur(images: Tensor, severity: int, generator: Generator | None = None)
     x = images / 255
     total = sum((clipped_zoom(x, 1 + i * step) for i in range(count)), start=x)
     return to_uint8(total / (count + 1))
-
 
 def snow(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Thresholded noise, enlarged and blurred along a steep line, laid on twice (once turned by
@@ -206,7 +190,6 @@ def snow(images: Tensor, severity: int, generator: Generator) -> Tensor:
     grey = (x * x.new_tensor([.299, .587, .114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
     x = keep * x + (1 - keep) * torch.maximum(x, grey * 1.5 + 0.5)
     return to_uint8(x + flakes + flakes.flip(2, 3))
-
 
 def frost(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """The image and frost, each at its weight.
@@ -233,7 +216,6 @@ def frost(images: Tensor, severity: int, generator: Generator) -> Tensor:
     ice = (look[:, :3] + look[:, 3:] * ridges[:, None]).clamp(0, 255)
     return to_uint8((keep * images + weight * ice) / 255)
 
-
 def plasma(n, size, decay, images, generator):
     """n cloud fields in 0...1, float (n, size, size), size a power of two: diamond-square on a
     torus, the random part divided by `decay` at each halving of the step."""
@@ -255,7 +237,6 @@ def plasma(n, size, decay, images, generator):
     cloud -= cloud.amin(dim=(1, 2), keepdim=True)
     return cloud / cloud.amax(dim=(1, 2), keepdim=True)
 
-
 def fog(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """Adds clouds and scales back to the image's own maximum."""
     weight, decay = published(images, severity, [(.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)],
@@ -268,7 +249,6 @@ def fog(images: Tensor, severity: int, generator: Generator) -> Tensor:
     clouds = plasma(n, size, decay, images, generator)[:, None, :height, :width]
     return to_uint8((x + weight * clouds) * peak / (peak + weight))
 
-
 def brightness(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Adds to the HSV value, which scales R, G and B alike."""
     c = published(images, severity, [.05, .1, .15, .2, .3],
@@ -278,7 +258,6 @@ def brightness(images: Tensor, severity: int, generator: Generator | None = None
     brighter = (value + c).clamp(max=1)
     return to_uint8(torch.where(value > 0, x * (brighter / value), brighter))
 
-
 def contrast(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Pulls every channel towards its own mean over the image."""
     c = published(images, severity, [.75, .5, .4, .3, .15],
@@ -286,7 +265,6 @@ def contrast(images: Tensor, severity: int, generator: Generator | None = None) 
     x = images / 255
     mean = x.mean(dim=(2, 3), keepdim=True)
     return to_uint8((x - mean) * c + mean)
-
 
 def elastic_transform(images: Tensor, severity: int, generator: Generator) -> Tensor:
     """A random affine map, which moves three points by up to `jitter` pixels, then a displacement
@@ -316,7 +294,6 @@ def elastic_transform(images: Tensor, severity: int, generator: Generator) -> Te
     grid = (2 * (pixel + amount * shift) + 1) / size - 1
     return to_uint8(F.grid_sample(x, grid, padding_mode="reflection", align_corners=False))
 
-
 def pixelate(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Shrinks and enlarges with Pillow's box filter: windows go by pixel centre, every pass rounds
     to whole levels."""
@@ -336,18 +313,15 @@ def pixelate(images: Tensor, severity: int, generator: Generator | None = None) 
     small = resize(resize(images.float(), int(width * c)).mT, int(height * c)).mT
     return resize(resize(small, width).mT, height).mT.to(torch.uint8)
 
-
 def jpeg_compression(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """There and back through libjpeg (4:2:0 chroma), on the CPU: a GPU's coder differs from it."""
     quality = published(images, severity, [80, 65, 58, 50, 40],
                         [65, 58, 50, 40, 25], [25, 18, 15, 10, 7])
     return torch.stack(decode_jpeg(encode_jpeg(list(images.cpu()), quality))).to(images.device)
 
-
 COMMON = {f.__name__: f for f in (  # the benchmark's fifteen, in its order
     gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur,
     snow, frost, fog, brightness, contrast, elastic_transform, pixelate, jpeg_compression)}
-
 
 def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
     """Corrupts images, uint8 (N, 3, H, W) to the same; name: one of COMMON, severity: 1-5.

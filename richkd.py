@@ -27,25 +27,22 @@ import math
 import torch
 import torch.nn.functional as F
 
-
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Half precision as float32; float32 and float64 as they are."""
     return x if x.dtype == torch.float64 else x.float()
-
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """x / |x| along the last dimension: `F.normalize`, in 14 kernels instead of 17. 0 stays 0."""
     x = at_least_float32(x)
     return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-24)
 
-
 def alike(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Each `at_least_float32`. ValueError: not all are (B, K), and one would be broadcast."""
+    """All float32, or float64 if one is. ValueError: not all are (B, K): one would be broadcast."""
     shapes = [tuple(x.shape) for x in tensors]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2:
         raise ValueError(f"shapes {shapes}: expected one and the same, (B, K)")
-    return [at_least_float32(x) for x in tensors]
-
+    dtype = torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
+    return [x.to(dtype) for x in tensors]
 
 def ensemble_text_features(text_features: torch.Tensor) -> torch.Tensor:
     """Equation (1): the text feature of each class, unit length. (K, M, D) -> (K, D).
@@ -55,7 +52,6 @@ def ensemble_text_features(text_features: torch.Tensor) -> torch.Tensor:
     tensor([[0.7071, 0.7071]])
     """
     return unit(unit(text_features).mean(1))
-
 
 def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
                      scale: float) -> torch.Tensor:
@@ -67,7 +63,6 @@ def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
     with torch.autocast(image_features.device.type, enabled=False):  # the product, too, in float32
         return scale * unit(image_features) @ unit(class_features).T
 
-
 def fuse_teachers(logits: list[torch.Tensor], weights: list[float] | None = None) -> torch.Tensor:
     """Several conventional teachers as one: the mean of n logits (B, K), by n weights of any sum.
 
@@ -77,7 +72,6 @@ def fuse_teachers(logits: list[torch.Tensor], weights: list[float] | None = None
     weights = weights or [1.0] * len(logits)
     return sum(w / sum(weights) * z for w, z in zip(weights, alike(*logits), strict=True))
 
-
 def mix(teacher: torch.Tensor | None, clip: torch.Tensor | None, weight: float) -> torch.Tensor:
     """weight * teacher + (1 - weight) * CLIP. One alone (1, 0) is itself, to the bit, and the other
     may be None."""
@@ -85,7 +79,6 @@ def mix(teacher: torch.Tensor | None, clip: torch.Tensor | None, weight: float) 
         return at_least_float32(teacher if weight == 1 else clip)
     teacher, clip = alike(teacher, clip)
     return weight * teacher + (1 - weight) * clip
-
 
 def fuse_logits(teacher_logits: torch.Tensor, clip_logits: torch.Tensor,
                 alpha: float = 0.7) -> torch.Tensor:
@@ -96,7 +89,6 @@ def fuse_logits(teacher_logits: torch.Tensor, clip_logits: torch.Tensor,
     """
     return mix(teacher_logits, clip_logits, alpha)
 
-
 def fuse_features(teacher: torch.Tensor, clip: torch.Tensor, lam: float = 0.7) -> torch.Tensor:
     """Equation (4): lam * teacher + (1 - lam) * CLIP, unit length. (B, d), (B, d) -> (B, d).
 
@@ -104,7 +96,6 @@ def fuse_features(teacher: torch.Tensor, clip: torch.Tensor, lam: float = 0.7) -
     tensor([[0.7071, 0.7071]])
     """
     return unit(mix(teacher, clip, lam))
-
 
 class Embed(torch.nn.Module):
     """The map g of equation (4): linear, then unit length. (B, in_features) -> (B, d)."""
@@ -116,7 +107,6 @@ class Embed(torch.nn.Module):
     def forward(self, features):
         with torch.autocast(features.device.type, enabled=False):
             return unit(self.linear(features.to(self.linear.weight.dtype)))
-
 
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
             temperature: float = 3.0) -> torch.Tensor:
@@ -130,7 +120,6 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
     log_q, p = (student / temperature).log_softmax(1), (teacher / temperature).softmax(1)
     return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
-
 def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
     """Equation (8): (z - mean z) / (1e-7 + std z) by rows, std the unbiased one. (B, K) -> (B, K).
     Sun et al., CVPR 2024: student's and teacher's logits, before the softmax.
@@ -140,7 +129,6 @@ def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
     """
     logits = at_least_float32(logits)
     return (logits - logits.mean(1, keepdim=True)) / (1e-7 + logits.std(1, keepdim=True))
-
 
 def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target: torch.Tensor,
              alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> torch.Tensor:
@@ -165,7 +153,6 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target:
     tckd, nckd = (F.kl_div(s, t.exp(), reduction="batchmean") for s, t in (log_b, log_q))
     return temperature**2 * (alpha * tckd + beta * nckd)
 
-
 def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
               temperatures: tuple = (2.0, 3.0, 4.0, 5.0, 6.0)) -> torch.Tensor:
     """Equation (10); p, q: teacher's and student's softmax at T, (B, K). Logits (B, K) -> ().
@@ -189,7 +176,6 @@ def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
             loss = loss + T**2 * F.kl_div(log_q, p, reduction="batchmean") + images + classes
     return loss
 
-
 def scores(v: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, negatives: torch.Tensor,
            tau: float = 0.07) -> tuple[torch.Tensor, torch.Tensor]:
     """v . r / tau with the images' own rows r of the bank, (..., B), and with drawn ones,
@@ -205,7 +191,6 @@ def scores(v: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, negatives: 
     product = "...bd,...jd->...bj" if negatives.ndim == 1 else "...bd,...bjd->...bj"
     return (v * own).sum(-1), torch.einsum(product, v, drawn)
 
-
 def sum_kept(terms: torch.Tensor, same: torch.Tensor | None = None):
     """Terms of the drawn rows, (..., B, J), summed: (..., B), and of how many: (B,), at least 1, or
     J. same (B, J) leaves out those of an image's own class. terms is overwritten: it is large."""
@@ -213,7 +198,6 @@ def sum_kept(terms: torch.Tensor, same: torch.Tensor | None = None):
         return terms.sum(-1), terms.shape[-1]
     others = (~same).float()
     return terms.mul_(others).sum(-1), others.sum(-1).clamp(min=1)
-
 
 def nce_loss(own: torch.Tensor, drawn: torch.Tensor, Z: torch.Tensor, N: int,
              same: torch.Tensor | None = None) -> torch.Tensor:
@@ -235,7 +219,6 @@ def nce_loss(own: torch.Tensor, drawn: torch.Tensor, Z: torch.Tensor, N: int,
     negative, kept = sum_kept(F.softplus(drawn - log_Zc[..., None]), same)      # (..., B)
     return (positive + J / kept * negative).mean(-1) + J * math.log(c / n)
 
-
 def gather(rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """The rows of all ranks, joined in rank order; `rows` without torch.distributed."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -243,7 +226,6 @@ def gather(rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
     gathered = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(gathered, rows.contiguous())
     return torch.cat(gathered, dim)
-
 
 class ContrastiveMemory(torch.nn.Module):
     """CRD's two memory banks and its loss: equation (6), both ways. Tian et al., ICLR 2020.
@@ -310,7 +292,6 @@ class ContrastiveMemory(torch.nn.Module):
         last = (order * (index == index[:, None])).amax(1)                      # (B,)
         rows = torch.lerp(v[:, last], self.bank[:, index], self.momentum)
         self.bank.index_copy_(1, index, unit(rows))
-
 
 class RichKD(torch.nn.Module):
     """Equation (7): cross-entropy, the logit loss and the feature loss, from the fused teacher.

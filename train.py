@@ -60,8 +60,6 @@ RECIPES = {
 }
 
 # Settings -----------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting; the command line is made from it. None: what RECIPES says, or none."""
@@ -110,7 +108,6 @@ class Config:
     out: str = setting(None, "run folder; default: runs/<data set>-<method>-...")
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
 
-
 def for_size(name, image_size):
     """`resnet18` and `resnet50` as the zoo calls them: at more than 64 pixels ImageNet's networks,
     else those that papers on CIFAR call so."""
@@ -119,7 +116,6 @@ def for_size(name, image_size):
     if meant != name:
         files.note(f"{name} for images of {image_size} x {image_size} is {meant} here")
     return meant
-
 
 def resolve(config):
     """Fill in what depends on the data set and the method; the device becomes a torch.device.
@@ -158,15 +154,11 @@ def resolve(config):
     device = command.use_device(config.device, config.deterministic)
     return dataclasses.replace(config, device=device)
 
-
 # What a run depends on ----------------------------------------------------------------------------
-
-
 def load_split(config, name):
     """A split of the config's data set, with --class-names; train.py's config or evaluate.py's."""
     split = data.load_dataset(config.dataset, config.data_dir, name, config.cache_dir)
     return data.rename_classes(split, config.class_names) if config.class_names else split
-
 
 def load_splits(config):
     """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
@@ -187,14 +179,12 @@ def load_splits(config):
         raise ValueError(f"{config.data_dir}: {N} training images; expected at least {least}")
     return splits
 
-
 def teacher_file(name, path):
     """The file that `path` names, which may be the word imagenet: torchvision's, downloaded."""
     if path != "imagenet":
         return path
     url, place, digest = models.imagenet_file(name)
     return files.fetch([url], place, digest, "name it with --teacher-weights PATH")
-
 
 def inputs(config, splits):
     """What a run depends on beside its settings, as config.json has it: {"data": {split:
@@ -216,10 +206,7 @@ def inputs(config, splits):
     return {"data": {name: runs.identity(split) for name, split in splits.items()},
             "files": named}
 
-
 # The teacher --------------------------------------------------------------------------------------
-
-
 class Teachers(torch.nn.Module):
     """Frozen conventional teachers as one: mean logits, concatenated features, float32. With amp
     their weights are bfloat16 once and for all: autocast would cast them at every step."""
@@ -236,7 +223,6 @@ class Teachers(torch.nn.Module):
             pairs = [teacher(images.to(self.dtype)) for teacher in self.teachers]
         logits, features = zip(*pairs)
         return richkd.fuse_teachers(logits), torch.cat(features, 1).float()        # (B,K), (B,C)
-
 
 def load_teachers(config, splits):
     """The conventional teachers, frozen, on the device; None if there are none. One without a
@@ -259,7 +245,6 @@ def load_teachers(config, splits):
         teachers.append(models.freeze(model))
     return Teachers(teachers, config.amp).to(config.device) if teachers else None
 
-
 def trained_teacher(config, name, splits):
     """The path of a teacher in the cache, trained first where there is none of these settings and
     training images: the same one for every student, method and seed."""
@@ -275,10 +260,7 @@ def trained_teacher(config, name, splits):
         fit(own, folder, splits, inputs(own, splits))
     return folder / "student.pt"
 
-
 # CLIP ---------------------------------------------------------------------------------------------
-
-
 def tiny_clip(config):
     """The tensors of the tiny CLIP that reads `shapes`, trained first where the cache has none."""
     def train():
@@ -293,7 +275,6 @@ def tiny_clip(config):
 
     path = files.cache_folder(config.cache_dir) / "clip-tiny"
     return runs.cached(path, {"version": shapes.VERSION}, train)
-
 
 def load_clip(config):
     """-> CLIP on the device, its tokenizer, the scale of its logits. The image tower is float32 on
@@ -314,7 +295,6 @@ def load_clip(config):
         clip.visual.bfloat16()
     return clip.to(config.device), tokenizer, scale
 
-
 def class_embeddings(config, clip, tokenizer, class_names):
     """What CLIP's cosines are taken with: (K,D), the mean over the templates, equation (1)."""
     templates = clip_model.load_templates(config.prompts or PROMPTS)
@@ -323,7 +303,6 @@ def class_embeddings(config, clip, tokenizer, class_names):
         clip, tokenizer, class_names, templates,
         progress=lambda done, total: line.update(done, keep=done == total))
     return richkd.ensemble_text_features(text)
-
 
 @torch.inference_mode()
 def clip_view(clip, classes, images):
@@ -337,7 +316,6 @@ def clip_view(clip, classes, images):
         features = clip.visual.float()(images)
     features = F.normalize(features, dim=1)
     return richkd.zero_shot_logits(features, classes, 1.0), features
-
 
 def clip_targets(config, clip, tokenizer, splits):
     """CLIP's view of every plain image of each split, from the cache or computed now: {split name:
@@ -374,10 +352,7 @@ def clip_targets(config, clip, tokenizer, splits):
             lambda: runs.cached(path, key, functools.partial(targets, name, split)))  # noqa: B023
     return kept
 
-
 # Training -----------------------------------------------------------------------------------------
-
-
 class Run(NamedTuple):
     """What every step works with, on the device."""
     config: Config
@@ -393,7 +368,6 @@ class Run(NamedTuple):
     rate: torch.Tensor    # (), the learning rate: within a CUDA graph a number would stand still
     sums: torch.Tensor    # (M,) float64, of the means that `train_step` returns
 
-
 def average_gradients(run):
     """Under torchrun: every gradient becomes its mean over the ranks, in one message."""
     if world() == 1:
@@ -405,7 +379,6 @@ def average_gradients(run):
     means = (flat / world()).split([gradient.numel() for gradient in gradients])
     for gradient, mean in zip(gradients, means):
         gradient.copy_(mean.view_as(gradient))
-
 
 def train_step(run, drawn):
     """One step, from the batch to the optimiser. It reads nothing from the device and copies
@@ -434,7 +407,6 @@ def train_step(run, drawn):
     run.sums.add_(means)
     return means
 
-
 def step_of(run):
     """`train_step` of this run as a function of what is drawn alone: on one GPU that holds the
     images a CUDA graph of it, elsewhere (torchrun's ranks talk, streams wait for files) a call."""
@@ -444,17 +416,14 @@ def step_of(run):
         return command.CudaGraph(step)
     return step
 
-
 def learning_rate(config, epoch):
     """The rate of an epoch, counted from 0: a tenth after epochs 150, 180, 210 of 240 (Tian 2020),
     on ImageNet after 30, 60, 90 of 100, and after the same shares of other numbers of epochs."""
     decays = (30, 60, 90) if config.dataset == "imagenet" else (62.5, 75, 87.5)
     return config.lr * 0.1 ** sum(100 * epoch >= percent * config.epochs for percent in decays)
 
-
 def loss_parts(config):
     return [name for name in ("ce", "logit", "feature") if getattr(config, f"{name}_weight")]
-
 
 def train_epoch(run, step, epoch, progress):
     """One pass over the training images. step: `step_of(run)`, the same in every epoch. -> {"loss",
@@ -490,10 +459,7 @@ def train_epoch(run, step, epoch, progress):
     means = (run.sums / world() / steps).tolist()
     return dict(zip(["loss", *loss_parts(config), "train_accuracy"], means, strict=True))
 
-
 # Evaluation ---------------------------------------------------------------------------------------
-
-
 def classifier(model, mean, std, config):
     """A network as a function from uint8 images (B,3,H,W) on the device to logits (B,K). mean and
     std are those of the images, in 0..1, that it reads."""
@@ -501,7 +467,6 @@ def classifier(model, mean, std, config):
         with autocast(config):
             return model(data.to_input(images, mean, std))[0]
     return logits
-
 
 @torch.inference_mode()
 def predict(subjects, blocks, progress=None, note=""):
@@ -515,7 +480,6 @@ def predict(subjects, blocks, progress=None, note=""):
             done = progress.done + len(images)
             progress.update(done, note, keep=done >= progress.total)
     return {name: torch.cat(blocks).cpu() for name, blocks in rows.items()}
-
 
 def accuracies(run, splits, targets):
     """{"clip", "teacher", "fused", "student": {split: top-1 in percent}} on splits at the
@@ -535,10 +499,7 @@ def accuracies(run, splits, targets):
             table[who][name] = 100 * metrics.top_k_accuracy(z, split.labels)
     return table
 
-
 # A whole run --------------------------------------------------------------------------------------
-
-
 def begin(config, split, teachers, tables, scale):
     """The `Run` of a new student. split: the training images, as the classifiers see them; tables,
     scale: CLIP's targets of them and their scale, or () and None."""
@@ -563,7 +524,6 @@ def begin(config, split, teachers, tables, scale):
     sums = torch.zeros(2 + len(loss_parts(config)), dtype=torch.float64, device=device)
     return Run(config, split, tables, scale, teachers, student, criterion, optimizer, mean, std,
                rate, sums)
-
 
 def fit(config, folder, splits, inputs):
     """Train config.student, from folder/last.pt on where there is one; write student.pt and
@@ -614,7 +574,6 @@ def fit(config, folder, splits, inputs):
         dist.barrier()  # the files are there
     return files.read_json(folder / "summary.json", runs.ANEW)
 
-
 def summarize(config, log, table):
     """What summary.json holds. The accuracies, `table`, are the last epoch's; the best one is
     chosen on the test split itself and stands there for information only. Seconds are those of the
@@ -631,7 +590,6 @@ def summarize(config, log, table):
         "seconds": sum(row["seconds"] for row in log), "device": str(config.device),
         "torch": torch.__version__}
 
-
 def run(config):
     """Train, unless the run folder holds the finished run. -> the summary, a dict."""
     given, config = config, command.join_ranks(resolve(config))
@@ -646,7 +604,6 @@ def run(config):
         files.note(f"--batch-size {config.batch_size}: the learning rate was tuned for {usual}; "
                    "--lr sets another")
     return fit(config, folder, splits, depends_on)
-
 
 if __name__ == "__main__":
     command.main(lambda: command.show(runs.summary_table(run(command.parse(Config, __doc__)))))

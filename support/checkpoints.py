@@ -15,7 +15,6 @@ import torch
 
 from support import files
 
-
 class Inert(dict):
     """Stands for every class and function that a pickle names, but those in `KNOWN`: it takes
     arguments, items and attributes (as items), and does nothing."""
@@ -32,12 +31,10 @@ class Inert(dict):
     def __setstate__(self, state):
         self.update(state if isinstance(state, dict) else {})  # a NumPy dtype's is a tuple
 
-
 def rebuild_tensor(storage, offset, size, stride, *_):
     if math.prod(size) > len(storage):
         raise ValueError("a tensor is larger than its storage")
     return storage.as_strided(size, stride, offset)
-
 
 KNOWN = {
     "collections.OrderedDict": OrderedDict,
@@ -50,7 +47,6 @@ KNOWN = {
        for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")},
 }
 
-
 class Unpickler(pickle.Unpickler):
     """`find_class` is the only way in which a pickle comes to anything outside itself; here nothing
     is imported. persistent_load: function of a storage's key, which returns it as a tensor (n,)."""
@@ -62,12 +58,10 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         return KNOWN.get(f"{module}.{name}", Inert)
 
-
 def flatten(module, prefix=""):
     for name, value in module.items():
         nested = isinstance(value, Inert)
         yield from flatten(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", value)]
-
 
 def read_zip(file):
     """What `torch.save` (since 1.6) wrote, or {dotted name: attribute} of a TorchScript module.
@@ -92,7 +86,6 @@ def read_zip(file):
     content = Unpickler(archive.open(pickled), storage).load()
     return dict(flatten(content)) if isinstance(content, Inert) else content
 
-
 def read_legacy(file):
     """What `torch.save` wrote before 1.6, a pickle each: a magic number, version, machine, content,
     names of storages; then each storage's length and bytes."""
@@ -114,11 +107,9 @@ def read_legacy(file):
             raise ValueError("a storage has another length than its tensors")
     return content
 
-
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,  # by safetensors' names
           "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
           "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
 
 def read_safetensors(file):
     """{name: tensor} of a .safetensors file (github.com/huggingface/safetensors, Format): the
@@ -142,7 +133,6 @@ def read_safetensors(file):
         raise ValueError("it does not end where its tensors do")
     return tensors
 
-
 def read_file(file):
     """The content of an open file, whose first bytes tell its kind. Damaged ones raise anything."""
     head = file.read(262)
@@ -162,7 +152,6 @@ def read_file(file):
         raise ValueError("it is an archive: unpack it")
     return read_legacy(file)
 
-
 def read_checkpoint(path):
     """What a file by torch.save, of any version, a TorchScript archive or a .safetensors file has:
     tensors (on the CPU) and plain values in dicts and lists, whatever its name. Nothing in it is
@@ -176,7 +165,6 @@ def read_checkpoint(path):
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
             raise ValueError(f"{path} is no checkpoint of tensors, or damaged ({reason})") from None
 
-
 def read_own(path, advice):
     """The dict in a file that `files.save` wrote. Raises FileNotFoundError; `files.Damaged`, which
     ends in `advice`, for another file or version."""
@@ -186,20 +174,16 @@ def read_own(path, advice):
             raise ValueError
     return content
 
-
 # The network in it --------------------------------------------------------------------------------
-
 # Under which names programs keep a network, in the order in which one of several is taken: what was
 # trained before its running average and its teacher.
 KEYS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "student", "weights",
         "params", "state_dict_ema", "model_ema", "ema", "teacher")
 BESIDE = ("teacher", "criterion", "loss", "ema", "model_ema", "n_averaged")  # are no layers
 
-
 def say_taken(path, taken, others):
     if others:
         files.note(f"{path} holds {taken} and {', '.join(others)}; {taken} is read")
-
 
 def states(content, keys=()):
     """Each dict of tensors in dicts under `KEYS`, inner ones first: (its keys, {name: tensor})."""
@@ -210,7 +194,6 @@ def states(content, keys=()):
              if isinstance(name, str) and torch.is_tensor(value)}
     if state:
         yield keys, state
-
 
 def unwrapped(state, path):
     """{name: tensor} without what wraps the network, in any order and depth: `_orig_mod.` of
@@ -227,7 +210,6 @@ def unwrapped(state, path):
         say_taken(path, taken, [head for head in heads if head != taken])
         state = {name.removeprefix(f"{taken}."): tensor for name, tensor in state.items()
                  if name.startswith(f"{taken}.")}
-
 
 def read_state_dict(path):
     """{name: tensor} of a checkpoint: bare or, at any depth, under one of `KEYS`, without the
@@ -248,7 +230,6 @@ def read_state_dict(path):
             raise ValueError(f"{path}: {name} has values that are not finite: its training failed")
     return state
 
-
 def read_about(path):
     """What this project's own student.pt says of itself beside its tensors; {} for a file that says
     none of it. Raises as `read_checkpoint`."""
@@ -256,7 +237,6 @@ def read_about(path):
     content = read_checkpoint(path)
     ours = isinstance(content, dict) and {"model_name", "format"} <= content.keys()
     return {key: content[key] for key in about if ours and key in content}
-
 
 def match(wanted, state):
     """The tensors `state` of a file under the names of a model, which wants {name: shape}, and what

@@ -15,7 +15,6 @@ import torch
 from support import checkpoints, files
 
 # Addresses ----------------------------------------------------------------------------------------
-
 # OpenAI's storage, and what stands before it: the address in its own code, which often fails.
 HOSTS = ("https://openaipublic.blob.core.windows.net/clip",
          "https://openaipublic.azureedge.net/clip")
@@ -46,12 +45,10 @@ BPE_DIGEST = "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d
 BPE_URLS = (f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{BPE_FILE}",
             f"{HOSTS[0]}/{BPE_FILE}")
 
-
 def fetch_bpe(cache_dir=None):
     """The path of the public BPE file, downloaded where it is absent. Raises as `files.fetch`."""
     path = files.cache_folder(cache_dir) / BPE_FILE
     return files.fetch(BPE_URLS, path, BPE_DIGEST, "pass --bpe PATH")
-
 
 def sources(name, folder):
     """What is known to have the weights `name`, a public name or a repository on Hugging Face:
@@ -67,9 +64,7 @@ def sources(name, folder):
             known.append((path, [url], digest))
     return known
 
-
 # What lies beside the weights ---------------------------------------------------------------------
-
 ACTIVATIONS = ("quickgelu", "gelu")
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
            "open_clip_pytorch_model.bin")  # of a folder as Hugging Face has it, in order of choice
@@ -80,7 +75,6 @@ PLAIN = {  # what changes results and not the tensors, with the values that are 
     "layer_norm_eps": (1e-5,), "hf_tokenizer_name": (), "tokenizer_kwargs": (),
     "mean": (MEAN,), "std": (STD,), "image_mean": (MEAN,), "image_std": (STD,),
 }
-
 
 def read_listing(path):
     """What the config beside weights named as in WEIGHTS says of them: arguments of CLIP by name;
@@ -120,9 +114,7 @@ def read_listing(path):
                              f"{' or '.join(map(str, PLAIN[key])) or 'none'}, as in OpenAI's CLIP")
     return said
 
-
 # Other programs' names of tensors -----------------------------------------------------------------
-
 NAMES = (  # transformers' and OpenAI's
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
@@ -139,7 +131,6 @@ NAMES = (  # transformers' and OpenAI's
     (".self_attn.", ".attn."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."),
     (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."),
 )
-
 
 def to_openai_layout(state):
     """A state dict of OpenAI, transformers (behind any prefix) or open_clip -> the same under
@@ -161,10 +152,7 @@ def to_openai_layout(state):
         renamed[name.replace("q_proj.", "in_proj_")] = torch.cat([q, k, v])
     return renamed
 
-
 # From a name to tensors ---------------------------------------------------------------------------
-
-
 def find(name, cache_dir=None):
     """-> (path of the weights, what is said of them: arguments of CLIP by name). name: one of
     PUBLIC_CLIPS, a file, a folder that holds one of WEIGHTS, or a name on Hugging Face: from its
@@ -196,7 +184,6 @@ def find(name, cache_dir=None):
     kind = FileNotFoundError if Path(name).suffix else ValueError
     raise kind(f"{name!r} is neither a file, a folder nor a public CLIP; these are "
                f"{', '.join(PUBLIC_CLIPS)}, or org/name that `hf download` has fetched")
-
 
 def load(name_or_path, cache_dir=None, activation=None):
     """-> (path, tensors in OpenAI's layout, what is said of them). Its activation is the one asked

@@ -30,7 +30,6 @@ import torch.distributed as dist
 from support import files
 
 # Settings and the command line --------------------------------------------------------------------
-
 def setting(default, text, **metadata):
     """A dataclass field with its line of help. metadata: argparse's nargs, metavar, const, choices;
     `within`, the bounds of a number; `above`, what it must exceed."""
@@ -107,7 +106,6 @@ def main(job):
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])
 
 # Device -------------------------------------------------------------------------------------------
-
 def use_device(name, deterministic=False):
     """-> the torch.device, a GPU told how to compute. ValueError where torch cannot use it."""
     try:
@@ -180,7 +178,6 @@ class CudaGraph:
         return self.result
 
 # Processes ----------------------------------------------------------------------------------------
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 

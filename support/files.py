@@ -18,10 +18,8 @@ import torch
 
 FORMAT = 2  # of every file that this project writes for itself; a file of another one is refused
 
-
 class Damaged(ValueError):
     """A file of this project's own, or an archive, that is not as it was written."""
-
 
 def note(text):
     """Say a fall-back, a guess, what is left out: one line on stderr, once a process for each text
@@ -32,14 +30,11 @@ def note(text):
         print(clear + " ".join(text.splitlines()), file=sys.stderr)
     note.said.add(text)
 
-
 note.said = set()
-
 
 def one_line(error):
     """The last line of an error's text (torch and torchvision write several), or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
 
 def cache_folder(cache_dir=None):
     """Where downloads and targets are kept: cache_dir, else $RICHKD_CACHE, else ~/.cache/richkd.
@@ -50,17 +45,13 @@ def cache_folder(cache_dir=None):
                          "pass --cache-dir")
     return Path(folder)
 
-
 def check_folder(path):
     """Raises NotADirectoryError where `path` neither is a folder nor can become one."""
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is no folder; expected one, or a name for a new one")
 
-
 # Written and read ---------------------------------------------------------------------------------
-
-
 def write_atomically(path, data):
     """Write `data`, bytes or a function that is given the open file. Whatever happens, kill -9 and
     a full disk included, `path` holds all of it or what it held before. OSError names the file."""
@@ -86,7 +77,6 @@ def write_atomically(path, data):
             if time.time() - stale.stat().st_mtime > 86400:
                 stale.unlink()
 
-
 def save(path, content):
     """A dict as a checkpoint file, by torch.save, atomically; `checkpoints.read_own` reads it."""
     def write(file):
@@ -98,12 +88,10 @@ def save(path, content):
 
     write_atomically(path, write)
 
-
 def write_json(path, content):
     """A dict of JSON values, atomically, with a digest by which `read_json` notices a change."""
     text = json.dumps({"format": FORMAT, **content, "digest": json_digest(content)}, indent=1)
     write_atomically(path, text.encode())
-
 
 def read_json(path, advice):
     """The dict that `write_json` wrote. Raises FileNotFoundError; `Damaged`, ending in `advice`."""
@@ -114,7 +102,6 @@ def read_json(path, advice):
             raise ValueError
     return content
 
-
 @contextlib.contextmanager
 def undamaged(path, advice):
     """What reading a file of another shape raises becomes one `Damaged` that names it."""
@@ -122,7 +109,6 @@ def undamaged(path, advice):
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
         raise Damaged(f"{path} is damaged, or of another version; {advice}") from None
-
 
 def read_text(path):
     """The text of a file that a person may have written: UTF-8, with or without the mark that
@@ -132,21 +118,16 @@ def read_text(path):
     except UnicodeDecodeError:
         raise ValueError(f"{path}: expected text in UTF-8; save it as that") from None
 
-
 def json_digest(content):
     """The SHA-256 of JSON values, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
 
 def file_digest(path, algorithm="sha256"):
     """The digest of a file's bytes, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
-
 # Downloads ----------------------------------------------------------------------------------------
-
-
 def fetch(urls, path, digest, advice):
     """The file `path`; where it is absent, downloaded from the first of `urls` that has it. What
     came before a connection ended is kept as NAME.part, and gone on with.
@@ -184,7 +165,6 @@ def fetch(urls, path, digest, advice):
                          f"{advice}")
     return path
 
-
 def download(url, part):
     """What is at an address, into `part`; what this holds is taken for the beginning, unless the
     server ignores `Range`. Raises OSError where the connection ends early, HTTPException, and
@@ -211,12 +191,10 @@ def download(url, part):
         raise OSError(f"the connection ended at {done} of {total} bytes")
     progress.update(done / 1e3, keep=True)
 
-
 def is_web_page(head):
     """Whether what begins with these bytes is HTML, or XML, in which some servers refuse."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:9].lower()
     return text.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error"))
-
 
 class Progress:
     """One line on stderr: what, how much of it, rate, time left. On a terminal it rewrites itself;
@@ -241,7 +219,6 @@ class Progress:
         if terminal:  # a line that wraps could not be rewritten
             line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
         print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
-
 
 def duration(seconds):
     """"0:07", "1:02:03"."""

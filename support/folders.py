@@ -23,12 +23,9 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 MAX_ENTRY = 2**25  # bytes of a file in a zip, unpacked; Tiny-ImageNet's words.txt has 2.5 MB
 
 # Files --------------------------------------------------------------------------------------------
-
-
 def is_data(name):
     """Whether a file's posix name is none that systems add: .DS_Store, ._cat.png, __MACOSX/..."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
 
 def unpack(archive, cache_dir=None):
     """The folder in the cache that a zip is unpacked into, once: it is named by the zip's content.
@@ -48,11 +45,9 @@ def unpack(archive, cache_dir=None):
                 os.replace(Path(temporary, "all"), folder)
     return folder
 
-
 def holder(root, name):
     """`root`, or a folder in it, that holds `name`; None where there is none."""
     return next((path.parent for path in (*root.glob(name), *root.glob(f"*/{name}"))), None)
-
 
 def extract(archive, folder):
     """Unpack a zip's data into a new folder."""
@@ -65,7 +60,6 @@ def extract(archive, folder):
                                  f"{entry.file_size} bytes; expected at most {MAX_ENTRY}")
             if is_data(entry.filename):
                 opened.extract(entry, folder)
-
 
 def list_files(root):
     """Yield the posix names, relative to `root`, of the files in a folder and, links followed, in
@@ -81,18 +75,15 @@ def list_files(root):
         prefix = Path(folder).relative_to(root).as_posix()
         yield from (f"{prefix}/{name}".removeprefix("./") for name in here)
 
-
 def split_words(text):
     """{id: words} of lines `id<tab>words` or `id words`."""
     rows = [re.split("\t" if "\t" in line else " ", line.strip(), maxsplit=1)
             for line in text.splitlines() if line.strip()]
     return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
 
-
 SYNONYMS = {  # of ImageNet's thousand, for those whose names, as listed, are another's too
     "n02012849": ["crane bird"], "n03126707": ["construction crane"],
     "n02113186": ["Cardigan Welsh corgi"]}
-
 
 def class_words(root, ids):
     """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
@@ -112,10 +103,7 @@ def class_words(root, ids):
         return dict(zip(ids, weights.meta["categories"]))
     return {}
 
-
 # Pictures -----------------------------------------------------------------------------------------
-
-
 def open_image(path):
     """An image file -> a PIL image, RGB with 8 bits, as torchvision opens it. Raises ValueError for
     what is no image, damaged, of more than 8 bits in one channel, which PIL would clip, or above
@@ -131,11 +119,9 @@ def open_image(path):
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is not a readable image ({files.one_line(error)})") from None
 
-
 def is_picture(name):
     """Whether a file's posix name, relative to the class folders', is of a picture in one."""
     return is_data(name) and "/" in name and name.lower().endswith(SUFFIXES)
-
 
 def by_class(root, part=0):
     """{class: paths} of a folder of class folders, both sorted as torchvision's ImageFolder has
@@ -153,22 +139,17 @@ def by_class(root, part=0):
                                 f"{', '.join(SUFFIXES)}")
     return dict(sorted(listing.items()))
 
-
 def class_folders(root):
     """The sorted names of the class folders in `root` that hold a picture, if any."""
     return sorted(folder.name for folder in Path(root).glob("*") if folder.is_dir() and any(
         is_picture(f"{folder.name}/{name}") for name in list_files(folder)))
 
-
 # Two listings of the classes ----------------------------------------------------------------------
-
-
 def alike(name):
     """A class's name without what people write in different ways; of synonyms the first."""
     name = unicodedata.normalize("NFC", name.split(",")[0])
     name = re.sub(r"[\s_-]+", " ", name).strip().lower()
     return str(int(name)) if name.isdecimal() else name  # 002 is 2
-
 
 def match_classes(listing, class_ids, class_names, where, partial=False):
     """{name: its class's number} of the names that a second listing, `where`, has for the classes.
@@ -204,12 +185,10 @@ def match_classes(listing, class_ids, class_names, where, partial=False):
                    f"{class_ids[matched[rest[0]]]}")
     return matched
 
-
 def labelled(listing, matched):
     """The paths of `by_class` one after another, and the number of each one's class."""
     return ([path for paths in listing.values() for path in paths],
             [matched[name] for name, paths in listing.items() for _ in paths])
-
 
 def say_absent(matched, class_ids, where, other):
     """One line about the classes of `other` that the listing `where` lacks, if it lacks any."""

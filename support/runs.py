@@ -29,8 +29,6 @@ FILES = ("teacher_weights", "clip", "bpe", "prompts", "class_names")
 ANEW = "--overwrite starts the run anew"
 
 # Data ---------------------------------------------------------------------------------------------
-
-
 def digest_files(paths):
     """SHA-256 of files: of each the last two parts of its name and its size; of a JPEG or PNG the
     last 256 bytes, in which the one ends its pixels and the other has its checksum; of any other
@@ -47,7 +45,6 @@ def digest_files(paths):
         digest.update(b"%d %d %b %b" % (len(name), size, name, content))
     return digest.hexdigest()
 
-
 def identity(split):
     """What tells a data.Split from any other, as JSON has it: {"images": N, "class_names",
     "class_ids", "content": SHA-256 of labels and images}. The same data elsewhere has the same."""
@@ -61,13 +58,11 @@ def identity(split):
     return {"images": len(split.labels), "class_names": list(split.class_names),
             "class_ids": list(split.ids), "content": digest.hexdigest()}
 
-
 def class_difference(there, here):
     """The first class in which two listings, in the labels' order, differ, in words, or None."""
     pairs = enumerate(itertools.zip_longest(there, here))
     return next((f"class {k} is {before!r} there and {now!r} here"
                  for k, (before, now) in pairs if before != now), None)
-
 
 def difference(there, here, names=True):
     """What two `identity` differ in, in words; None where they are the same. Without `names` these,
@@ -80,7 +75,6 @@ def difference(there, here, names=True):
     if there["content"] != here["content"] and not differ:
         differ = "other images or labels"
     return differ
-
 
 def cached(path, key, make):
     """What make() returns, tensors in a tuple or a dict, kept in a file PATH-DIGEST.pt that is
@@ -100,10 +94,7 @@ def cached(path, key, make):
     files.save(path, {"key": digest, "content": make()})
     return torch.load(path, mmap=True, weights_only=True)["content"]
 
-
 # Checkpoints of classifiers -----------------------------------------------------------------------
-
-
 def input_size(path, about, split, info):
     """The side of the images that a checkpoint reads: what it says of itself, `about` (as
     `checkpoints.read_about` has it), else that of `info`, a data set's. Raises ValueError where its
@@ -122,15 +113,11 @@ def input_size(path, about, split, info):
                          f"normalised with {[list(info.mean), list(info.std)]}: expected the same")
     return size
 
-
 # A run's folder -----------------------------------------------------------------------------------
-
-
 def settings(config):
     """The settings that decide the result, as JSON has them."""
     return {name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(config).items() if name not in PLACES}
-
 
 def open_run(config, inputs):
     """-> the run's folder, nothing changed in it, and its summary if it is finished, else None.
@@ -156,7 +143,6 @@ def open_run(config, inputs):
         return folder, None
     return folder, files.read_json(folder / "summary.json", ANEW)
 
-
 def run_difference(about, config, inputs):
     """What a run's config.json, `about`, and a config with its inputs differ in, in words; None
     where in nothing. A split that only one of them has is not compared."""
@@ -176,7 +162,6 @@ def run_difference(about, config, inputs):
             return f"other content of {flag(name)} {getattr(config, name)}"
     return None
 
-
 def begin_run(config, folder, inputs):
     """Empty the folder of its run, if it holds one, and write config.json."""
     for name in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json", "report.png",
@@ -186,7 +171,6 @@ def begin_run(config, folder, inputs):
     files.write_json(folder / "config.json", {
         "settings": settings(config), "inputs": inputs, "torch": torch.__version__,
         "places": {**places, "device": str(config.device)}})
-
 
 def restore(path, stateful):
     """Read last.pt into modules and optimiser, `stateful`; -> its log, [] where there is no file.
@@ -199,14 +183,12 @@ def restore(path, stateful):
             part.load_state_dict(last[name])
         return list(last["log"])
 
-
 def keep_epoch(folder, log, stateful):
     """log.csv and last.pt as they stand after an epoch, each row of `log` a dict."""
     lines = [",".join(log[0])] + [",".join(map(str, row.values())) for row in log]
     files.write_atomically(folder / "log.csv", "".join(line + "\n" for line in lines).encode())
     files.save(folder / "last.pt", {"log": log, **{
         name: part.state_dict() for name, part in stateful.items()}})
-
 
 def summary_table(summary):
     """The summary's accuracies as text: a row a model, a column a split."""

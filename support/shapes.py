@@ -34,12 +34,9 @@ CAPTIONS = [f"a {manner}{medium} of a {{}}{place}"
             for place in ("", " in the wild")]
 
 # Pictures -----------------------------------------------------------------------------------------
-
-
 def turn(angle, x, y):
     """The coordinates of (x, y) on axes turned by `angle` radians."""
     return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-
 
 def star_distance(x, y, tips, notch):
     """A star, one tip up at radius 1, its notches at radius `notch`; cos(pi / tips): a polygon."""
@@ -48,7 +45,6 @@ def star_distance(x, y, tips, notch):
     angle = ((torch.atan2(x, -y) + half) % (2 * half) - half).abs()
     dx, dy = notch * math.cos(half) - 1, notch * math.sin(half)  # the edge left after folding
     return ((radius * angle.cos() - 1) * dy - radius * angle.sin() * dx) / math.hypot(dx, dy)
-
 
 def distance(shape, x, y):
     """Of (x, y), y downwards, from the outline of a shape of radius about 1; inside it is < 0."""
@@ -69,7 +65,6 @@ def distance(shape, x, y):
     if shape == "ring":
         return (torch.hypot(x, y) - 0.74).abs() - 0.22
     return torch.maximum(torch.hypot(x, y) - 0.95, 0.8 - torch.hypot(x - 0.5, y))  # crescent
-
 
 def render(phrases, style, generator):
     """N phrases, style (N,) from 0 (plain) to 1 (wild) -> images uint8 (N,3,32,32)."""
@@ -123,7 +118,6 @@ def render(phrases, style, generator):
     canvas = canvas + noise * draw((0.08, 0.08), (0.02, 0.08), 1, 1, 1)
     return canvas.clamp(0, 1).mul(255).round().to(torch.uint8)
 
-
 def render_shapes(split, seed=0):
     """-> images uint8 (N,3,32,32), labels int64 (N,), class names; "train" and "test" in the plain
     style, "shift" wild. Classes are of equal size as far as N allows, images fixed by the seed."""
@@ -133,7 +127,6 @@ def render_shapes(split, seed=0):
     if split == "shift":
         style = 0.2 + 0.8 * torch.rand(len(labels), generator=generator)
     return render([CLASSES[label] for label in labels], style, generator), labels, list(CLASSES)
-
 
 def render_captions(n, seed=0):
     """-> images uint8 (n,3,32,32) of the wider world and what each shows, n of PHRASES. A caption
@@ -145,16 +138,12 @@ def render_captions(n, seed=0):
               for i in range(0, n, 1000)]  # blocks bound the memory
     return torch.cat(images), phrases
 
-
 # The tiny CLIP ------------------------------------------------------------------------------------
-
-
 TINY_CLIP = {  # the arguments of clip_model.CLIP: 514 token ids are those of bytes alone
     "embed_dim": 64, "image_resolution": SIDE, "vision_layers": (1, 1, 1, 1), "vision_width": 16,
     "vision_patch_size": None, "context_length": 56, "vocab_size": 514, "transformer_width": 64,
     "transformer_heads": 1, "transformer_layers": 2}
 VERSION = 1  # of the tiny CLIP: raised when its pictures, captions, sizes or training change
-
 
 def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, seed=0, steps=1000,
                     batch_size=128, progress=None):

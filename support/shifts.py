@@ -14,7 +14,6 @@ import torch
 
 from support import files, folders
 
-
 def read_arrays(images_path, labels_path):
     """Images uint8 (N,3,32,32) and labels int64 (N,) of two .npy files with (N,32,32,3) and (N,);
     of the images, only what is used is read. Raises OSError; ValueError for other content."""
@@ -25,7 +24,6 @@ def read_arrays(images_path, labels_path):
         raise ValueError(f"{images_path} is {images.dtype} {list(images.shape)}, its labels "
                          f"{list(labels.shape)}; expected uint8 [N, 32, 32, 3] and [N]")
     return images.permute(0, 3, 1, 2), labels.long()
-
 
 def read_cifar_c(directory, name, severity):
     """One severity, 1 to 5, of CIFAR-10-C or -100-C: images uint8 (N,3,32,32), labels int64 (N,);
@@ -38,7 +36,6 @@ def read_cifar_c(directory, name, severity):
     part = slice((severity - 1) * n, severity * n)
     return images[part].contiguous(), labels[part]
 
-
 def read_cifar10_1(folder):
     """CIFAR-10.1 (Recht et al. 2018), the latest version in the folder: images uint8 (N,3,32,32),
     labels int64 (N,) of CIFAR-10's classes. Raises as `read_arrays`."""
@@ -47,7 +44,6 @@ def read_cifar10_1(folder):
     if set(labels.tolist()) - set(range(10)):
         raise ValueError(f"{path}: its labels are not all from 0 to 9")
     return images.contiguous(), labels
-
 
 def read_stl10(folder):
     """STL-10's test images of the nine classes that CIFAR-10 has: uint8 (N,3,96,96), labels int64
@@ -61,7 +57,6 @@ def read_stl10(folder):
         images = images.view(-1, 3, 96, 96).transpose(2, 3)  # their files are column-major
         return images[labels >= 0].contiguous(), labels[labels >= 0]
 
-
 def imagenet_c_folder(directory, name, severity):
     """The folder of one corruption's classes in ImageNet-C or Tiny-ImageNet-C: <name>/<severity>,
     or below another one, as the archives unpack (blur/defocus_blur/1). FileNotFoundError: none."""
@@ -69,7 +64,6 @@ def imagenet_c_folder(directory, name, severity):
         if (path / str(severity)).is_dir():
             return path / str(severity)
     raise FileNotFoundError(f"{directory} has no {name}/{severity}; expected ImageNet-C, unpacked")
-
 
 def list_classes(root, class_ids, class_names, renamed=None):
     """The images of a folder a class -> paths, labels int64 (N,), columns int64 (k,).
@@ -86,7 +80,6 @@ def list_classes(root, class_ids, class_names, renamed=None):
     paths, classes = folders.labelled(listing, {folder: matched[names[folder]] for folder in names})
     columns, labels = torch.tensor(classes).unique(return_inverse=True)
     return paths, labels, columns
-
 
 def load_shift(directory, dataset, class_ids, class_names):
     """A shift set -> its images, a uint8 tensor (N,3,H,W) or a list of paths, labels int64 (N,)
