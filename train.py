@@ -49,15 +49,13 @@ METHODS = {
 # What depends on the data set. The schedule is that of CRD (Tian 2020), which the paper follows.
 CIFAR = dict(teacher=("resnet110",), student="resnet20", clip="ViT-L/14", num_negatives=16384,
              epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4)
-IMAGENET = dict(teacher=("resnet34",), student="resnet18", clip="ViT-L/14", num_negatives=16384,
-                epochs=100, batch_size=256, lr=0.1, weight_decay=1e-4)
 RECIPES = {
     # A quarter of its 1,000 images as negatives, where the paper's 16384 are a third of CIFAR's.
     "shapes": {**CIFAR, "teacher": ("resnet20",), "student": "resnet8", "clip": "tiny",
                "num_negatives": 256, "epochs": 30},
     "cifar10": CIFAR, "cifar100": CIFAR, "tiny-imagenet": CIFAR, "folder": CIFAR,
-    "imagenet": IMAGENET,
-}
+    "imagenet": {**CIFAR, "teacher": ("resnet34",), "student": "resnet18", "epochs": 100,
+                 "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4}}
 
 # Settings -----------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +65,15 @@ class Config:
     data_dir: str = setting("data", "where it lies or is downloaded to; some as a zip")
     image_size: int = setting(None, "side of images; default: the data set's", within=(8, inf))
     fraction: float = setting(1.0, "share of the training images, always the same", within=(0, 1))
-    holdout: float = setting(0.0, "share of the training images that the run is tested on, to "
-                             "choose settings", within=(0, 0.9))
+    holdout: float = setting(0.0, "share of them to be tested on, to choose settings",
+                             within=(0, 0.9))
     method: str = setting("richkd", "what the student learns from", choices=tuple(METHODS))
     teacher: tuple = setting(None, "conventional teacher's architecture; several are averaged",
                              nargs="+", metavar="NAME")
-    teacher_weights: tuple = setting(None, "a checkpoint a teacher, or `imagenet`; without, it is "
+    teacher_weights: tuple = setting(None, "a checkpoint a teacher, or `imagenet`; else it is "
                                      "trained first, and kept", nargs="+", metavar="FILE")
     student: str = setting(None, "the student's architecture")
-    class_names: str = setting(None, "a file of the names that CLIP is asked for, one a line in "
-                               "the order of the classes; default: the data set's")
+    class_names: str = setting(None, "a file of the names that CLIP is asked for, one a line")
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint")
     clip_activation: str = setting(None, "CLIP's, where its file does not tell; default: OpenAI's "
                                    "quickgelu", choices=clip_files.ACTIVATIONS)
@@ -111,8 +108,8 @@ class Config:
 def for_size(name, image_size):
     """`resnet18` and `resnet50` as the zoo calls them: at more than 64 pixels ImageNet's networks,
     else those that papers on CIFAR call so."""
-    small, large = {"resnet18": "resnet18_cifar"}, {"resnet50": "resnet50_imagenet"}
-    meant = (small if image_size <= 64 else large).get(name, name)
+    other = {"resnet50": "resnet50_imagenet"} if image_size > 64 else {"resnet18": "resnet18_cifar"}
+    meant = other.get(name, name)
     if meant != name:
         files.note(f"{name} for images of {image_size} x {image_size} is {meant} here")
     return meant
@@ -121,14 +118,14 @@ def resolve(config):
     """Fill in what depends on the data set and the method; the device becomes a torch.device.
     Raises ValueError, naming the valid values, for a wrong one."""
     command.check(config)
-    fixed, default, imagenet = METHODS[config.method], Config(), config.dataset == "imagenet"
+    fixed, default = METHODS[config.method], Config()
     for name, value in fixed.items():
         if getattr(config, name) not in (value, getattr(default, name)):
             raise ValueError(f"{flag(name)} {getattr(config, name)} does not go with --method "
                              f"{config.method}, which fixes it at {value}")
     recipe = {"image_size": data.DATASETS[config.dataset].image_size, **RECIPES[config.dataset]}
     student = config.student or recipe["student"]
-    if student.startswith(("mobilenet", "shufflenet")) and not imagenet:
+    if student.startswith(("mobilenet", "shufflenet")) and config.dataset != "imagenet":
         recipe["lr"] = 0.01  # as in RepDistiller's train_student.py
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing, **fixed)
@@ -136,23 +133,22 @@ def resolve(config):
     logit, feature = config.logit_weight > 0, config.feature_weight > 0
     if not (logit or feature or config.ce_weight):
         raise ValueError("--ce-weight, --logit-weight, --feature-weight: all are 0")
-    unused = {}
+    changes = {"student": for_size(student, config.image_size)}
     if not (logit and config.alpha > 0 or feature and config.lam > 0):
-        unused = {"teacher": (), "teacher_weights": None}
-    if not (logit and config.alpha < 1 or feature and config.lam < 1):
-        unused |= dict.fromkeys(("clip", "clip_activation", "bpe", "prompts"))
-    config = dataclasses.replace(config, student=for_size(student, config.image_size), **unused)
-    if not config.teacher_weights:  # else the file has what it has
-        teacher = tuple(for_size(name, config.image_size) for name in config.teacher)
-        config = dataclasses.replace(config, teacher=teacher)
+        changes |= {"teacher": (), "teacher_weights": None}
+    elif not config.teacher_weights:  # else the file has what it has
+        changes["teacher"] = tuple(for_size(name, config.image_size) for name in config.teacher)
     elif len(config.teacher_weights) != len(config.teacher):
         raise ValueError(f"{len(config.teacher)} --teacher, but {len(config.teacher_weights)} "
                          "--teacher-weights: expected one a teacher")
+    if not (logit and config.alpha < 1 or feature and config.lam < 1):
+        changes |= dict.fromkeys(("clip", "clip_activation", "bpe", "prompts"))
+    device = command.use_device(config.device, config.deterministic)
+    config = dataclasses.replace(config, device=device, **changes)
     with torch.device("meta"):  # an unknown name raises; no weights are made for that
         for name in (config.student, *config.teacher):
             models.build_model(name, 2)
-    device = command.use_device(config.device, config.deterministic)
-    return dataclasses.replace(config, device=device)
+    return config
 
 # What a run depends on ----------------------------------------------------------------------------
 def load_split(config, name):
@@ -333,8 +329,8 @@ def clip_targets(config, clip, tokenizer, splits):
     # The prompts are encoded once for all splits, and only where one is not in the cache.
     classes = functools.cache(lambda: class_embeddings(config, clip, tokenizer, class_names))
 
-    def targets(name, split):
-        images = data.clip_images(split.images, clip.visual.input_resolution)
+    def look(name):
+        images = data.clip_images(splits[name].images, clip.visual.input_resolution)
         rows, line = [], files.Progress(f"CLIP's targets ({name})", len(images))
         for block in data.blocks(images, 250, config.workers):  # the CPU brings them to size
             view = clip_view(clip, classes(), block)
@@ -344,13 +340,12 @@ def clip_targets(config, clip, tokenizer, splits):
             line.update(line.done + len(block), keep=line.done + len(block) == len(images))
         return tuple(torch.cat(part) for part in zip(*rows))
 
-    kept = {}
-    for name, split in splits.items():
+    def kept(name):
         path = files.cache_folder(config.cache_dir) / f"targets-{config.dataset}-{name}"
-        key = {**asked, "images": runs.identity(split)["content"]}
-        kept[name] = rank_zero_first(
-            lambda: runs.cached(path, key, functools.partial(targets, name, split)))  # noqa: B023
-    return kept
+        key = {**asked, "images": runs.identity(splits[name])["content"]}
+        return runs.cached(path, key, lambda: look(name))
+
+    return {name: rank_zero_first(functools.partial(kept, name)) for name in splits}
 
 # Training -----------------------------------------------------------------------------------------
 class Run(NamedTuple):
@@ -372,8 +367,8 @@ def average_gradients(run):
     """Under torchrun: every gradient becomes its mean over the ranks, in one message."""
     if world() == 1:
         return
-    gradients = [parameter.grad for group in run.optimizer.param_groups
-                 for parameter in group["params"] if parameter.grad is not None]
+    parameters = (*run.student.parameters(), *run.criterion.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     means = (flat / world()).split([gradient.numel() for gradient in gradients])
@@ -384,9 +379,9 @@ def train_step(run, drawn):
     """One step, from the batch to the optimiser. It reads nothing from the device and copies
     nothing to it, so that a CUDA graph can replay it. -> (M,) float64: the loss, its parts and the
     accuracy, means over the batch, also added to run.sums. drawn: one item of `data.epoch`."""
+    z_t, f_t, z_c, f_c = None, None, None, None
     images, y, index, *clip = data.look_up(run.split, run.tables, drawn)
     x = data.to_input(images, run.mean, run.std)     # (B,3,H,W): one crop for both networks
-    z_t, f_t, z_c, f_c = None, None, None, None
     if clip:  # of the plain image, computed beforehand
         cosines, features = clip
         z_c, f_c = run.scale * cosines.float(), features.float()                    # (B,K), (B,D)
@@ -439,21 +434,20 @@ def train_epoch(run, step, epoch, progress):
     run.sums.zero_()
 
     # Reading a number stalls a GPU, so the sums for the log stay there and are looked at rarely.
-    steps, every = 0, 1 if config.device.type == "cpu" else 50
-    for drawn in data.epoch(run.split, run.tables, config.batch_size, seed, rank(), world(),
-                            config.workers, config.device):
+    every = 1 if config.device.type == "cpu" else 50
+    batches = data.epoch(run.split, run.tables, config.batch_size, seed, rank(), world(),
+                         config.workers, config.device)
+    for steps, drawn in enumerate(batches, 1):
         means = step(drawn)
-        steps += 1
         if steps % every == 0 or N - steps * config.batch_size < 2:  # last: of 1 image is no batch
             loss, accuracy = means[[0, -1]].tolist()
             if not isfinite(loss) or not isfinite(run.sums[0]):
                 raise FloatingPointError(
                     f"epoch {epoch + 1}, step {steps}: the loss is not finite; the run folder "
                     f"keeps epoch {epoch}; a smaller --lr may help")
-            if rank() == 0:
-                progress.update(epoch * N + min(N, steps * config.batch_size),
-                                f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | "
-                                f"accuracy {accuracy:.1f} %")
+            progress.update(epoch * N + min(N, steps * config.batch_size),
+                            f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | accuracy "
+                            f"{accuracy:.1f} %")
     if world() > 1:
         dist.all_reduce(run.sums)
     means = (run.sums / world() / steps).tolist()
@@ -509,14 +503,12 @@ def begin(config, split, teachers, tables, scale):
         split = split._replace(labels=split.labels.to(device))
     torch.manual_seed(config.seed)
     student = models.build_model(config.student, len(split.class_names))
+    own = ("alpha", "lam", "temperature", "ce_weight", "logit_weight", "feature_weight",
+           "logit_loss", "standardize", "num_negatives", "negatives", "seed")
     criterion = richkd.RichKD(
         student.num_features, teachers.num_features if teachers else 0,
-        tables[1].shape[1] if tables else 0, len(split.labels), alpha=config.alpha, lam=config.lam,
-        temperature=config.temperature, ce_weight=config.ce_weight,
-        logit_weight=config.logit_weight, feature_weight=config.feature_weight,
-        logit_loss=config.logit_loss, standardize=config.standardize,
-        num_negatives=config.num_negatives, labels=split.labels, negatives=config.negatives,
-        seed=config.seed).to(device)
+        tables[1].shape[1] if tables else 0, len(split.labels), labels=split.labels,
+        **{name: getattr(config, name) for name in own}).to(device)
     student.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([*student.parameters(), *criterion.parameters()], lr=config.lr,
                                 momentum=0.9, weight_decay=config.weight_decay, fused=True)
@@ -525,9 +517,9 @@ def begin(config, split, teachers, tables, scale):
     return Run(config, split, tables, scale, teachers, student, criterion, optimizer, mean, std,
                rate, sums)
 
-def fit(config, folder, splits, inputs):
+def fit(config, folder, splits, depends_on):
     """Train config.student, from folder/last.pt on where there is one; write student.pt and
-    summary.json. -> the summary. inputs: as `inputs` has them, for config.json."""
+    summary.json. -> the summary. depends_on: as `inputs` has it, for config.json."""
     # What can be missing comes before what takes long: given teachers, CLIP, teachers to train.
     teachers = load_teachers(config, splits) if config.teacher_weights else None
     targets, scale = {}, None
@@ -535,13 +527,14 @@ def fit(config, folder, splits, inputs):
         clip, tokenizer, scale = rank_zero_first(lambda: load_clip(config))
         targets = clip_targets(config, clip, tokenizer, splits)
     teachers = teachers or load_teachers(config, splits)
-    splits = {name: data.at_size(split, config.image_size, config.cache_dir, config.workers,
-                                 config.device) for name, split in splits.items()}
+    how = (config.image_size, config.cache_dir, config.workers, config.device)
+    splits = rank_zero_first(lambda: {name: data.at_size(split, *how)
+                                      for name, split in splits.items()})
     run = begin(config, splits.pop("train"), teachers, targets.get("train", ()), scale)
     stateful = {"student": run.student, "criterion": run.criterion, "optimizer": run.optimizer}
     log = [] if config.overwrite else runs.restore(folder / "last.pt", stateful)
     if rank() == 0 and not log:
-        runs.begin_run(config, folder, inputs)
+        runs.begin_run(config, folder, depends_on)
     if log:
         files.note(f"{folder}: going on after epoch {len(log)}")
 
@@ -575,14 +568,13 @@ def fit(config, folder, splits, inputs):
     return files.read_json(folder / "summary.json", runs.ANEW)
 
 def summarize(config, log, table):
-    """What summary.json holds. The accuracies, `table`, are the last epoch's; the best one is
-    chosen on the test split itself and stands there for information only. Seconds are those of the
-    student."""
-    of = {name: getattr(config, name) for name in ("dataset", "method", "student", "seed", "epochs",
-                                                   "clip")}
+    """What summary.json holds. The accuracies, `table`, are the last epoch's; the best one, chosen
+    on the test split itself, is for information only. Seconds are the student's."""
+    own = ("dataset", "method", "student", "seed", "epochs", "clip")
     best = max(log, key=lambda row: row["test_accuracy"])
     return {
-        **of, "teacher": "+".join(config.teacher) or None, "accuracies": table,
+        **{name: getattr(config, name) for name in own},
+        "teacher": "+".join(config.teacher) or None, "accuracies": table,
         **{f"{who}_accuracy": row.get("test") for who, row in table.items()},
         "shift_accuracy": table["student"].get("shift"),
         "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"],
@@ -599,10 +591,9 @@ def run(config):
     if summary:
         command.show(f"{folder} holds this run, finished; --overwrite trains anew")
         return summary
-    usual = RECIPES[config.dataset]["batch_size"]
-    if given.lr is None and config.batch_size != usual:
-        files.note(f"--batch-size {config.batch_size}: the learning rate was tuned for {usual}; "
-                   "--lr sets another")
+    if given.lr is None and given.batch_size not in (None, RECIPES[config.dataset]["batch_size"]):
+        files.note(f"--batch-size {config.batch_size}: the learning rate is that of "
+                   f"{RECIPES[config.dataset]['batch_size']}; --lr sets another")
     return fit(config, folder, splits, depends_on)
 
 if __name__ == "__main__":
