@@ -6,9 +6,8 @@
     python evaluate.py --checkpoint FILE --model resnet20 --dataset cifar100
     python evaluate.py --zero-shot --clip ViT-B/32 --dataset cifar100
 
-Whatever is evaluated is a subject, a function from images to logits, and every set of images goes
-once through all of them. report.json, beside each run, grows set by set: the same command goes on
-where it was interrupted. study/ compares reports over seeds, and draws them.
+A subject is a function from images to logits, and every set of images goes once through all of
+them. report.json, beside each run, grows set by set: the same command goes on with it.
 """
 
 import contextlib
@@ -32,7 +31,6 @@ from support.command import setting
 
 ANEW = "train.py --overwrite makes the run anew"
 CORRUPTED = [f"{name} {severity}" for name in COMMON for severity in range(1, 6)]
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -65,10 +63,7 @@ class Config:
     workers: int = setting(train.Config.workers, "as in train.py", within=(0, math.inf))
     cache_dir: str = setting(None, "as in train.py")
 
-
 # Measures: logits (N,K), labels int64 (N,) --------------------------------------------------------
-
-
 def measures(logits, labels):
     """What is told of every subject on every set, all but NLL in percent: top-1, top-5, NLL, ECE,
     and the images of which it is confident (from .5, from .7) and right, or wrong."""
@@ -81,9 +76,8 @@ def measures(logits, labels):
             row[f"{name} {threshold}"] = 100 * masks[name].double().mean().item()
     return row
 
-
 def scores(logits, labels, temperature=None):
-    """`measures`, Brier score, ECE by bins of equal mass; "calibration": NLL, ECE and reliability
+    """`measures`, Brier score, ECE by bins of equal mass; "calibration": measures and reliability
     diagram before and after a division by the temperature. Without one it is fitted on a random
     half of the images, always the same, and the calibration is that of the other half."""
     row = {**measures(logits, labels), "brier": metrics.brier(logits, labels),
@@ -93,14 +87,12 @@ def scores(logits, labels, temperature=None):
         rest, half = order.tensor_split(2)
         temperature = metrics.fit_temperature(logits[half], labels[half])
         logits, labels = logits[rest], labels[rest]
-    row["calibration"] = {"temperature": temperature, "images": len(labels)}
+    row["calibration"] = {"temperature": temperature}
     for name, z in (("before", logits), ("after", logits / temperature)):
         bins = zip(("confidence", "accuracy", "count"), metrics.calibration_bins(z, labels))
-        row["calibration"][name] = {
-            "nll": metrics.nll(z, labels), "ece": 100 * metrics.ece(z, labels),
-            "bins": {what: values.tolist() for what, values in bins}}
+        row["calibration"][name] = {**measures(z, labels),
+                                    "bins": {what: values.tolist() for what, values in bins}}
     return row
-
 
 def over_corruptions(rows, alexnet):
     """Means over the fifteen corruptions and five severities; "by_severity": {corruption: top-1 at
@@ -118,22 +110,30 @@ def over_corruptions(rows, alexnet):
     means = {name: sum(rows[each][name] for each in CORRUPTED) / 75 for name in rows["clean"]}
     return {**means, "by_severity": top1, **{name: 100 * x for name, x in shares.items()}}
 
-
 # What is evaluated --------------------------------------------------------------------------------
-
-
 class Student:
     """A classifier, with --fused what taught it, and the report of them, a JSON file: {"about":
     whose numbers these are, "sets": {name: {"key": which images they are of, subject: numbers}}}.
     A report about something else is begun anew, and so is a set with another key."""
 
-    def __init__(self, path, about, classify):
-        self.path, self.about, self.sets = Path(path), about, {}
-        self.subjects = {"student": classify}  # of uint8 images (B,3,H,W) to logits (B,K)
+    def __init__(self, config, test, path, name, report, **about):
+        """The checkpoint `path` of the architecture `name`; about: what the report is about beside
+        weights and images. Raises ValueError where its classes or images are others."""
+        info = data.DATASETS[config.dataset]
+        size = runs.input_size(path, checkpoints.read_about(path), test, info._replace(
+            image_size=config.image_size or info.image_size))
+        if config.image_size not in (None, size):
+            raise ValueError(f"{path} reads images of {size} x {size}, here they are of "
+                             f"{config.image_size}: evaluate those of one size at a time")
+        model = models.freeze(models.load_weights(name, path, len(test.class_names)))
+        self.subjects = {"student": at_own_size(model.to(config.device), config, size)}
         self.clip_targets = self.classes = self.clip_scale = self.alpha = None
+        self.path, self.image_size, self.sets = Path(report), size, {}
+        self.about = {**about, "weights": files.file_digest(path), "image_size": size,
+                      "amp": config.amp, "test": runs.identity(test)["content"]}
         with contextlib.suppress(OSError, ValueError):
-            before = files.read_json(path, "it is begun anew")
-            if before.get("about") == about:
+            before = files.read_json(self.path, "it is begun anew")
+            if before.get("about") == self.about:
                 self.sets = before["sets"]
 
     def done(self, name, key):
@@ -144,12 +144,6 @@ class Student:
     def add(self, name, key, rows):
         self.sets[name] = {"key": key, **self.done(name, key), **rows}
         files.write_json(self.path, {"about": self.about, "sets": self.sets})
-
-    def fitted(self, subject):
-        """The temperature that was fitted on the test split, if it was."""
-        row = self.sets.get("test", {}).get(subject)
-        return row and row["calibration"]["temperature"]
-
 
 def newest_run(fused, root="runs"):
     """The folder below `root` whose run finished last, with `fused` of those with a teacher and
@@ -164,7 +158,6 @@ def newest_run(fused, root="runs"):
     raise FileNotFoundError(f"no finished {kind} below {root}/: python train.py makes one; --run "
                             "names one elsewhere, --checkpoint a bare checkpoint")
 
-
 def read_run(folder, config):
     """-> a finished run's `train.Config`, in the places of this evaluation, and its config.json."""
     if not (folder / "summary.json").is_file():
@@ -177,28 +170,11 @@ def read_run(folder, config):
             device=config.device, workers=config.workers, cache_dir=config.cache_dir)
     return own, about
 
-
 def at_own_size(network, config, size):
     """A network as a function of uint8 images of any size to logits."""
     info = data.DATASETS[config.dataset]
     logits = train.classifier(network, info.mean, info.std, config)
     return lambda images: logits(data.resize(images, size))
-
-
-def load_student(config, test, path, name, about, report):
-    """The Student in a checkpoint of the architecture `name`. about: what its report is about
-    beside weights and images. Raises ValueError where its classes or images are others."""
-    info = data.DATASETS[config.dataset]
-    size = runs.input_size(path, checkpoints.read_about(path), test, info._replace(
-        image_size=config.image_size or info.image_size))
-    if config.image_size not in (None, size):
-        raise ValueError(f"{path} reads images of {size} x {size}, here they are of "
-                         f"{config.image_size}: evaluate those of one size at a time")
-    model = models.freeze(models.load_weights(name, path, len(test.class_names)))
-    about = {**about, "weights": files.file_digest(path), "image_size": size, "amp": config.amp,
-             "test": runs.identity(test)["content"]}
-    return Student(report, about, at_own_size(model.to(config.device), config, size))
-
 
 def add_teaching(student, own, about):
     """Add what taught a run's student, as train.py makes it again from its cache; own, about: as
@@ -223,7 +199,6 @@ def add_teaching(student, own, about):
         student.clip_targets, student.classes = clip_targets, classes
         student.clip_scale, student.alpha = scale, own.alpha
 
-
 def prepare(config):
     """-> (config with data set, place and size filled in, the test split, [Student]). What can be
     wrong with a command is said here, before anything takes long."""
@@ -247,24 +222,19 @@ def prepare(config):
             split, named = about["inputs"]["data"]["train"], about["inputs"]["files"]
             names = files.json_digest(split["class_names"])  # which CLIP is asked for
             inputs = {"train": split["content"], "files": {**named, "class_names": names}}
-        students.append(load_student(
-            config, test, folder / "student.pt", own.student,
-            {"settings": about["settings"], "inputs": inputs}, folder / "report.json"))
+        students.append(Student(config, test, folder / "student.pt", own.student,
+                                folder / "report.json", settings=about["settings"], inputs=inputs))
         if config.fused:
             add_teaching(students[-1], own, about)
     if config.checkpoint:
         of = {"checkpoint": config.checkpoint, "dataset": config.dataset, "student": config.model}
-        students.append(load_student(config, test, config.checkpoint, config.model,
-                                     {"settings": of}, f"{config.checkpoint}.report.json"))
+        students.append(Student(config, test, config.checkpoint, config.model,
+                                f"{config.checkpoint}.report.json", settings=of))
     if config.fused and all(len(student.subjects) == 1 for student in students):
         raise ValueError("--fused: no run here has a teacher or CLIP")
-    size = students[0].about["image_size"]
-    return dataclasses.replace(config, image_size=size), test, students
-
+    return dataclasses.replace(config, image_size=students[0].image_size), test, students
 
 # Sets of images -----------------------------------------------------------------------------------
-
-
 class Images(NamedTuple):
     """A set of images, and what tells it from others."""
     name: str
@@ -274,35 +244,32 @@ class Images(NamedTuple):
     split: data.Split = None       # of plain images, of which CLIP sees its own crop
     columns: object = slice(None)  # of the logits, to choose among
 
-
 def blocks(images, config):
     return data.blocks(images, None, config.workers, config.device)
 
-
 def at_size(split, config):
     return data.at_size(split, config.image_size, config.cache_dir, config.workers, config.device)
-
 
 def plain_sets(config, test):
     """Yield the test split and, with --shift, the data set's own shift splits and the folders."""
     def seen(split):
         yield from blocks(at_size(split, config).images, config)
 
-    names = ["test", *(data.DATASETS[config.dataset].shifts if config.shift is not None else ())]
-    for name in names:
-        split = test if name == "test" else train.load_split(config, name)
-        key = {"content": runs.identity(split)["content"]}
-        yield Images(name, key, split.labels, seen(split), split)
+    def plain(name, split, columns=slice(None), key=None):
+        key = {**(key or {}), "content": runs.identity(split)["content"]}
+        return Images(name, key, split.labels, seen(split), split, columns)
+
+    yield plain("test", test)
+    for name in data.DATASETS[config.dataset].shifts if config.shift is not None else ():
+        yield plain(name, train.load_split(config, name))
     for folder in config.shift or ():
         images, labels, columns = shifts.load_shift(folder, config.dataset, test.ids,
                                                     test.class_names)
         if isinstance(images, list):  # paths
             size = data.DATASETS[config.dataset].image_size
             images = data.Stream(images, size, 256 if config.dataset == "imagenet" else size)
-        split = test._replace(images=images, labels=labels)
-        key = {"content": runs.identity(split)["content"], "columns": columns.tolist()}
-        yield Images(f"shift {Path(folder).name}", key, labels, seen(split), split, columns)
-
+        yield plain(f"shift {Path(folder).name}", test._replace(images=images, labels=labels),
+                    columns, {"columns": columns.tolist()})
 
 def published(config, test, name, severity):
     """The published images of a corruption, of either kind, and their labels."""
@@ -323,7 +290,6 @@ def published(config, test, name, severity):
         files.note(f"{where} has {len(labels)} images, of some classes more or fewer than the "
                    f"test split's {len(test.labels)}")
     return images, labels
-
 
 def corrupted_sets(config, test):
     """Yield the test images at the data set's own size, clean ones and the fifteen corruptions at
@@ -354,7 +320,6 @@ def corrupted_sets(config, test):
             labels, seen = test.labels, map(draw, blocks(test.images, config))
         yield Images(f"{name} {severity}", key, labels, seen)
 
-
 def evaluate_set(students, images, progress):
     """Add to the reports what is missing there of a set, which goes once through all subjects."""
     subjects = {(student, who): subject for student in students
@@ -374,10 +339,12 @@ def evaluate_set(students, images, progress):
         if {"teacher", "CLIP"} <= own.keys():
             own["fused"] = richkd.fuse_logits(own["teacher"], own["CLIP"], student.alpha)
         own = {who: z[:, images.columns] for who, z in own.items()}
-        student.add(images.name, images.key, {
-            who: scores(z, images.labels, student.fitted(who)) if images.split
-            else measures(z, images.labels) for who, z in own.items()})
-
+        rows = {}
+        for who, z in own.items():
+            fitted = student.sets.get("test", {}).get(who)  # its temperature serves all sets
+            rows[who] = measures(z, images.labels) if not images.split else scores(
+                z, images.labels, fitted and fitted["calibration"]["temperature"])
+        student.add(images.name, images.key, rows)
 
 def evaluate(config):
     """What the command does with classifiers: -> [Student], the report of each also beside its
@@ -401,14 +368,12 @@ def evaluate(config):
             for who in rows["clean"]})
     return students
 
-
 def zero_shot(config):
     """CLIP itself on a test split: {"all M templates": top-1 in percent, then one a template}."""
-    shared = ("class_names", "clip", "clip_activation", "bpe", "prompts", "amp", "workers",
-              "cache_dir")
-    own = train.Config(dataset=config.dataset or "shapes", data_dir=config.data_dir or "data",
-                       device=command.use_device(config.device),
-                       **{name: getattr(config, name) for name in shared})
+    shared = {field.name for field in dataclasses.fields(train.Config)} & vars(config).keys()
+    own = train.Config(**{name: getattr(config, name) for name in shared
+                          if getattr(config, name) is not None})
+    own = dataclasses.replace(own, device=command.use_device(config.device))
     test = train.load_split(own, "test")
     templates = clip_model.load_templates(own.prompts or train.PROMPTS)
     clip, tokenizer, scale = train.load_clip(own)
@@ -420,13 +385,11 @@ def zero_shot(config):
               for name, rows in classes.items()}
     return {name: 100 * metrics.top_k_accuracy(z, test.labels) for name, z in logits.items()}
 
-
 # Printed ------------------------------------------------------------------------------------------
 
 COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %",
            "confident_right 0.5": "right .5", "confident_wrong 0.5": "wrong .5",
            "confident_right 0.7": "right .7", "confident_wrong 0.7": "wrong .7"}
-
 
 def table(corner, rows):
     """Lines of at most 100 columns where labels have up to 28; rows: {label: `measures`}."""
@@ -439,34 +402,10 @@ def table(corner, rows):
             lines[-1] += f" {row[name]:{form}}"
     return lines
 
-
-def details(student):
-    """Lines on the student alone: what a temperature changes, the corruptions one by one."""
-    lines = []
-    for name, rows in student.sets.items():
-        if "calibration" in rows["student"]:
-            found = rows["student"]["calibration"]
-            T, before, after = found["temperature"], found["before"], found["after"]
-            inside = 1.001 * metrics.LEAST_TEMPERATURE < T < 0.999 * metrics.MOST_TEMPERATURE
-            lines.append(f"{name}, student, {found['images']} images at T = {T:.3g}"
-                         f"{'' if inside else ', a bound'}: NLL {before['nll']:.3f} -> "
-                         f"{after['nll']:.3f}, ECE {before['ece']:.2f} -> {after['ece']:.2f} %")
-    if "corruptions" in student.sets:
-        row, key = student.sets["corruptions"]["student"], student.sets["corruptions"]["key"]
-        lines.append(f"{key['source']} corruptions of {100 * key['share']:.3g} % of the images, "
-                     f"student: mean error {row['mean_error']:.2f} %, clean one + "
-                     f"{row['relative_mean_error']:.2f}")
-        if "mce" in row:
-            lines.append(f"against AlexNet: mCE {row['mce']:.1f} %, relative mCE "
-                         f"{row['relative_mce']:.1f} %")
-        cells = [f"{name:18}{sum(top1) / 5:7.2f}" for name, top1 in row["by_severity"].items()]
-        lines += ["     ".join(cells[i : i + 3]) for i in range(0, 15, 3)]
-    return lines
-
-
 def tables(students):
-    """The reports as text: a row a set, student and subject; of one student alone its `details`."""
-    rows, several = {}, len(students) > 1
+    """The reports as text: a row a set, student and subject; of one student alone also what a
+    temperature changes, and the corruptions one by one."""
+    rows, several, sets = {}, len(students) > 1, students[0].sets
     names = dict.fromkeys(name for student in students for name in student.sets)
     for name in (name for name in names if name not in ("clean", *CORRUPTED)):
         for student in students:
@@ -474,13 +413,27 @@ def tables(students):
             for who, row in student.sets.get(name, {}).items():
                 if who != "key":
                     rows[f"{name}{run}, {who}"] = row
+        if not several and "calibration" in sets[name]["student"]:
+            calibration = sets[name]["student"]["calibration"]
+            T, after = calibration["temperature"], calibration["after"]
+            bound = {T < 1.001 * metrics.LEAST_TEMPERATURE: "<=",  # the best one is beyond it
+                     T > 0.999 * metrics.MOST_TEMPERATURE: ">="}
+            rows[f"{name}, student, T {bound.get(True, '=')} {T:.3g}"] = after
     lines = [*table("" if several else students[0].path.parent.name, rows),
-             "right, wrong: % of the images, of which it is confident from .5, .7"]
+             "right .5: % right with a confidence from .5; T: fitted on half of test, for the rest"]
     if several:
         paths = " ".join(str(student.path) for student in students)
-        return "\n".join([*lines, f"python study/compare.py {paths}  # methods over seeds"])
-    return "\n".join(lines + details(*students))
-
+        lines.append(f"python study/compare.py {paths}  # methods over seeds")
+    if not several and "corruptions" in sets:
+        row, key = sets["corruptions"]["student"], sets["corruptions"]["key"]
+        errors = {"mean_error": "mean error", "relative_mean_error": "above the clean one",
+                  "mce": "mCE against AlexNet", "relative_mce": "relative mCE"}
+        errors = [f"{text} {row[name]:.2f}" for name, text in errors.items() if name in row]
+        lines.append(f"{key['source']}, of {100 * key['share']:.3g} % of the images; the student's "
+                     f"{', '.join(errors)}; top-1:")
+        cells = [f"{name:18}{sum(top1) / 5:7.2f}" for name, top1 in row["by_severity"].items()]
+        lines += ["     ".join(cells[i : i + 3]) for i in range(0, 15, 3)]
+    return "\n".join(lines)
 
 def job(config):
     command.check(config)
@@ -489,7 +442,6 @@ def job(config):
             print(f"{top1:6.2f} %  {template}")
     else:
         print(tables(evaluate(config)))
-
 
 if __name__ == "__main__":
     command.main(lambda: job(command.parse(Config, __doc__)))

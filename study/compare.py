@@ -27,8 +27,6 @@ UNSET = ("clip_scale", "clip_activation")  # in which None is a value
 TEACHER_ROWS = {"CLIP": "CLIP zero-shot", "teacher": "teacher", "fused": "fused teacher"}
 
 # Statistics ---------------------------------------------------------------------------------------
-
-
 @functools.cache  # thousands of cells, few degrees of freedom
 def student_t(df, level=0.95):
     """The t with P(|T| <= t) = level under Student's distribution of `df` degrees of freedom.
@@ -39,7 +37,6 @@ def student_t(df, level=0.95):
     share = torch.cumulative_trapezoid(angle.cos() ** (df - 1), angle)
     place = torch.searchsorted(share, level * share[-1])
     return math.sqrt(df) * angle[1 + place].tan().item()
-
 
 def statistics(values):
     """{"n", "mean", "std", "low", "high"} of numbers: std is the unbiased one, low and high are the
@@ -53,10 +50,7 @@ def statistics(values):
     half = student_t(n - 1) * std / math.sqrt(n)
     return {"n": n, "mean": mean, "std": std, "low": mean - half, "high": mean + half}
 
-
 # Reports ------------------------------------------------------------------------------------------
-
-
 class Run(NamedTuple):
     """What is compared of a report."""
     group: dict      # dataset, test split, student, epochs: what runs in one table have in common
@@ -69,14 +63,12 @@ class Run(NamedTuple):
     teaching: dict   # {row of TEACHER_ROWS: {column: number}}
     content: dict    # {column: what tells its images from others}
 
-
 def column_of(name, key):
     """The column of a set's top-1; another share of the images, corrupted, is another column."""
     if name != "corruptions":
         return f"{name} top-1 %"
     part = f", {100 * key['share']:.3g} % of the images," if key["share"] < 1 else ""
     return f"{key['source']} corruptions{part} top-1 %"
-
 
 def run_of(report):
     """The Run in a report, as evaluate.py writes it. Another dict raises what reading it raises."""
@@ -97,7 +89,6 @@ def run_of(report):
                settings.get("method") or settings["checkpoint"], settings.get("seed"), settings,
                about.get("inputs", {"train": None, "files": {}}), figures, teaching, content)
 
-
 def read_reports(path):
     """The Runs in a file: a report.json, or a list of reports. Raises ValueError for another."""
     advice = "expected a report.json of evaluate.py, or a list of such reports"
@@ -109,10 +100,7 @@ def read_reports(path):
         first, *rest = [run_of(report) for report in content]
     return [first, *rest]  # an empty list was refused above
 
-
 # Several runs -------------------------------------------------------------------------------------
-
-
 def by_method(runs):
     """{(method, flag, ...): {seed: Run}}: the method's name and the settings, save the seed, that
     differ from those of its first run; where the settings are the same and data or files are not,
@@ -136,7 +124,6 @@ def by_method(runs):
         seeds[run.seed] = run
     return methods
 
-
 def told_apart(runs):
     """The runs of one test split, with columns of one name and of other images renamed by these."""
     def name(column, run):
@@ -145,7 +132,6 @@ def told_apart(runs):
 
     return [run._replace(figures={name(column, run): value
                                   for column, value in run.figures.items()}) for run in runs]
-
 
 def groups(runs):
     """Methods over seeds -> [{"dataset", "student", "epochs", "teacher", "rows"}], a group a table.
@@ -166,7 +152,6 @@ def groups(runs):
         found.append({**group, "rows": {**teaching_rows(members), **method_rows(members)}})
     return found
 
-
 def teaching_rows(runs):
     """The rows of CLIP, teacher and fused teacher: of each column, what the last run knows."""
     rows = {label: {} for label in TEACHER_ROWS.values()}
@@ -174,7 +159,6 @@ def teaching_rows(runs):
         for label, figures in run.teaching.items():
             rows[label] |= {column: statistics([value]) for column, value in figures.items()}
     return {label: row for label, row in rows.items() if row}
-
 
 def method_rows(runs):
     """The rows of the students, a method with its flags each."""
@@ -195,7 +179,6 @@ def method_rows(runs):
             if more:
                 row[column]["difference"] = statistics(more)
     return rows
-
 
 def as_markdown(groups):
     """What `groups` returns, as Markdown: a table a group."""
@@ -218,7 +201,6 @@ def as_markdown(groups):
         lines.append("")
     return "\n".join(lines).rstrip()
 
-
 def cell_text(cell, digits):
     """ "54.20 ± 0.44 (+2.73; -0.35 to +5.82)", as much of it as the cell has."""
     if not cell:
@@ -234,13 +216,11 @@ def cell_text(cell, digits):
         text += ")"
     return text
 
-
 def job(paths):
     """Print the tables of some files. Raises ValueError where there are none."""
     if not paths:
         raise ValueError("expected FILE...: reports, or lists of them")
     print(as_markdown(groups([run for path in paths for run in read_reports(path)])))
-
 
 if __name__ == "__main__":
     command.main(lambda: job(sys.argv[1:]))

@@ -28,8 +28,6 @@ MODELS = ("teacher", "CLIP", "fused")
 QUADRANTS = ("confident_right", "confident_wrong", "unsure_right", "unsure_wrong")
 
 # Logits (N, K), target (N,) int64 -----------------------------------------------------------------
-
-
 def measures(logits, target, threshold):
     """{"top1", "nll", "ece", then the shares of the four `quadrants`}, all but NLL in percent."""
     found = {"top1": 100 * metrics.top_k_accuracy(logits, target),
@@ -37,7 +35,6 @@ def measures(logits, target, threshold):
     for name, mask in metrics.quadrants(logits, target, threshold).items():
         found[name] = 100 * mask.double().mean().item()
     return found
-
 
 def sweep_alpha(teacher_logits, clip_logits, target, threshold=0.7):
     """`measures` of the fused logits at eleven shares of the teacher, "alpha": from CLIP alone (0)
@@ -47,7 +44,6 @@ def sweep_alpha(teacher_logits, clip_logits, target, threshold=0.7):
         fused = richkd.fuse_logits(teacher_logits, clip_logits, alpha)
         rows.append({"alpha": alpha, **measures(fused, target, threshold)})
     return rows
-
 
 def confident_changes(before, after, target, generator, threshold=0.7):
     """By how many of 100 images the confident and right, and the confident and wrong, become more
@@ -62,12 +58,10 @@ def confident_changes(before, after, target, generator, threshold=0.7):
         changes[name] = [difference.mean().item(), *interval]
     return changes
 
-
 def mean_ranks(values):
     """Ranks of (n,) numbers, equal ones sharing their mean rank: float64 (n,)."""
     _, index, count = values.unique(return_inverse=True, return_counts=True)
     return (count.cumsum(0) - (count - 1) / 2).double()[index]
-
 
 def non_target(logits, target, similarity, groups):
     """What is said of the classes that an image does not show: of q, the softmax of its logits
@@ -92,7 +86,6 @@ def non_target(logits, target, similarity, groups):
         found[f"same {what}"] = 100 * (q * same).sum(dim=1).mean().item()
     return found
 
-
 def fusion_table(teacher_logits, clip_logits, target, alpha, similarity, groups, generator):
     """All of it, of the MODELS: {"alpha", "quadrants": {threshold: {model: `measures`}}, "changes"
     from teacher to fused, "sweep", "non_target": {model: ...}}."""
@@ -106,7 +99,6 @@ def fusion_table(teacher_logits, clip_logits, target, alpha, similarity, groups,
             "non_target": {model: non_target(z, target, similarity, groups)
                            for model, z in logits.items()}}
 
-
 # Five classes a superclass, in the order of the data set's "coarse" labels.
 CIFAR100_SUPERCLASSES = """
 beaver dolphin otter seal whale, aquarium_fish flatfish ray shark trout,
@@ -118,7 +110,6 @@ camel cattle chimpanzee elephant kangaroo, fox porcupine possum raccoon skunk,
 crab lobster snail spider worm, baby boy girl man woman, crocodile dinosaur lizard snake turtle,
 hamster mouse rabbit shrew squirrel, maple_tree oak_tree palm_tree pine_tree willow_tree,
 bicycle bus motorcycle pickup_truck train, lawn_mower rocket streetcar tank tractor"""
-
 
 def superclasses(dataset, class_names, class_ids=(), is_a="wordnet.is_a.txt"):
     """{what: the group of each class, int64 (K,)}: CIFAR-100's twenty superclasses, the colours and
@@ -138,10 +129,7 @@ def superclasses(dataset, class_names, class_ids=(), is_a="wordnet.is_a.txt"):
         keys["WordNet parent"] = [parent.get(own, own) for own in class_ids]
     return {what: torch.tensor([row.index(key) for key in row]) for what, row in keys.items()}
 
-
 # A run's own teacher, CLIP and alpha --------------------------------------------------------------
-
-
 def analyse(config):
     """`fusion_table` of a run's test split, with CLIP's scale; also in RUN/fusion.json. config: an
     evaluate.Config. Raises ValueError where the run has no teacher and CLIP, or not any more."""
@@ -160,7 +148,6 @@ def analyse(config):
     table = {"weights": student.about["weights"], "clip_scale": student.clip_scale, **table}
     files.write_json(student.path.with_name("fusion.json"), table)
     return table
-
 
 def lines(found):
     """What `analyse` found, as lines of text."""
@@ -190,7 +177,6 @@ def lines(found):
     for alpha, top1, nll, *others in (row.values() for row in found["sweep"]):
         text.append(f"{alpha:7} {top1:9.2f} {nll:9.3f}" + "".join(f" {x:9.2f}" for x in others))
     return text
-
 
 if __name__ == "__main__":
     flags = ["--run", *sys.argv[1:]] if sys.argv[1:] not in ([], ["--help"]) else sys.argv[1:]

@@ -23,7 +23,6 @@ import data
 import evaluate
 from support import command, files
 
-
 def draw(config):
     """Write the pictures of a run beside its report; config: an evaluate.Config."""
     if not importlib.util.find_spec("matplotlib"):
@@ -46,7 +45,6 @@ def draw(config):
         cells = [first[severity::5] for severity in range(5)]
         files.write_atomically(folder / "samples.png", samples(cells))
 
-
 def pictures(sets, fusion, title):
     """A panel each for what a report's sets have, reliability and corruptions, and for the sweep
     over alpha and the quadrants of fusion.json, if that is there. Returns the bytes of a PNG."""
@@ -66,7 +64,6 @@ def pictures(sets, fusion, title):
     figure.savefig(picture, dpi=100, format="png")
     return picture.getvalue()
 
-
 def reliability(axes, sets):
     table = sets["test"]["student"]["calibration"]
     axes.plot([0, 100], [0, 100], color="0.7", label="calibrated")
@@ -78,9 +75,8 @@ def reliability(axes, sets):
         axes.plot(*zip(*points), style, color=shade,
                   label=f"{label}: ECE {table[part]['ece']:.1f} %, NLL {table[part]['nll']:.2f}")
     axes.set(xlabel="confidence, % (mean of a bin)", ylabel="accuracy, %", xlim=(0, 100),
-             ylim=(0, 100), title=f"Reliability, test split ({table['images']} images)")
+             ylim=(0, 100), title=f"Reliability, test split ({table['before']['images']} images)")
     axes.legend(loc="upper left")
-
 
 def corruptions(axes, rows):
     table = rows["student"]["by_severity"]
@@ -93,7 +89,6 @@ def corruptions(axes, rows):
              yticklabels=[name.replace("_", " ") for name in table],
              title=f"Corruptions, {rows['key']['source']}")
     axes.figure.colorbar(picture, ax=axes, label="top-1 accuracy, %")
-
 
 def sweep(axes, fused):
     right = axes.twinx()
@@ -109,7 +104,6 @@ def sweep(axes, fused):
     right.set(ylabel="NLL, nats", ylim=(0, None))
     handles = [side.get_legend_handles_labels() for side in (axes, right)]
     axes.legend(*(a + b for a, b in zip(*handles)), loc="upper center", ncol=3)
-
 
 def quadrants(axes, fused):
     table = fused["quadrants"]
@@ -133,7 +127,6 @@ def quadrants(axes, fused):
              title="Confident or unsure, right or wrong")
     axes.legend(loc="upper center", ncol=2)
 
-
 def samples(cells):
     """A picture of images under corruptions: `cells` is a list of uint8 (n, 3, H, W), a corruption
     each, for every severity. Corruptions are the columns, images and their severities the rows;
@@ -146,7 +139,6 @@ def samples(cells):
     picture = io.BytesIO()
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(picture, format="png")
     return picture.getvalue()
-
 
 if __name__ == "__main__":
     flags = ["--run", *sys.argv[1:]] if sys.argv[1:] not in ([], ["--help"]) else sys.argv[1:]

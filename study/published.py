@@ -40,7 +40,6 @@ METHODS = {  # what each was published with, as `study.sh published` passes it t
     "kd-ls": {"temperature": 2.0, "ce_weight": 0.1, "logit_weight": 9.0},
 }
 
-
 def measured(runs, teacher, student, method):
     """Top-1 of the runs of a pair with the published settings, on all training images; [] where
     there is none. runs: as `compare.read_reports` returns them."""
@@ -50,7 +49,6 @@ def measured(runs, teacher, student, method):
         expected["teacher"] = [teacher]
     return [run.figures["test top-1 %"] for run in runs
             if expected.items() <= {**run.settings}.items()]
-
 
 def as_markdown(runs):
     """A row a pair, a cell "published / ours"."""
@@ -65,7 +63,6 @@ def as_markdown(runs):
             cells.append(f"{value} / {text}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
 
 if __name__ == "__main__":
     command.main(lambda: print(as_markdown(

@@ -25,10 +25,7 @@ from support import checkpoints, command, files
 pytestmark = pytest.mark.filterwarnings(  # corruptions.py compresses to JPEG by it
     "ignore:The image decoding and encoding capabilities:DeprecationWarning")
 
-
 # Measures -----------------------------------------------------------------------------------------
-
-
 def test_scores_calibration_is_of_images_that_it_did_not_fit():
     logits = 5 * torch.randn(400, 10, generator=seeded(1))
     target = torch.randint(10, (400,), generator=seeded(2))
@@ -42,12 +39,11 @@ def test_scores_calibration_is_of_images_that_it_did_not_fit():
                        and temperature == pytest.approx(table["temperature"]))
     assert matches.count(True) == 1  # one half was fitted, the other reported
     assert table["after"]["nll"] < table["before"]["nll"]
-    assert table["images"] == sum(table["after"]["bins"]["count"]) == 200
+    assert table["after"]["images"] == sum(table["after"]["bins"]["count"]) == 200
     assert table == evaluate.scores(logits, target)["calibration"]
     given = evaluate.scores(logits, target, temperature=2.0)["calibration"]
-    assert given["images"] == 400
+    assert given["after"]["images"] == 400
     assert given["after"]["nll"] == pytest.approx(metrics.nll(logits / 2, target))
-
 
 def test_over_corruptions_by_hand():
     alexnet = metrics.ALEXNET_ERRORS
@@ -67,10 +63,7 @@ def test_over_corruptions_by_hand():
     assert list(found["by_severity"]) == list(corruptions.COMMON)
     assert "mce" not in evaluate.over_corruptions(rows, alexnet=False)
 
-
 # Runs and their reports ---------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, few_shapes):
     """A finished run on a few rendered images."""
@@ -78,7 +71,6 @@ def run(tmp_path_factory, few_shapes):
     train.run(train.Config(method="scratch", student="resnet8", epochs=1, out=str(folder),
                            device="cpu"))
     return folder
-
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory, few_shapes, clip_file):
@@ -92,15 +84,12 @@ def rich(tmp_path_factory, few_shapes, clip_file):
         out=str(folder / "run"), device="cpu"))
     return folder
 
-
 def without_report(run, place):
     return shutil.copytree(run, place, ignore=shutil.ignore_patterns("report.json"))
-
 
 @pytest.fixture
 def copy(run, tmp_path):
     return without_report(run, tmp_path / "run")
-
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -112,7 +101,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(train, "predict", predict)
     monkeypatch.setattr(evaluate, "corrupt",
                         lambda images, name, severity, generator: images // severity)
-
 
 @pytest.fixture
 def counted(monkeypatch):
@@ -127,28 +115,23 @@ def counted(monkeypatch):
     monkeypatch.setattr(train, "predict", counting)
     return seen
 
-
 def config(*runs, **changes):
     return evaluate.Config(**{"run": tuple(map(str, runs)), "device": "cpu", "workers": 0,
                               **changes})
-
 
 def evaluated(*runs, **changes):
     """The sets of the reports of these runs, or of the one."""
     sets = [student.sets for student in evaluate.evaluate(config(*runs, **changes))]
     return sets if len(sets) > 1 else sets[0]
 
-
 def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
-
 
 def logits_of(folder, images, name="shapes"):
     info = data.DATASETS[name]
     model = models.load_weights("resnet8", folder / "student.pt").eval()
     with torch.no_grad():
         return model(data.to_input(images, info.mean, info.std))[0]
-
 
 def test_evaluate_reports_what_the_weights_say(copy):
     sets = evaluated(copy, shift=[], corruptions="generated", corrupted_share=0.4)
@@ -186,7 +169,6 @@ def test_evaluate_reports_what_the_weights_say(copy):
     assert "--corrupted-share" in refused(evaluate.evaluate, config(
         copy, corruptions=str(copy), corrupted_share=0.4))
 
-
 def test_evaluate_goes_on_where_it_was_interrupted(copy, monkeypatch, quick, counted):
     everything, corrupt = {"shift": [], "corruptions": "generated"}, evaluate.corrupt
 
@@ -211,7 +193,6 @@ def test_evaluate_goes_on_where_it_was_interrupted(copy, monkeypatch, quick, cou
     (copy / "report.json").unlink()
     assert evaluated(copy, **everything) == resumed
 
-
 def test_evaluate_begins_anew_what_changed(copy, quick, counted):
     evaluated(copy, shift=[], corruptions="generated")
     counted.clear()
@@ -230,7 +211,6 @@ def test_evaluate_begins_anew_what_changed(copy, quick, counted):
         evaluated(copy)
         assert counted == ["test"]
 
-
 def test_evaluate_shows_several_runs_the_same_blocks(copy, tmp_path, quick, counted, monkeypatch):
     folders, made = [copy, shutil.copytree(copy, tmp_path / "B")], []
     evaluated(copy, shift=[])
@@ -247,7 +227,6 @@ def test_evaluate_shows_several_runs_the_same_blocks(copy, tmp_path, quick, coun
         [name, f" {folder.name}"] for name in ("test", "shift", "corruptions")
         for folder in folders]
 
-
 @pytest.mark.parametrize("file, content", (
     ("config.json", "{"), ("config.json", '{"format": 2}'), ("config.json", "{}"),
     ("student.pt", "no zip"), ("student.pt", {"model": {}}), ("student.pt", {})))
@@ -257,7 +236,6 @@ def test_evaluate_names_a_damaged_file(copy, file, content):
     else:
         (copy / file).write_text(content)
     assert str(copy / file) in refused(evaluate.evaluate, config(copy))
-
 
 def test_newest_run_has_what_is_asked_for(run, rich, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -271,7 +249,6 @@ def test_newest_run_has_what_is_asked_for(run, rich, tmp_path, monkeypatch):
     assert "--fused" in refused(evaluate.evaluate, config(fused=True))
     os.remove("runs/newest/summary.json")
     assert "runs/newest" in refused(evaluate.evaluate, config("runs/newest"))
-
 
 def test_evaluate_takes_a_bare_checkpoint(run, tmp_path):
     path, test = tmp_path / "bare.pt", data.load_dataset("shapes", "", "test")
@@ -297,7 +274,6 @@ def test_evaluate_takes_a_bare_checkpoint(run, tmp_path):
         files.save(path, {**about, **change})
         assert str(path) in refused(evaluate.evaluate, own)
 
-
 @pytest.mark.parametrize("dataset, size", [("folder", 48), ("imagenet", 48), ("shapes", 24)])
 def test_evaluate_has_train_pys_accuracy_at_any_image_size(dataset, size, tmp_path, few_shapes):
     for part, sides in (("train", (40, 44)), ("val", (50, 60))):
@@ -308,7 +284,6 @@ def test_evaluate_has_train_pys_accuracy_at_any_image_size(dataset, size, tmp_pa
     bare = config(run=None, checkpoint=str(tmp_path / "run/student.pt"), model="resnet8",
                   dataset=dataset, data_dir=str(tmp_path / "a"), cache_dir=str(tmp_path / "cache"))
     assert evaluate.evaluate(bare)[0].sets["test"]["student"] == row
-
 
 def test_evaluate_knows_the_test_split_by_its_images(tmp_path):
     class_pictures(tmp_path / "a/train", ("ant", "bee"), 8)
@@ -324,10 +299,7 @@ def test_evaluate_knows_the_test_split_by_its_images(tmp_path):
     said = refused(evaluate.evaluate, config(tmp_path / "run", data_dir=str(tmp_path / "c")))
     assert "student.pt" in said and "bee" in said and "cow" in said
 
-
 # Corrupted and shifted images ---------------------------------------------------------------------
-
-
 def cifar_c(folder, labels=(3, 1, 4, 1)):
     """CIFAR-10-C of four images: a pixel tells the corruption, one the severity and the image."""
     folder.mkdir()
@@ -339,12 +311,10 @@ def cifar_c(folder, labels=(3, 1, 4, 1)):
     np.save(folder / "labels.npy", np.array(list(labels) * 5, dtype=np.uint8))
     return folder
 
-
 def corrupted_sets(folder, test, dataset="cifar10", **changes):
     own = config(dataset=dataset, corruptions=str(folder), image_size=32, **changes)
     own = dataclasses.replace(own, device=torch.device("cpu"))
     return {images.name: images for images in evaluate.corrupted_sets(own, test)}
-
 
 def test_corrupted_sets_reads_cifar_c(tmp_path, capsys):
     labels = torch.tensor([3, 1, 4, 1])
@@ -370,7 +340,6 @@ def test_corrupted_sets_reads_cifar_c(tmp_path, capsys):
     os.remove(tmp_path / "C/snow.npy")
     assert "snow.npy" in refused(corrupted_sets, tmp_path / "C", test)
 
-
 @pytest.mark.parametrize("dataset", ("imagenet", "tiny-imagenet"))
 def test_corrupted_sets_reads_imagenet_c(dataset, tmp_path, capsys):
     """Neither resized nor cropped; of the classes that are there."""
@@ -389,7 +358,6 @@ def test_corrupted_sets_reads_imagenet_c(dataset, tmp_path, capsys):
     assert "1 images" in capsys.readouterr().err
     class_pictures(tmp_path / "C/fog/2", ("n03",), 1, (48, 48))
     assert "n03" in refused(corrupted_sets, tmp_path / "C", test, dataset)
-
 
 def test_evaluate_chooses_among_a_shift_folders_classes(tmp_path):
     """Where images stream."""
@@ -412,7 +380,6 @@ def test_evaluate_chooses_among_a_shift_folders_classes(tmp_path):
     expected = metrics.nll(logits, torch.tensor([0, 0, 1, 1]))
     assert row["student"]["nll"] == pytest.approx(expected, rel=1e-4)
     assert "--shift" in refused(evaluate.evaluate, dataclasses.replace(own, shift=[]))
-
 
 def test_evaluate_knows_a_shift_folder_by_its_images(copy, tmp_path, counted):
     images, labels, names, _ = data.load_dataset("shapes", "", "shift")
@@ -440,10 +407,7 @@ def test_evaluate_knows_a_shift_folder_by_its_images(copy, tmp_path, counted):
     own["shift"].append(str(tmp_path / "moved/wild"))
     assert "--shift" in refused(evaluate.evaluate, config(copy, **own))
 
-
 # What taught a student, and CLIP itself -----------------------------------------------------------
-
-
 def test_evaluate_fused_agrees_with_the_run(rich, tmp_path, counted):
     folder = without_report(rich / "run", tmp_path / "run")
     own = {"cache_dir": str(rich / "cache"), "shift": []}
@@ -457,7 +421,6 @@ def test_evaluate_fused_agrees_with_the_run(rich, tmp_path, counted):
             assert sets[split][who]["top1"] == pytest.approx(accuracy)
     counted.clear()
     assert evaluated(folder, fused=True, **own) == sets and not counted
-
 
 def test_evaluate_fused_under_corruptions(rich, clip_file, tmp_path, monkeypatch):
     folder = without_report(rich / "run", tmp_path / "run")
@@ -483,7 +446,6 @@ def test_evaluate_fused_under_corruptions(rich, clip_file, tmp_path, monkeypatch
     lines = evaluate.tables(students).splitlines()
     assert len(lines) <= 30 and max(map(len, lines)) <= 100  # a screen
 
-
 def test_evaluate_fused_refuses_what_did_not_teach_the_run(run, rich, tmp_path, counted):
     assert "--fused" in refused(evaluate.evaluate, config(run, fused=True))
     folder = without_report(rich / "run", tmp_path / "run")
@@ -496,7 +458,6 @@ def test_evaluate_fused_refuses_what_did_not_teach_the_run(run, rich, tmp_path, 
     counted.clear()
     torch.save(models.build_model("resnet8", 25).state_dict(), tmp_path / "teacher.pt")
     assert "--teacher-weights" in refused(evaluate.evaluate, own) and not counted
-
 
 def test_zero_shot_is_by_each_template_and_all(tmp_path, few_shapes, clip_file):
     (tmp_path / "prompts.txt").write_text("a photo of a {}\n{} in the wild\n")
@@ -515,17 +476,13 @@ def test_zero_shot_is_by_each_template_and_all(tmp_path, few_shapes, clip_file):
         expected = 100 * right.double().mean().item()
         assert table[name] == pytest.approx(expected, abs=2)  # float16: a tie may fall otherwise
 
-
 # The command --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("number", [1e300, -1e300, 12345678.9, math.nan, math.inf, 0.0, 43.21])
 def test_table_never_lets_columns_run_together(number):
     row = dict.fromkeys(evaluate.COLUMNS, number)
     for line in evaluate.table("", {"shift " + "x" * 40: row, "test": row})[1:]:
         cells = [float(cell) for cell in line.split()[-8:]]
         assert cells == pytest.approx([number] * 8, rel=0.05, nan_ok=True)
-
 
 @pytest.mark.parametrize("flags, named", (
     (["--device", "nonsense"], "--device"), (["--dataset", "cifar"], "'cifar'"),
@@ -537,7 +494,6 @@ def test_job_answers_a_wrong_command_in_one_line(flags, named, capsys):
     assert stop.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert named in line
-
 
 def test_config_has_flags_with_and_without_folders():
     plain = command.parse(evaluate.Config, "", [])

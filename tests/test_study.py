@@ -25,7 +25,6 @@ import train
 from study import compare, fusion, plot, published
 from support import command, files
 
-
 def report(method, seed, top1, teacher="resnet20", test="t1", train="a1", epochs=30, files=(),
            shift=None, **changes):
     """A report with nothing but what runs are compared by; `changes` of its settings."""
@@ -41,20 +40,15 @@ def report(method, seed, top1, teacher="resnet20", test="t1", train="a1", epochs
     return {"about": {"settings": settings, "inputs": {"train": train, "files": dict(files)},
                       "test": test}, "sets": sets}
 
-
 def compared(*reports):
     return compare.groups([compare.run_of(report) for report in reports])
 
-
 # Methods over seeds -------------------------------------------------------------------------------
-
-
 def test_student_t_has_the_published_quantiles():
     quantiles = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 30: 2.0423, 1000: 1.9623}
     for df, quantile in quantiles.items():
         assert compare.student_t(df) == pytest.approx(quantile, abs=2e-4)
     assert compare.student_t(5, level=0.9) == pytest.approx(2.0150, abs=2e-4)
-
 
 def test_statistics_by_hand():
     assert compare.statistics([3.0]) == {"n": 1, "mean": 3.0}
@@ -63,7 +57,6 @@ def test_statistics_by_hand():
     half = 4.3027 * std / math.sqrt(3)
     expected = {"n": 3, "mean": 3, "std": std, "low": 3 - half, "high": 3 + half}
     assert found == pytest.approx(expected, rel=1e-4)
-
 
 def test_groups_pairs_differences_by_seed():
     group, = compared(report("kd", 0, 70), report("kd", 1, 74), report("kd", 2, 99),
@@ -79,7 +72,6 @@ def test_groups_pairs_differences_by_seed():
     assert "difference" not in group["rows"]["kd"]["test top-1 %"]
     assert group["rows"]["teacher"] == {"test top-1 %": {"n": 1, "mean": 85.6}}
 
-
 def test_groups_holds_a_row_against_the_kd_of_its_own_flags():
     group, = compared(
         report("kd", 0, 70, amp=False), report("kd", 0, 60, amp=True),
@@ -89,7 +81,6 @@ def test_groups_holds_a_row_against_the_kd_of_its_own_flags():
              for label, row in group["rows"].items() if "difference" in row["test top-1 %"]}
     assert found == {"kd --amp True": -10, "richkd": 5, "richkd --amp True": 6,
                      "richkd --alpha 0.5 --amp True": 8, "richkd --alpha 0.5": 3}
-
 
 def test_groups_are_of_one_teacher_student_epochs_and_test_split():
     scratch = report("scratch", 0, 45, teacher=None)
@@ -105,7 +96,6 @@ def test_groups_are_of_one_teacher_student_epochs_and_test_split():
     alone, = compared(scratch)
     assert alone["teacher"] is None and list(alone["rows"]) == ["teacher", "scratch"]
 
-
 def test_by_method_names_settings_that_differ():
     kd = report("kd", 0, 70, lr=0.02)
     group, = compared(kd, report("richkd", 0, 72, lr=0.02), report("richkd", 1, 72, lr=0.02),
@@ -117,7 +107,6 @@ def test_by_method_names_settings_that_differ():
     for reports in (pair, pair[::-1]):
         group, = compared(report("kd", 0, 70), *reports)
         assert [row["test top-1 %"]["n"] for row in list(group["rows"].values())[2:]] == [1, 1]
-
 
 def test_by_method_never_averages_runs_of_other_data_or_files():
     """All with the same settings: other training images, another prompts file."""
@@ -140,14 +129,12 @@ def test_by_method_never_averages_runs_of_other_data_or_files():
     assert rows[2]["test top-1 %"]["difference"]["mean"] == 20
     assert "difference" not in rows[3]["test top-1 %"]
 
-
 def test_told_apart_are_shift_sets_of_one_name():
     pair = [report("kd", 0, 70, shift="a" * 64), report("richkd", 0, 70, shift="b" * 64)]
     columns = {column for row in compared(*pair)[0]["rows"].values() for column in row}
     assert {f"shift val top-1 % ({letter * 13})" for letter in "ab"} <= columns
     pair[1] = report("richkd", 0, 70, shift="a" * 64)
     assert "difference" in compared(*pair)[0]["rows"]["richkd"]["shift val top-1 %"]
-
 
 def test_as_markdown_is_a_table():
     lines = compare.as_markdown(compared(
@@ -162,7 +149,6 @@ def test_as_markdown_is_a_table():
     assert table[4][5] == "0.740 ± 0.042 (+0.020; -0.107 to +0.147)"
     assert len({line.count("|") for line in lines[2:]}) == 1
 
-
 def test_read_reports_alone_or_as_a_list(tmp_path):
     path, one = tmp_path / "reports.json", report("kd", 0, 70)
     files.write_json(path, one)
@@ -174,16 +160,12 @@ def test_read_reports_alone_or_as_a_list(tmp_path):
         path.write_text(content)
         assert str(path) in refused(compare.read_reports, path)
 
-
 # What fusing does ---------------------------------------------------------------------------------
-
-
 def random_logits(N=200, K=5):
     target = torch.randint(K, (N,), generator=seeded(0))
     teacher, clip = (3 * torch.randn(N, K, generator=seeded(k)) + 2 * F.one_hot(target, K)
                      for k in (1, 2))
     return teacher, clip, target
-
 
 @pytest.fixture
 def fused():
@@ -191,7 +173,6 @@ def fused():
     kinds = {"kind": torch.arange(5) % 2}
     found = fusion.fusion_table(teacher, clip, target, 0.4, torch.eye(5), kinds, seeded())
     return {"clip_scale": 100.0, **found}
-
 
 def test_fusion_table_is_of_teacher_clip_and_both(fused):
     teacher, clip, target = random_logits()
@@ -219,7 +200,6 @@ def test_fusion_table_is_of_teacher_clip_and_both(fused):
     expected = [f"{value:.2f}" for value in (*shares, shares[2] - shares[0])]
     assert found["unsure, wrong at 0.9, %"] == expected
 
-
 def test_non_target_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.01, 0.09], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]])
     logits, target = logits.double().log(), torch.tensor([0, 0, 1, 2])
@@ -236,7 +216,6 @@ def test_non_target_by_hand():
     certain = fusion.non_target(torch.tensor([[500.0, 1.0, 0.0]]), target[:1], similarity, {})
     entropy = -sum(p * math.log(p) for p in (0.7310586, 0.2689414))
     assert certain["entropy"] == pytest.approx(entropy)  # no underflow
-
 
 def test_superclasses(tmp_path):
     names = sorted(data.CIFAR_CLASSES["cifar100"])
@@ -255,10 +234,8 @@ def test_superclasses(tmp_path):
     assert fusion.superclasses("imagenet", ["a"], ["n1"], tmp_path / "none") == {}
     assert fusion.superclasses("tiny-imagenet", ["cat"]) == {}
 
-
 def decode(png):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))  # (H, W, 3)
-
 
 def test_commands_of_a_run(tmp_path, few_shapes, clip_file):
     """fusion.json and the pictures, of the run's own teacher, CLIP and alpha."""
@@ -286,7 +263,6 @@ def test_commands_of_a_run(tmp_path, few_shapes, clip_file):
     files.write_json(folder / "fusion.json", {**found, "weights": "others"})
     assert "fusion.json" in refused(plot.draw, own)
 
-
 def test_samples_have_corruptions_as_columns():
     cells = [[torch.full((2, 3, 32, 32), 10 * severity + c, dtype=torch.uint8) for c in range(15)]
              for severity in range(5)]
@@ -294,13 +270,9 @@ def test_samples_have_corruptions_as_columns():
     assert picture.shape == (10 * 98 + 2, 15 * 98 + 2, 3)  # 32 pixels are enlarged to 96
     assert (picture[8 * 98 + 2:9 * 98, 10 * 98 + 2:11 * 98] == 40).all()  # the second's severity 4
 
-
 # The READMEs, the published numbers, the scripts --------------------------------------------------
-
-
 def groups_of(name):
     return compare.groups(compare.read_reports(ROOT / f"study/results/{name}.json"))
-
 
 def test_comparison_of_each_study_is_in_the_readme():
     readme, paths = (ROOT / "study/README.md").read_text(), ROOT.glob("study/results/*.json")
@@ -311,13 +283,11 @@ def test_comparison_of_each_study_is_in_the_readme():
         for table in compare.as_markdown(groups_of(name)).split("\n\n"):
             assert table in readme, (name, table)
 
-
 METHODS, THIRTY, TEN, SWEEPS = ("tiny-imagenet-methods", "tiny-imagenet-fraction-30",
                                 "tiny-imagenet-fraction-10", "tiny-imagenet-sweeps-30")
 CIFAR = "cifar100-core-10-resnet20-resnet8"
 TOP1, CORRUPTED = "test top-1 %", "generated corruptions top-1 %"
 FIFTH = "generated corruptions, 20 % of the images, top-1 %"
-
 
 def test_comparison_is_what_the_tables_of_claims_say():
     readme = (ROOT / "study/README.md").read_text()
@@ -353,13 +323,11 @@ def test_comparison_is_what_the_tables_of_claims_say():
             for number in re.findall(r"\d+\.\d+ → \d+\.\d+|[+-]\d+\.\d+ \([^)]* to [^)]*\)", line):
                 assert number in readme, number
 
-
 def fake_run(top1, **change):
     settings = {"dataset": "cifar100", "epochs": 240, "fraction": 1.0, "holdout": 0.0,
                 "method": "kd", "teacher": ["resnet110"], "student": "resnet20", "seed": 0,
                 **published.METHODS["kd"], **change}
     return compare.Run({}, "resnet110", "kd", 0, settings, {}, {"test top-1 %": top1}, {}, {})
-
 
 def test_published_has_ours_beside_theirs():
     runs = [fake_run(70.0), fake_run(71.0), fake_run(9.0, epochs=60), fake_run(9.0, fraction=0.5),
@@ -372,13 +340,11 @@ def test_published_has_ours_beside_theirs():
                    "71.46 / not run | - / not run | 71.48 / not run |")
     assert len(rows) == 13 and sum("69.06 / 69.00" in row for row in rows) == 2  # and resnet56's
 
-
 def test_published_rows_are_those_of_the_reference(shared):
     text = (shared / "reference/published.md").read_text("utf-8")
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if " → " in line]
     table = [[*row[0].split(" → "), *row[1:]] for row in table[1:14]]
     assert table == [row.split()[:7] for row in published.ROWS.strip().splitlines()]
-
 
 def test_subset_of_a_tenth_or_a_half_has_nothing_that_the_shared_clip_has_seen(shared):
     """The pictures in the order in which `data.cifar_pictures` has them."""
@@ -396,7 +362,6 @@ def test_subset_of_a_tenth_or_a_half_has_nothing_that_the_shared_clip_has_seen(s
             "/".join(name.split("/")[-3:]) for name in seen}
     assert len(seen) == 25_000
 
-
 def test_study_script_passes_settings_that_train_py_has():
     text, found = (ROOT / "study/study.sh").read_text("utf-8"), {}
     for flags in re.findall(r"\$end (--.*)\"", text):
@@ -406,7 +371,6 @@ def test_study_script_passes_settings_that_train_py_has():
             found[own.method] = {name: getattr(own, name) for name in published.METHODS[own.method]}
     assert found == {name: published.METHODS[name] for name in ("kd", "dkd", "kd-ls")}
     assert published.METHODS["crd"].items() <= vars(train.Config()).items()  # of `crd` as it is
-
 
 @pytest.mark.slow
 def test_cifar100_script_in_miniature(tmp_path, clip_file):
