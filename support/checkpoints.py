@@ -1,11 +1,8 @@
-"""Checkpoints, of other programs and this one's own, read without executing anything in them.
-
-Errors are `ValueError` and `OSError` of one line that names the file."""
+"""Checkpoints, of other programs and this one's own: read without executing anything in them, or
+refused by a ValueError or OSError of one line that names the file."""
 
 import functools
 import json
-import math
-import os
 import pickle
 import textwrap
 import zipfile
@@ -16,8 +13,8 @@ import torch
 from support import files
 
 class Inert(dict):
-    """Stands for every class and function that a pickle names, but those in `KNOWN`: it takes
-    arguments, items and attributes (as items), and does nothing."""
+    """Stands for whatever a pickle names, but for `KNOWN`: it takes arguments, items and attributes
+    (as items), and does nothing."""
     __hash__ = object.__hash__  # a path, or a NumPy number, may be a key
 
     def __init__(self, *arguments, **named):
@@ -32,16 +29,14 @@ class Inert(dict):
         self.update(state if isinstance(state, dict) else {})  # a NumPy dtype's is a tuple
 
 def rebuild_tensor(storage, offset, size, stride, *_):
-    if math.prod(size) > len(storage):
+    if torch.Size(size).numel() > len(storage):
         raise ValueError("a tensor is larger than its storage")
     return storage.as_strided(size, stride, offset)
 
 KNOWN = {
     "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor": rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
     "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8,  # stand for their dtype
     **{f"torch.{name}Storage": getattr(torch, name.lower())
        for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")},
@@ -49,11 +44,7 @@ KNOWN = {
 
 class Unpickler(pickle.Unpickler):
     """`find_class` is the only way in which a pickle comes to anything outside itself; here nothing
-    is imported. persistent_load: function of a storage's key, which returns it as a tensor (n,)."""
-
-    def __init__(self, file, persistent_load):
-        super().__init__(file, encoding="latin1")  # of Python 2's strings
-        self.persistent_load = persistent_load
+    is imported."""
 
     def find_class(self, module, name):
         return KNOWN.get(f"{module}.{name}", Inert)
@@ -67,45 +58,31 @@ def read_zip(file):
     """What `torch.save` (since 1.6) wrote, or {dotted name: attribute} of a TorchScript module.
     zipfile compares what it reads with its CRC."""
     archive = zipfile.ZipFile(file)
-    names = archive.namelist()
-    pickled = next((name for name in names if name.endswith("/data.pkl")), None)
-    if pickled is None:
-        raise ValueError(f"it is an archive of other files ({', '.join(names[:3])}): unpack it")
-    folder = pickled.removesuffix("data.pkl")
-    if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
+    folder = archive.namelist()[0].partition("/")[0]  # all is in one
+    byteorder = f"{folder}/byteorder"
+    if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
         raise ValueError("its numbers are big-endian")
 
     @functools.cache  # several tensors may be views of one storage
     def storage(key):
         _, dtype, record, _, count = key  # "storage", dtype, record's name, device, elements
-        data = bytearray(archive.read(f"{folder}data/{record}"))
-        if len(data) != count * dtype.itemsize:
-            raise ValueError("a storage has another length than its tensors")
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        data = bytearray(archive.read(f"{folder}/data/{record}"))
+        empty = torch.empty(0, dtype=dtype)  # of no bytes frombuffer makes none
+        return torch.frombuffer(data, dtype=dtype, count=count) if data else empty
 
-    content = Unpickler(archive.open(pickled), storage).load()
+    unpickler = Unpickler(archive.open(f"{folder}/data.pkl"))
+    unpickler.persistent_load = storage
+    content = unpickler.load()
     return dict(flatten(content)) if isinstance(content, Inert) else content
 
 def read_legacy(file):
-    """What `torch.save` wrote before 1.6, a pickle each: a magic number, version, machine, content,
-    names of storages; then each storage's length and bytes."""
-    storages = {}
-
-    def storage(key):
-        if key[0] != "storage" or key[-1] is not None:
-            raise ValueError("it holds whole modules, or parts of storages; save a state dict")
-        _, dtype, name, _, count, _ = key
-        return storages.setdefault(name, torch.empty(count, dtype=dtype))
-
-    magic, _, _, content, names = (Unpickler(file, storage).load() for _ in range(5))
-    if magic != 0x1950A86A20F9469CFC6C:
-        raise ValueError("it is no file by torch.save")
-    for name in names:
-        data = storages[name].view(torch.uint8).numpy()
-        count = int.from_bytes(file.read(8), "little")
-        if count != len(storages[name]) or file.readinto(data) != len(data):
-            raise ValueError("a storage has another length than its tensors")
-    return content
+    """What `torch.save` wrote before 1.6; beside tensors, as RepDistiller does, some settings."""
+    shells = ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar")
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in shells]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose text says how to execute what is in it
+        raise ValueError("it holds more than tensors and numbers: save a state dict") from None
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,  # by safetensors' names
           "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
@@ -115,55 +92,42 @@ def read_safetensors(file):
     """{name: tensor} of a .safetensors file (github.com/huggingface/safetensors, Format): the
     header's length, the header in JSON, the tensors without a gap. The format has no checksums: a
     changed bit in a tensor goes unnoticed."""
-    length = int.from_bytes(file.read(8), "little")
-    size = os.fstat(file.fileno()).st_size - 8 - length  # of all tensors together
-    if length > 10**8 or size < 0:
-        raise ValueError("its header is larger than the file, or than 100 MB")
-    header = json.loads(file.read(length))
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     end, tensors = 0, {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        start, stop = entry["data_offsets"]
-        if start != end or stop > size or stop - start != math.prod(shape) * dtype.itemsize:
+        tensors[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        data = tensors[name].flatten().view(torch.uint8).numpy()
+        start, end = end, end + len(data)
+        if entry["data_offsets"] != [start, end] or file.readinto(data) < len(data):
             raise ValueError(f"{name} is not where, or as large as, its shape asks for")
-        tensors[name], end = torch.empty(shape, dtype=dtype), stop
-        file.readinto(tensors[name].flatten().view(torch.uint8).numpy())
-    if end != size:
+    if file.read(1):
         raise ValueError("it does not end where its tensors do")
     return tensors
 
-def read_file(file):
-    """The content of an open file, whose first bytes tell its kind. Damaged ones raise anything."""
-    head = file.read(262)
-    file.seek(0)
-    packed = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")
-    if head[8:9] == b"{":  # behind a length, which may be any bytes, those of a zip, too
-        return read_safetensors(file)
-    if head.startswith(b"PK"):
-        return read_zip(file)
-    if not head:
-        raise ValueError("it is empty: get it again")
-    if files.is_web_page(head):
-        raise ValueError("it is a web page: get the file itself")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError("it is a pointer of git-lfs: run `git lfs pull` where it is from")
-    if head.startswith(packed) or head[257:262] == b"ustar":
-        raise ValueError("it is an archive: unpack it")
-    return read_legacy(file)
-
 def read_checkpoint(path):
-    """What a file by torch.save, of any version, a TorchScript archive or a .safetensors file has:
-    tensors (on the CPU) and plain values in dicts and lists, whatever its name. Nothing in it is
-    executed. Raises OSError; ValueError, which tells what a file is that is no checkpoint."""
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder, expected a checkpoint: name a file in it")
+    """The dict that a file by torch.save, of any version, a TorchScript archive or a .safetensors
+    file holds: tensors (on the CPU) and plain values in dicts and lists, whatever the file's name.
+    Nothing in it is executed. Raises OSError; ValueError, which tells what else a file is."""
     with open(path, "rb") as file:
+        head = file.read(32)
+        file.seek(0)
         try:
-            return read_file(file)
-        except Exception as error:
+            if head[8:9] == b"{":  # behind a length, which may be any bytes, those of a zip, too
+                content = read_safetensors(file)
+            elif head.startswith(b"PK"):
+                content = read_zip(file)
+            elif head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # a magic number
+                content = read_legacy(file)
+            else:
+                raise ValueError(f"it begins with {head[:23]!r}, as none does: unpack an archive, "
+                                 "get what a web page or a pointer of git-lfs stands for")
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds a {type(content).__name__}, no dict")
+        except Exception as error:  # a damaged file may raise anything
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
             raise ValueError(f"{path} is no checkpoint of tensors, or damaged ({reason})") from None
+    return content
 
 def read_own(path, advice):
     """The dict in a file that `files.save` wrote. Raises FileNotFoundError; `files.Damaged`, which
@@ -190,7 +154,7 @@ def states(content, keys=()):
     for key in KEYS if len(keys) < 5 else ():  # a pickle may hold itself
         if isinstance(content.get(key), dict):
             yield from states(content[key], (*keys, key))
-    state = {name: value for name, value in content.items()
+    state = {name: value.detach() for name, value in content.items()
              if isinstance(name, str) and torch.is_tensor(value)}
     if state:
         yield keys, state
@@ -216,11 +180,10 @@ def read_state_dict(path):
     prefixes of what wrapped the network; one of several networks is taken in the order of `KEYS`,
     and `note` says which. Raises as `read_checkpoint`, and ValueError where there is none."""
     content = read_checkpoint(path)
-    networks = list(states(content)) if isinstance(content, dict) else []
+    networks = list(states(content))
     if not networks:
-        there = textwrap.shorten(str(list(content)), 80) if isinstance(content, dict) else "none"
-        raise ValueError(f"{path}: no state dict, neither bare nor under 'state_dict', 'model' or "
-                         f"'net'; the keys in it are {there}")
+        raise ValueError(f"{path}: expected a state dict, bare or under 'state_dict', 'model', "
+                         f"..., found only {textwrap.shorten(str(list(content)), 80)}")
     keys, state = networks[0]
     others = [".".join(other) for other, _ in networks if other != keys[: len(other)]]
     say_taken(path, ".".join(keys), others)
@@ -231,31 +194,26 @@ def read_state_dict(path):
     return state
 
 def read_about(path):
-    """What this project's own student.pt says of itself beside its tensors; {} for a file that says
-    none of it. Raises as `read_checkpoint`."""
-    about = ("model_name", "dataset", "class_names", "class_ids", "mean", "std", "image_size")
+    """What this project's own student.pt says of itself, its tensors too; {} for a file by another
+    program. Raises as `read_checkpoint`."""
     content = read_checkpoint(path)
-    ours = isinstance(content, dict) and {"model_name", "format"} <= content.keys()
-    return {key: content[key] for key in about if ours and key in content}
+    return content if {"model_name", "format"} <= content.keys() else {}
 
 def match(wanted, state):
     """The tensors `state` of a file under the names of a model, which wants {name: shape}, and what
     does not fit, in words, or None."""
-    matched = {}
+    # files older than PyTorch 0.4.1 have no counters
+    matched = {key: torch.tensor(0) for key in wanted if key.endswith("num_batches_tracked")}
     for key, tensor in state.items():
         plain = key.replace("compressible_", "")  # akamaster/pytorch_resnet_cifar10
         names = (key, plain, plain.replace("linear", "fc").replace("shortcut", "downsample"),
                  plain.replace("fc", "linear").replace("downsample", "shortcut"))
         ours = (name for name in names if name in wanted and (name == key or name not in state))
         matched[next(ours, key)] = tensor
-    for key in wanted:
-        if key.endswith("num_batches_tracked"):  # files older than PyTorch 0.4.1 have no counters
-            matched.setdefault(key, torch.tensor(0))
-    for key in (*wanted, *matched):
-        expected = list(wanted[key]) if key in wanted else "none"
-        there = list(matched[key].shape) if key in matched else "none"
-        if expected != there:
-            others = [name for name in matched if name not in wanted] or list(state)
-            return matched, (f"tensor '{key}': expected {expected}, found {there}; in the file are "
-                             f"{', '.join(others[:3])}, ... ({len(state)} tensors)")
+    expected = {key: list(shape) for key, shape in wanted.items()}
+    there = {key: list(tensor.shape) for key, tensor in matched.items()}
+    for key in (*expected, *there):
+        if expected.get(key) != there.get(key):
+            return matched, (f"tensor '{key}': expected {expected.get(key)}, found {there.get(key)}"
+                             f"; in the file are {', '.join([*state][:3])}, ... ({len(state)})")
     return matched, None

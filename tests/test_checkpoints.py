@@ -21,62 +21,59 @@ from torch import nn
 from support import checkpoints, files
 from support.checkpoints import match, read_about, read_checkpoint, read_own, read_state_dict
 
-
 def some_state():
     return {"conv.weight": torch.randn(4, 3, 2, 2), "bn.running_mean": torch.randn(4),
             "bn.num_batches_tracked": torch.tensor(7), "half": torch.randn(5).half()}
 
-
 class Ordered(collections.OrderedDict):
     """Of a module that a stranger does not have."""
-
 
 def parameters(state):
     return {name: nn.Parameter(t, t.is_floating_point()) for name, t in state.items()}
 
-
-def sgd(state):
-    return torch.optim.SGD(parameters(state).values(), 0.1)
-
-
+SGD = torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1, 0.9)
 WRAPPINGS = {
     "bare": lambda state: state,
     "a bare subclass": lambda state: Ordered(state),
     "parameters": parameters,
     "model": lambda state: {"model": state, "epoch": 240, "accuracy": torch.tensor(79.4)},
-    "net": lambda state: {"net": state, "acc": 95.1, "epoch": 3},
     "in five": lambda state: {"net": {"model": {"state_dict": {"module": {"student": state}}}}},
     "beside a tensor": lambda state: {"model_state_dict": state, "loss": torch.zeros(2)},
     "its settings": lambda state: {"model": {"name": "vgg8", "size": {"depth": 8}}, "net": state},
     "a subclass": lambda state: {"model": Ordered(state), "best": collections.Counter("ab")},
     "NumPy": lambda state: {"model": state, "best": np.float64(73.2), "history": np.zeros(3)},
     "arguments": lambda state: {"model": state, "opt": argparse.Namespace(lr=0.1, path=Path("a"))},
-    "an optimiser": lambda state: {"model": state, "optimizer": sgd(state).state_dict()},
-    "default dicts": lambda state: {"model": state, "log": collections.defaultdict(list, a=[1])},
-    "keys": lambda state: {"model": state, "seen": {Path("a"): 1, np.int64(3): 2}},
-    "containers": lambda state: {"model": state, "last": collections.deque([1, 2], 5),
-                                 "seen": {"a", "b"}, "frozen": frozenset([1]), "j": 2j},
+    "an optimiser": lambda state: {"model": state, "optimizer": SGD.state_dict()},
+    "containers": lambda state: {
+        "model": state, "last": collections.deque([1, 2], 5), "seen": {"a", "b"}, "j": 2j,
+        "log": collections.defaultdict(list, a=[1]), "keys": {Path("a"): 1, np.int64(3): 2}},
     "versions": lambda state: {"model": state, "torch": torch.__version__, "t": torch.float16,
                                "device": torch.device("cpu"), "when": datetime.datetime.now()},
-    "a schedule": lambda state: {
-        "model": state, "scheduler": torch.optim.lr_scheduler.StepLR(sgd(state), 3)},
-    "a partial": lambda state: {"model": state, "opt": functools.partial(dict, lr=0.1)},
+    "objects": lambda state: {"model": state, "opt": functools.partial(dict, lr=0.1),
+                              "scheduler": torch.optim.lr_scheduler.StepLR(SGD, 3)},
 }
-
 
 @pytest.mark.parametrize("kind", WRAPPINGS)
 def test_read_state_dict_of_every_wrapping(kind, tmp_path, capsys):
     state, path = some_state(), tmp_path / "weights.pt"
     for protocol in range(2, 6):
-        for zipped in (True, False):
-            torch.save(WRAPPINGS[kind](state), path, pickle_protocol=protocol,
-                       _use_new_zipfile_serialization=zipped)
-            found = read_state_dict(str(path))
-            assert equal(found, state)
-            assert all(found[k].dtype == state[k].dtype for k in state)
-            assert not any(tensor.requires_grad for tensor in found.values())
+        torch.save(WRAPPINGS[kind](state), path, pickle_protocol=protocol)
+        found = read_state_dict(str(path))
+        assert equal(found, state)
+        assert all(found[k].dtype == state[k].dtype for k in state)
+        assert not any(tensor.requires_grad for tensor in found.values())
     assert not capsys.readouterr().err
 
+@pytest.mark.parametrize("wrap", [
+    *(WRAPPINGS[kind] for kind in ("bare", "parameters", "model", "in five", "an optimiser")),
+    lambda state: {"model": state, "opt": argparse.Namespace(lr=0.1, decay="1,2", steps=[1, 2]),
+                   "best_acc": np.float64(73.2), "rate": np.float32(1), "epoch": np.int64(3)}])
+def test_read_legacy_of_what_repdistiller_wrote(wrap, tmp_path):
+    state, path = some_state(), tmp_path / "resnet8x4_last.pth"
+    old = saved(wrap(state), _use_new_zipfile_serialization=False)
+    path.write_bytes(old.replace(b"numpy._core", b"numpy.core"))  # NumPy's name in those years
+    found = read_state_dict(path)
+    assert equal(found, state) and not any(t.requires_grad for t in found.values())
 
 @pytest.mark.parametrize("prefix, others, said", [
     *((prefix, [], "") for prefix in (
@@ -96,7 +93,6 @@ def test_read_state_dict_takes_prefixes_off(prefix, others, said, tmp_path, caps
     assert equal(read_state_dict(path), state)
     assert capsys.readouterr().err == (f"{path} holds {said} is read\n" if said else "")
 
-
 @pytest.mark.parametrize("names", [
     ["model.0.weight", "fc.weight"], ["conv1.weight", "module.weight"], ["weight"],
     ["conv1.weight"], ["fc.weight", "fc.bias"], ["conv1.weight", "loss"],
@@ -105,15 +101,11 @@ def test_read_state_dict_keeps_the_names_of_layers(names, tmp_path):
     torch.save({name: torch.zeros(1) for name in names}, tmp_path / "file.pt")
     assert list(read_state_dict(tmp_path / "file.pt")) == names
 
-
 @pytest.mark.parametrize("content, said", [
     (lambda right, wrong: {"model_ema": wrong, "model": right}, "model and model_ema; model"),
-    (lambda right, wrong: {"state_dict_ema": wrong, "state_dict": right},
-     "state_dict and state_dict_ema; state_dict"),
     (lambda right, wrong: {"teacher": wrong, "student": right}, "student and teacher; student"),
     (lambda right, wrong: {"ema": {"module": wrong, "decay": 0.9}, "net": {"module": right}},
      "net.module and ema.module; net.module"),
-    (lambda right, wrong: {"model_ema": right}, None), (lambda right, wrong: {"ema": right}, None),
     (lambda right, wrong: {"teacher": right, "best": torch.zeros(1)}, None),
 ])
 def test_read_state_dict_says_which_of_several_it_takes(content, said, tmp_path, capsys):
@@ -121,7 +113,6 @@ def test_read_state_dict_says_which_of_several_it_takes(content, said, tmp_path,
     torch.save(content(right, wrong), path)
     assert equal(read_state_dict(path), right)
     assert capsys.readouterr().err == (f"{path} holds {said} is read\n" if said else "")
-
 
 def test_read_state_dict_refuses_what_has_none(tmp_path):
     path = tmp_path / "file.pt"
@@ -136,18 +127,15 @@ def test_read_state_dict_refuses_what_has_none(tmp_path):
     assert "absent.pt" in refused(read_state_dict, tmp_path / "absent.pt")
     assert str(tmp_path) in refused(read_state_dict, tmp_path)  # a folder
 
-
 def test_read_about_of_a_student_and_of_others(tmp_path):
     said = {"model_name": "vgg8", "dataset": "shapes", "class_names": ["a", "b"], "mean": [0.5] * 3,
             "std": [0.2] * 3, "image_size": 32}
-    more = {**said, "class_ids": ["n1", "n2"]}
     for content, expected in [
-            ({**said, "model": some_state(), "format": 2}, said), ({**more, "format": 2}, more),
+            ({**said, "format": 2}, {**said, "format": 2}),
             ({**said, "model": some_state()}, {}),  # of another program, which says other things
-            ({"model": some_state(), "mean": 3}, {}), (some_state(), {}), ([1], {})]:
+            ({"model": some_state(), "mean": 3}, {}), (some_state(), {})]:
         torch.save(content, tmp_path / "file.pt")
         assert read_about(tmp_path / "file.pt") == expected
-
 
 def test_read_own_is_the_inverse_of_save(tmp_path):
     path, content = tmp_path / "a.pt", {"a": torch.arange(3), "b": [1, "x", {"c": None}]}
@@ -164,33 +152,21 @@ def test_read_own_is_the_inverse_of_save(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.pt"):
         read_own(tmp_path / "absent.pt", "")
 
-
-class Traced(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))
-        self.last = nn.Linear(4, 2)
-        self.register_buffer("resolution", torch.tensor(64))
-
-    def forward(self, x):
-        return self.last(self.first(x).mean((2, 3)))
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", ["trace", "script"])
-def test_read_state_dict_of_a_torchscript_archive(make, tmp_path):
-    for dtype in (torch.float32, torch.float16):
-        module, x = Traced().to(dtype).eval(), torch.zeros(1, 3, 8, 8, dtype=dtype)
-        made = torch.jit.trace(module, x) if make == "trace" else torch.jit.script(module)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_read_state_dict_of_a_torchscript_archive(dtype, tmp_path):
+    module = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)), nn.ReLU())
+    module.register_buffer("resolution", torch.tensor(64))
+    module, expected = module.to(dtype).eval(), module.to(dtype).state_dict()
+    for made in (torch.jit.trace(module, torch.zeros(1, 3, 8, 8, dtype=dtype)),
+                 torch.jit.script(module)):
         made.save(tmp_path / "module.pt")
-        found, expected = read_state_dict(tmp_path / "module.pt"), module.state_dict()
+        found = read_state_dict(tmp_path / "module.pt")
         assert equal(found, expected)
         assert all(found[k].dtype == expected[k].dtype for k in expected)
 
-
 KINDS = {str(dtype): torch.randn(3, 5).mul(9).to(dtype) for dtype in checkpoints.DTYPES.values()}
 KINDS |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "é": torch.arange(3.0)}
-
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_read_checkpoint_of_every_kind_of_tensor(zipped, tmp_path):
@@ -206,10 +182,7 @@ def test_read_checkpoint_of_every_kind_of_tensor(zipped, tmp_path):
     found["same"].zero_()  # a storage of two tensors, and none of the file
     assert path.read_bytes() == before and not found["part"].any()
 
-
 # Nothing is executed ------------------------------------------------------------------------------
-
-
 class Call:
     """A pickle that calls a function when it is loaded as pickles are."""
 
@@ -219,34 +192,27 @@ class Call:
     def __reduce__(self):
         return self.function, self.arguments
 
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", [
-    Call(os.system, "touch executed"), Call(os.mkdir, "executed"), Call(open, "executed", "w"),
-    Call(eval, "open('executed', 'w')"), Call(setattr, argparse.Namespace(), "a", 1),
-    Call(torch.load, "other.pt"), Call(torch.hub.load, "owner/repository"), nn.Linear(2, 2)])
+    Call(os.mkdir, "executed"), Call(open, "executed", "w"), Call(eval, "open('executed', 'w')"),
+    Call(setattr, argparse.Namespace(), "a", 1), Call(torch.load, "other.pt"), nn.Linear(2, 2)])
 def test_read_checkpoint_calls_nothing(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = {"model": {"weight": torch.ones(2), "x": call}, "x": [call]}
-    for zipped in (True, False):
-        torch.save(content, "file.pt", _use_new_zipfile_serialization=zipped)
-        if isinstance(call, nn.Module) and not zipped:  # then its source is in the file, too
-            assert "save a state dict" in refused(read_state_dict, "file.pt")
-            continue
-        assert equal(read_state_dict("file.pt"), {"weight": torch.ones(2)})
-        assert type(read_checkpoint("file.pt")["x"][0]) is checkpoints.Inert
+    torch.save(content, "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(content, "file.pt")
+    assert equal(read_state_dict("file.pt"), {"weight": torch.ones(2)})
+    assert type(read_checkpoint("file.pt")["x"][0]) is checkpoints.Inert
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), "module.pt")
     Path("module.pt").write_bytes(repacked(Path("module.pt").read_bytes(), lambda name, data: (
         pickle.dumps(call, 2) if name.endswith("/data.pkl") else data)))
     Path("plain.pt").write_bytes(pickle.dumps(call))
-    for name in ("module.pt", "plain.pt"):
+    for name in ("module.pt", "plain.pt", "old.pt"):
         assert name in refused(read_state_dict, name)
     assert not Path("executed").exists()
 
-
 NAMED = b"cos\nmkdir\n"  # find_class("os", "mkdir")
 ARGUMENT = b"X\x08\x00\x00\x00executed"
-
 
 @pytest.mark.parametrize("opcodes", [
     NAMED + ARGUMENT + b"\x85R",  # REDUCE
@@ -256,18 +222,15 @@ ARGUMENT = b"X\x08\x00\x00\x00executed"
     NAMED + ARGUMENT + b"\x85\x81",  # NEWOBJ
     NAMED + ARGUMENT + b"\x85}\x92",  # NEWOBJ_EX
     NAMED + b")R" + ARGUMENT + b"\x85R",  # what a call returned is called
-    NAMED + b")R" + ARGUMENT + b"b",  # BUILD by what is no dict
     NAMED + b")R}X\x01\x00\x00\x00aK\x01sb",  # BUILD
-    NAMED + b")RK\x01a",  # APPEND
     NAMED + b")R(K\x01K\x02e",  # APPENDS
 ])
 def test_unpickler_makes_inert_objects_by_every_opcode(opcodes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with zipfile.ZipFile("file.pt", "w") as archive:
-        archive.writestr("file/data.pkl", b"\x80\x04]" + opcodes + b"a.")
-    (thing,) = read_checkpoint("file.pt")
+        archive.writestr("file/data.pkl", b"\x80\x04}K\x00" + opcodes + b"s.")
+    (thing,) = read_checkpoint("file.pt").values()
     assert type(thing) is checkpoints.Inert and not Path("executed").exists()
-
 
 def test_unpickler_leaves_what_it_knows_as_it_is(tmp_path):
     before, path = dict(vars(checkpoints.Inert)), tmp_path / "file.pt"
@@ -279,24 +242,19 @@ def test_unpickler_leaves_what_it_knows_as_it_is(tmp_path):
     assert dict(vars(checkpoints.Inert)) == before
     assert list(collections.OrderedDict(a=1).items()) == [("a", 1)]
 
-
 # Damaged, or something else -----------------------------------------------------------------------
-
-
-def repacked(content, change, how=zipfile.ZIP_STORED):
+def repacked(content, change):
     """The bytes of an archive whose entries `change(name, data)` changed."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", how) as new:
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
         for name in old.namelist():
             new.writestr(name, change(name, old.read(name)))
     return buffer.getvalue()
-
 
 def saved(content, **options):
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)
     return buffer.getvalue()
-
 
 def other_files():
     """name -> (bytes of a file that is no whole checkpoint, a word of what is said of it)."""
@@ -305,32 +263,27 @@ def other_files():
     small, count = saved({"weight": torch.arange(4.0)}), struct.pack("<q", 4000)
     middle, others = len(good) // 2, io.BytesIO()
     with zipfile.ZipFile(others, "w") as archive:
-        archive.writestr("other", b"")
+        archive.writestr("other/name", b"")
     return {
         "text": (b"hello world\n", ""), "noise": (bytes(range(256)) * 20, ""),
-        "JSON": (b'{"a": [1, 2, 3]}\n', ""), "a pickle": (pickle.dumps(3), ""),
-        "zip, cut": (good[:middle], ""),
+        "a list": (saved([1]), "list"), "zip, cut": (good[:middle], ""),
         "zip, a bit": (good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :], "CRC"),
         "zip, short record": (repacked(
             good, lambda name, data: data[:-4] if "/data/" in name else data), "length"),
-        "zip, no record": (repacked(good, lambda name, data: data).replace(b"data/0", b"data/9"),
-                           "data/0"),
         "zip, of another machine": (repacked(
             good, lambda name, data: b"big" if name.endswith("/byteorder") else data), "big"),
         "zip, larger tensor": (repacked(  # of 5 elements in a storage of 4
             small, lambda name, data: data.replace(b"K\x04\x85", b"K\x05\x85")), "larger"),
         "zip, vast tensor": (saved({"weight": torch.zeros(1).expand(10**12)}), "larger"),
-        "zip, of other files": (others.getvalue(), "unpack"),
-        "legacy, cut": (legacy[: len(legacy) // 2], "length"), "legacy, head": (legacy[:100], ""),
-        "legacy, another length": (legacy.replace(count, struct.pack("<q", 3999)), "length"),
-        "legacy, no storage": (legacy[: legacy.rindex(count)], "length"),
-        "legacy, huge": (legacy.replace(struct.pack("<H", 4000), struct.pack("<H", 65000)), ""),
-        "nothing": (b"", "empty"), "gzip": (b"\x1f\x8b..", "unpack"),
-        "tar": (b"a".ljust(257, b"\0") + b"ustar", "unpack"),
+        "zip, of other files": (others.getvalue(), "other/"),
+        "zip, empty": (b"PK\5\6" + bytes(18), ""),
+        "legacy, cut": (legacy[: len(legacy) // 2], "EOF"), "legacy, head": (legacy[:100], ""),
+        "legacy, another length": (legacy.replace(count, struct.pack("<q", 3999)), "size"),
+        "legacy, no storage": (legacy[: legacy.rindex(count)], "EOF"),
+        "nothing": (b"", "b''"), "gzip": (b"\x1f\x8b..", "unpack"),
         "a page": (b"\xef\xbb\xbf\n <!DOCTYPE html><html><body>Sign in</body>\n", "web page"),
-        "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid 0\n", "git lfs pull"),
+        "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid 0\n", "git-lfs"),
     }
-
 
 @pytest.mark.parametrize("kind", other_files())
 def test_read_checkpoint_of_what_is_none(kind, tmp_path):
@@ -339,17 +292,7 @@ def test_read_checkpoint_of_what_is_none(kind, tmp_path):
     message = refused(read_checkpoint, tmp_path / "file.pth")
     assert "file.pth" in message and word in message and len(message) < 400
 
-
-def test_read_checkpoint_of_a_packed_archive(tmp_path):
-    state = {"weight": torch.arange(4000.0)}
-    packed = repacked(saved(state), lambda name, data: data, zipfile.ZIP_DEFLATED)
-    (tmp_path / "a.pt").write_bytes(packed)
-    assert equal(read_checkpoint(tmp_path / "a.pt"), state)
-
-
 # safetensors --------------------------------------------------------------------------------------
-
-
 def test_read_safetensors_of_every_kind_of_tensor(tmp_path):
     path = tmp_path / "any name"
     plain = struct.unpack_from("<Q", safetensors(KINDS))[0]
@@ -359,33 +302,27 @@ def test_read_safetensors_of_every_kind_of_tensor(tmp_path):
         assert list(found) == list(KINDS) and equal(found, KINDS)
         assert all(found[name].dtype == KINDS[name].dtype for name in KINDS)
 
-
 def changed(key, value):
     """One tensor of two elements, whose entry has another value for a key."""
     return safetensors({"a": torch.ones(2)}, lambda header: header["a"].update({key: value}))
-
 
 def two(offsets):
     """Two tensors of two elements, the second at other offsets."""
     return safetensors({"a": torch.ones(2), "b": torch.ones(2)},
                        lambda header: header["b"].update(data_offsets=offsets))
 
-
 DAMAGED = {
     "cut": safetensors({"a": torch.ones(9)})[:-1],
     "cut in the header": safetensors({"a": torch.ones(9)})[:40],
     "longer": safetensors({"a": torch.ones(9)}, end=b"x"),
     "a long header": struct.pack("<Q", 2**63) + b'{"a": 1}',
-    "no JSON": struct.pack("<Q", 8) + b"{'a': 1}",
     "deep": struct.pack("<Q", 500_005) + b'{"a":' + b"[" * 500_000,
     "overlapping": two([4, 12]), "the same": two([0, 8]), "a gap": two([12, 20]),
     "before": changed("data_offsets", [-4, 4]), "beyond": changed("data_offsets", [0, 8000]),
-    "backwards": changed("data_offsets", [8, 0]), "a fraction": changed("shape", [2.0]),
-    "a text": changed("shape", "2"), "a size below 0": changed("shape", [-1, -2]),
     "another shape": changed("shape", [3]), "vast": changed("shape", [2**62, 2**62]),
+    "a text": changed("shape", "2"), "a size below 0": changed("shape", [-1, -2]),
     "another dtype": changed("dtype", "F64"), "an unknown dtype": changed("dtype", "F8_E4M3"),
 }
-
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_read_safetensors_of_a_damaged_file(kind, tmp_path):
@@ -393,10 +330,7 @@ def test_read_safetensors_of_a_damaged_file(kind, tmp_path):
     message = refused(read_checkpoint, tmp_path / "a.safetensors")
     assert "a.safetensors" in message and len(message) < 400
 
-
 # Names --------------------------------------------------------------------------------------------
-
-
 def test_match_by_name_and_shape():
     one, two, three = torch.zeros(1), torch.zeros(2), torch.zeros(3)
     wanted = {"fc.weight": [1], "a.downsample.0": (2,), "a.num_batches_tracked": torch.Size([])}
