@@ -6,8 +6,7 @@
 
 Images stay uint8 until the device, where `to_input` makes them what a classifier reads. What fits
 in memory is one tensor, ImageNet a `Stream` of files; `shapes` is rendered, without a download.
-Errors are ValueError and OSError of one line that names the file.
-"""
+Errors are ValueError and OSError of one line that names the file."""
 
 import dataclasses
 import os
@@ -61,11 +60,9 @@ def draw_epoch(N, seed, padding=4):
     return order, top, left, flip
 
 def augment(images, top, left, flip, padding=4):
-    """Flip, zero padding and crop, each image its own: uint8 (B,3,H,W) -> the same.
-
-    flip (B,): 0 or 1. top, left (B,): the crop's corner, 0 to 2 * padding. All on images' device.
-    With `draw_epoch` it is RandomHorizontalFlip and RandomCrop(H, padding), as in RepDistiller.
-    """
+    """Flip, zero padding and crop, each image its own: uint8 (B,3,H,W) -> the same. flip (B,): 0 or
+    1. top, left (B,): the crop's corner, 0 to 2 * padding. All on images' device. With `draw_epoch`
+    it is RandomHorizontalFlip and RandomCrop(H, padding), as in RepDistiller."""
     B, _, H, W = images.shape
     image = torch.arange(B, device=images.device)
     padded = F.pad(torch.stack([images, images.flip(3)], 1), [padding] * 4)  # (B,2,3,H+2p,W+2p)
@@ -73,9 +70,8 @@ def augment(images, top, left, flip, padding=4):
     return windows[image, flip, :, top, left]
 
 def to_input(images, mean, std):
-    """uint8 (B,3,H,W) -> what a classifier reads, in training and in evaluation alike: float32,
-    (x / 255 - mean) / std, channels_last. mean, std: three numbers of images in 0..1, or a tensor.
-    """
+    """uint8 (B,3,H,W) -> what a classifier reads, in training and evaluation alike: float32,
+    (x / 255 - mean) / std, channels_last. mean, std: three numbers each, of images in 0..1."""
     mean, std = (torch.as_tensor(value).view(3, 1, 1) for value in (mean, std))
     scale, shift = (x.to(images.device, non_blocking=True) for x in (1 / (255 * std), mean / std))
     images = images.float().mul_(scale).sub_(shift)  # one multiplication, one addition an element
@@ -85,12 +81,10 @@ def to_input(images, mean, std):
 @dataclasses.dataclass
 class Stream(torch.utils.data.Dataset):
     """Image files that do not fit in memory, decoded and brought to size by a loader's workers.
-
     Item (index, seed) is (uint8 (3,size,size), index). With an epoch's seed: a random resized crop
     and a flip (the ImageNet recipe), drawn from seed and index, so that workers change nothing.
     With None: the shorter side to `resize_to`, then a centre crop; with resize_to None the file as
-    it is, ValueError where it has another size.
-    """
+    it is, ValueError where it has another size."""
     paths: list
     size: int = 224
     resize_to: int = 256
@@ -111,7 +105,7 @@ class Stream(torch.utils.data.Dataset):
             image = TF.center_crop(image, [self.size])
         elif image.size != (self.size, self.size):
             raise ValueError(f"{self.paths[index]} has {image.width} x {image.height} pixels; "
-                             f"expected {self.size} x {self.size}, as all images of this data set")
+                             f"expected {self.size} x {self.size}, as in all of this data set")
         return TF.pil_to_tensor(image), index
 
 def is_in_memory(images):
@@ -154,9 +148,7 @@ def at_size(split, size, cache_dir=None, workers=0, device="cpu"):
     images = resize(split.images, size)
     if not is_in_memory(images) and images.resize_to == size:
         images = decoded(images, cache_dir, workers)
-    if is_in_memory(images):
-        images = images.to(device)
-    return split._replace(images=images)
+    return split._replace(images=images.to(device) if is_in_memory(images) else images)
 
 def decoded(images, cache_dir, workers):
     """A Stream's images as one uint8 tensor, decoded once and kept in the cache folder. What would
@@ -164,8 +156,8 @@ def decoded(images, cache_dir, workers):
     N, size = len(images), images.size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0
     if memory and N * 3 * size**2 > memory / 2:
-        files.note(f"{N} images of {size} x {size} are {N * 3 * size**2 / 1e6:.0f} MB, more than "
-                   "half of the memory: they stream from their files, cropped as on ImageNet")
+        files.note(f"{N} images of {size} x {size} would take more than half of the memory: they "
+                   "stream from their files, cropped as on ImageNet")
         return images
 
     def decode():
@@ -177,8 +169,8 @@ def decoded(images, cache_dir, workers):
             progress.update(done, keep=done == N)
         return pixels
 
-    key = {"files": runs.digest_files(images.paths), "size": size, "resize_to": images.resize_to,
-           "interpolation": str(images.interpolation)}
+    crop = str(dataclasses.replace(images, paths=[]))
+    key = {"files": runs.digest_files(images.paths), "crop": crop}
     return runs.cached(files.cache_folder(cache_dir) / f"images-{N}x{size}", key, decode)
 
 def rename_classes(split, path):
@@ -192,9 +184,10 @@ def rename_classes(split, path):
     if len(names) != len(ids):
         raise ValueError(f"{path} has {len(names)} names, one a line; expected one for each of the "
                          f"{len(ids)} classes, from {ids[0]!r} to {ids[-1]!r}")
-    for own in (ids, list(split.class_names)):
-        before, after = ([folders.alike(name) for name in each] for each in (own, names))
-        if before != after and sorted(before) == sorted(after):
+    given = [folders.alike(name) for name in names]
+    for own in (ids, split.class_names):
+        expected = [folders.alike(name) for name in own]
+        if given != expected and sorted(given) == sorted(expected):
             raise ValueError(f"{path} has the classes' own names in another order; expected "
                              f"{own[0]!r} first and {own[-1]!r} last")
     return split._replace(class_names=names, class_ids=ids)
@@ -220,8 +213,7 @@ def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="c
     one process would see, and as many as the others, since gradients are averaged over them. A last
     batch of one image is left out, since BatchNorm needs two."""
     in_memory = is_in_memory(split.images)
-    drawn = torch.stack(draw_epoch(len(split.labels), seed))                        # (4,N)
-    drawn = drawn.to(device if in_memory else "cpu")
+    drawn = torch.stack(draw_epoch(len(split.labels), seed)).to(device if in_memory else "cpu")
     least = max(world, min(2, batch_size))
     batches = [batch[:, rank : batch.shape[1] // world * world : world]
                for batch in drawn.split(batch_size, dim=1) if batch.shape[1] >= least]
@@ -248,8 +240,7 @@ def blocks(images, size=None, workers=0, device="cpu"):
     """The images, of either kind, in order and unchanged: uint8 (b,3,H,W) a block of `size`, on
     `device`. None: 250, on a GPU 2 million pixels, which it needs to be busy."""
     if size is None:
-        cuda = torch.device(device).type == "cuda"
-        size = max(50, 2**21 // size_of(images)**2) if cuda else 250
+        size = max(50, 2**21 // size_of(images)**2) if "cuda" in str(device) else 250
     if is_in_memory(images):
         yield from (block.to(device, non_blocking=True) for block in images.split(size))
     else:
@@ -261,7 +252,7 @@ def load(images, batches, seed, workers, device):
     workers. batches: the index of each batch. Raises ValueError for a file that cannot be read."""
     items = ([(i, seed) for i in batch.tolist()] for batch in batches)
     loader = torch.utils.data.DataLoader(images, batch_sampler=items, num_workers=workers,
-                                         pin_memory=torch.device(device).type == "cuda",
+                                         pin_memory="cuda" in str(device),
                                          worker_init_fn=end_quietly)
     try:
         for pixels, index in loader:
@@ -286,54 +277,40 @@ TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"
 CIFAR_CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
-    "cifar100": """
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
-    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
-    cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
-    lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
-    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
-    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
-    spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
-    train trout tulip turtle wardrobe whale willow_tree wolf woman worm
-    """.split()}
+    "cifar100": """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy
+    bridge bus butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach
+    couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house
+    kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+    mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper
+    snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television
+    tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()}
 
 def cifar(name, root, split, cache_dir):
-    """CIFAR-10 or CIFAR-100: torchvision's files in `root`; or pictures, in a zip or a folder that
-    is `root` or, called like the data set, lies in it; else downloaded."""
-    dataset = getattr(torchvision.datasets, name.upper())
+    """CIFAR-10 or CIFAR-100: torchvision's files in `root`; or pictures, in a folder or zip that is
+    `root` or, called like the data set, lies in it; else downloaded."""
+    dataset, train = getattr(torchvision.datasets, name.upper()), split == "train"
     if root.name in (dataset.base_folder, dataset.filename):
         root = root.parent
-    called = [path for path in root.glob("*") if path.stem.lower().replace("-", "") == name
-              and (path.is_dir() or path.suffix == ".zip")]
     try:
-        read = dataset(root, train=split == "train")
+        read = dataset(root, train)
     except RuntimeError:  # not there, or damaged
-        for place in (root, *called):
-            if place.is_file():
-                place = folders.unpack(place, cache_dir)
-                place = folders.holder(place, "train") or place
-            elif not ((place / "train").is_dir() and (place / "test").is_dir()):
-                continue
-            return cifar_pictures(name, place, split, cache_dir)
+        for place in (root, root / name, root / f"{name}.zip"):
+            if place.is_file() or (place / "train").is_dir():
+                place = folders.holder(place, "train", cache_dir) or place
+                return cifar_pictures(name, place / split, cache_dir)
         urls = [f"{ZENODO_CIFAR}{dataset.filename}?download=1", dataset.url]
         files.fetch(urls, root / dataset.filename, f"md5:{dataset.tgz_md5}", ELSEWHERE)
-        read = dataset(root, train=split == "train", download=True)  # now it only unpacks
+        read = dataset(root, train, download=True)  # now it only unpacks
     images = torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous()  # (N,3,32,32)
     return Split(images, torch.tensor(read.targets), list(read.classes))
 
-def cifar_pictures(name, root, split, cache_dir):
-    """CIFAR as pictures in a folder: train/[superclass/]<class>/*, test/..."""
-    where, known = root / split, CIFAR_CLASSES[name]
-    listing = folders.by_class(where, part=-2)
-    matched = folders.match_classes(listing, known, known, where)
-    absent = [known[k] for k in range(len(known)) if k not in matched.values()]
-    if absent:
-        raise ValueError(f"{where} lacks {len(absent)} of {name}'s classes, {absent[0]!r} for one; "
-                         "--dataset folder reads other data")
+def cifar_pictures(name, root, cache_dir):
+    """A split of CIFAR as pictures in a folder: [superclass/]<class>/*."""
+    listing, known = folders.by_class(root, part=-2), CIFAR_CLASSES[name]
+    matched = folders.match_classes(listing, known, known, root)
+    folders.say_absent(matched, known, root, name)
     paths, labels = folders.labelled(listing, matched)
-    usual = {"train": 50_000, "test": 10_000}[split]
-    if len(paths) != usual:
-        files.note(f"{where} holds {len(paths)} images; {name} has {usual}")
     images = decoded(Stream(paths, 32, None), cache_dir, cores())
     return Split(images, torch.tensor(labels), list(known))
 
@@ -341,12 +318,10 @@ def tiny_imagenet(root, split, cache_dir):
     """The original layout, a zip or unpacked, in `root` or one folder below: wnids.txt, words.txt,
     train/<wnid>/images/*, val/images/* with val_annotations.txt, or val/<wnid>/*. The classes are
     sorted by id, as in an ImageFolder."""
-    top = folders.holder(root, "wnids.txt")
-    if not top:
-        if not root.is_file():
-            root = files.fetch([TINY_IMAGENET_URL], root / TINY_IMAGENET_URL.split("/")[-1],
-                               TINY_IMAGENET_MD5, ELSEWHERE)
-        top = folders.holder(folders.unpack(root, cache_dir), "wnids.txt")
+    if not root.is_file() and not folders.holder(root, "wnids.txt"):
+        root = files.fetch([TINY_IMAGENET_URL], root / TINY_IMAGENET_URL.split("/")[-1],
+                           TINY_IMAGENET_MD5, ELSEWHERE)
+    top = folders.holder(root, "wnids.txt", cache_dir)
     if not top:
         raise ValueError(f"{root} holds no wnids.txt; expected the layout of {TINY_IMAGENET_URL}")
     wnids = sorted(set(files.read_text(top / "wnids.txt").split()))
@@ -366,8 +341,8 @@ def annotated(class_of, listing):
     """{path: class} of validation images as Tiny-ImageNet lists them, a line each; class_of: {path:
     its folder}, which is images/ or the class's. `files.Damaged`: these are not the same images."""
     with files.undamaged(listing, "expected one class for each picture beside it"):
-        rows = [line.split()[:2] for line in files.read_text(listing).splitlines()
-                if line.strip()]
+        lines = files.read_text(listing).splitlines()
+        rows = [line.split()[:2] for line in lines if line.strip()]
         path_of = {Path(path).name: path for path in class_of}
         listed = {path_of[file]: wnid for file, wnid in rows}
         if any(listed[path] != folder != "images" for path, folder in class_of.items()):
@@ -377,9 +352,6 @@ def annotated(class_of, listing):
 def image_folders(root, split, size, resize_to):
     """Any train/ and val/, or test/, of one folder of images a class: the classes are train's,
     sorted, and the labels of both. -> a Split of a Stream."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder; --data-dir names one with train/ and with "
-                                "val/ or test/ with a folder of images a class")
     tests = [root / name for name in ("val", "test") if folders.class_folders(root / name)]
     if len(tests) > 1:
         files.note(f"{root} has val/ and test/ with class folders: val/ is the test split")
@@ -398,15 +370,12 @@ def image_folders(root, split, size, resize_to):
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 
 def load_dataset(name, root, split, cache_dir=None):
-    """A split of one of DATASETS.
-
-    root: where its files lie or are downloaded to (unused by `shapes`); for tiny-imagenet and cifar
-    also a zip of pictures. split: "train", "test" (the public validation split where test labels
-    are not published) or one of its shifts; their labels are train's. Zips are unpacked, and
-    pictures that are decoded into memory are kept, in `files.cache_folder(cache_dir)`. Raises
-    ValueError for an unknown name or split and for damaged files, FileNotFoundError where they are
-    missing.
-    """
+    """A split of one of DATASETS. root: where its files lie or are downloaded to (unused by
+    `shapes`); for tiny-imagenet and cifar also a zip of pictures. split: "train", "test" (the
+    public validation split where test labels are not published) or one of its shifts; their labels
+    are train's. Zips are unpacked, and pictures that are decoded into memory are kept, in
+    `files.cache_folder(cache_dir)`. Raises ValueError for an unknown name or split and for damaged
+    files, FileNotFoundError where they are missing."""
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     known = ("train", "test", *DATASETS[name].shifts)

@@ -3,7 +3,6 @@
 Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file."""
 
 import contextlib
-import glob
 import hashlib
 import http.client
 import json
@@ -12,20 +11,24 @@ import shutil
 import sys
 import time
 import urllib.request
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-FORMAT = 2  # of every file that this project writes for itself; a file of another one is refused
+FORMAT = 3  # of every file that this project writes for itself; a file of another one is refused
 
 class Damaged(ValueError):
     """A file of this project's own, or an archive, that is not as it was written."""
 
+def speaks():
+    """Whether this process says what it does: under torchrun rank 0 alone."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+
 def note(text):
     """Say a fall-back, a guess, what is left out: one line on stderr, once a process for each text
-    (`note.said` has them, which tests clear), and under torchrun by rank 0 alone."""
-    rank = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
-    if rank == "0" and text not in note.said:
+    (`note.said` has them, which tests clear)."""
+    if speaks() and text not in note.said:
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
         print(clear + " ".join(text.splitlines()), file=sys.stderr)
     note.said.add(text)
@@ -41,15 +44,13 @@ def cache_folder(cache_dir=None):
     Raises ValueError where the folder is in a home that is not known, as for a container's user."""
     folder = os.path.expanduser(cache_dir or os.environ.get("RICHKD_CACHE") or "~/.cache/richkd")
     if folder.startswith("~"):
-        raise ValueError(f"{folder}: no home folder is known; set RICHKD_CACHE to a folder, or "
-                         "pass --cache-dir")
+        raise ValueError(f"{folder}: no home folder is known; set RICHKD_CACHE or --cache-dir")
     return Path(folder)
 
 def check_folder(path):
     """Raises NotADirectoryError where `path` neither is a folder nor can become one."""
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is no folder; expected one, or a name for a new one")
+    if any(folder.is_file() for folder in (path, *path.parents)):
+        raise NotADirectoryError(f"{path} is no folder; expected one, or a name for a new one")
 
 # Written and read ---------------------------------------------------------------------------------
 def write_atomically(path, data):
@@ -58,35 +59,25 @@ def write_atomically(path, data):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    write = data if callable(data) else lambda file: file.write(data)
     try:
         with open(temporary, "xb") as file:
-            if callable(data):
-                data(file)
-            else:
-                file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # that of a full disk names no file
-        raise
+    except (OSError, RuntimeError) as error:  # of a full disk torch makes a RuntimeError
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        reason.filename = str(path)
+        raise reason from None
     finally:
         temporary.unlink(missing_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed process
-        with contextlib.suppress(FileNotFoundError):  # another process has just renamed its own
-            if time.time() - stale.stat().st_mtime > 86400:
-                stale.unlink()
 
 def save(path, content):
     """A dict as a checkpoint file, by torch.save, atomically; `checkpoints.read_own` reads it."""
-    def write(file):
-        try:
-            torch.save({"format": FORMAT, **content}, file)
-        except RuntimeError as error:  # torch's own; the reason, of a full disk, is before it
-            reason = error.__context__
-            raise (reason if isinstance(reason, OSError) else error) from None
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
 
 def write_json(path, content):
     """A dict of JSON values, atomically, with a digest by which `read_json` notices a change."""
@@ -112,11 +103,9 @@ def undamaged(path, advice):
 
 def read_text(path):
     """The text of a file that a person may have written: UTF-8, with or without the mark that
-    Windows puts first. Raises ValueError where it is not."""
-    try:
+    Windows puts first. Raises `Damaged` where it is not."""
+    with undamaged(path, "expected text in UTF-8"):
         return Path(path).read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: expected text in UTF-8; save it as that") from None
 
 def json_digest(content):
     """The SHA-256 of JSON values, in hexadecimal digits."""
@@ -129,67 +118,56 @@ def file_digest(path, algorithm="sha256"):
 
 # Downloads ----------------------------------------------------------------------------------------
 def fetch(urls, path, digest, advice):
-    """The file `path`; where it is absent, downloaded from the first of `urls` that has it. What
-    came before a connection ended is kept as NAME.part, and gone on with.
-
-    digest: "md5:" or "sha256:" and hexadecimal digits, the first few suffice; checked each time.
-    Raises FileNotFoundError with every address, the place and `advice`; ValueError for a file that
-    lies there with another digest.
-    """
+    """The file `path`; where it is absent, from the first of `urls` that has it. What came before a
+    connection ended is kept as NAME.part, and gone on with. digest: "md5:" or "sha256:" and the
+    first hexadecimal digits, checked each time. Raises FileNotFoundError with every address, the
+    place and `advice`; `Damaged` for a file that lies there with another digest."""
     path, failures = Path(path), []
     part = path.with_name(f"{path.name}.part")
-    algorithm, expected = digest.split(":")
     for url in urls:
         if path.is_file():  # it was there, or another process was faster
             break
-        if os.environ.get("HF_ENDPOINT"):  # Hugging Face's own variable, for mirrors
-            url = url.replace("https://huggingface.co", os.environ["HF_ENDPOINT"].rstrip("/"))
         try:
-            download(url, part)
-            came = file_digest(part, algorithm)
-            if not came.startswith(expected):
-                part.unlink()
-                raise ValueError(f"{algorithm} of what came is {came}, expected {expected}")
+            receive(url, part)
+            verify(part, digest, "left out")
             os.replace(part, path)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if getattr(error, "code", 0) == 416:  # nothing follows what is here
-                part.unlink()
+            if isinstance(error, Damaged) or getattr(error, "code", 0) == 416:
+                part.unlink()  # no beginning of that file
             failures.append(f"{url} ({one_line(error)})")
-            note(f"could not download {failures[-1]}")
     if not path.is_file():
         raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
                                 f"or {advice}")
-    there = file_digest(path, algorithm)
-    if not there.startswith(expected):
-        raise ValueError(f"{path}: {algorithm} is {there}, expected {expected}; move it away, or "
-                         f"{advice}")
+    verify(path, digest, f"move it away, or {advice}")
     return path
 
-def download(url, part):
+def receive(url, part):
     """What is at an address, into `part`; what this holds is taken for the beginning, unless the
-    server ignores `Range`. Raises OSError where the connection ends early, HTTPException, and
-    ValueError for a web page."""
+    server ignores `Range`. Raises OSError where the connection ends early, and HTTPException."""
+    if os.environ.get("HF_ENDPOINT"):  # Hugging Face's own variable, for mirrors
+        url = url.replace("https://huggingface.co", os.environ["HF_ENDPOINT"].rstrip("/"))
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=10) as answer:
         done = done if answer.status == 206 else 0
         total = done + int(answer.headers.get("Content-Length", 0))
-        chunk = answer.read(2**16)
-        if done == 0 and is_web_page(chunk):
-            raise ValueError("a web page came")
         note(f"downloading {part.stem} ({total / 1e6:.1f} MB) from {url}")
         part.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to keep
         progress = Progress(part.stem, total / 1e3, "kB", done / 1e3)
         with open(part, "r+b" if done else "wb") as file:
             file.seek(done)  # not appended: another process may be writing the same
-            while chunk:
-                file.write(chunk)
-                done += len(chunk)
+            for chunk in iter(lambda: answer.read(2**16), b""):
+                done += file.write(chunk)
                 progress.update(done / 1e3)
-                chunk = answer.read(2**16)
     if done < total:
         raise OSError(f"the connection ended at {done} of {total} bytes")
-    progress.update(done / 1e3, keep=True)
+
+def verify(path, digest, advice):
+    """Raises `Damaged` where a file's digest does not begin as expected."""
+    algorithm, expected = digest.split(":")
+    there = file_digest(path, algorithm)
+    if not there.startswith(expected):
+        raise Damaged(f"{path}: {algorithm} is {there}, expected {expected}; {advice}")
 
 def is_web_page(head):
     """Whether what begins with these bytes is HTML, or XML, in which some servers refuse."""
@@ -208,20 +186,14 @@ class Progress:
     def update(self, done, note="", keep=False):
         """`done` of the total is ready; `note` is shown beside it; `keep`: a line for the log."""
         self.done, now, terminal = done, time.time(), sys.stderr.isatty()
-        if not keep and (not terminal or now - self.shown < 0.2):
+        if not speaks() or not keep and (not terminal or now - self.shown < 0.2):
             return
         self.shown, spent = now, max(now - self.began, 1e-9)
-        rate = max(done - self.start, 1e-9) / spent
-        left = f"{duration((self.total - done) / rate)} left"
-        parts = [f"{self.label} {done:.0f}/{self.total:.0f}", note, f"{rate:.0f} {self.unit}/s",
-                 left if done < self.total else duration(spent)]
-        line = " | ".join(part for part in parts if part)
+        left = (self.total - done) * spent / max(done - self.start, 1)
+        parts = [f"{self.label} {done:.0f}/{self.total:.0f}", note,
+                 f"{(done - self.start) / spent:.0f} {self.unit}/s",
+                 f"{timedelta(seconds=round(left if done < self.total else spent))}"]
+        line = " | ".join(filter(None, parts))
         if terminal:  # a line that wraps could not be rewritten
             line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
         print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
-
-def duration(seconds):
-    """"0:07", "1:02:03"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

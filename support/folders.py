@@ -11,7 +11,6 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import torchvision
@@ -20,7 +19,6 @@ from PIL import Image
 from support import files
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MAX_ENTRY = 2**25  # bytes of a file in a zip, unpacked; Tiny-ImageNet's words.txt has 2.5 MB
 
 # Files --------------------------------------------------------------------------------------------
 def is_data(name):
@@ -28,57 +26,48 @@ def is_data(name):
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 def unpack(archive, cache_dir=None):
-    """The folder in the cache that a zip is unpacked into, once: it is named by the zip's content.
-    `zipfile` keeps what leads out of it inside. Raises `files.Damaged` for what is no whole zip,
-    ValueError for one with a file of more than 32 MB."""
+    """The folder in the cache that a zip's data are unpacked into, once: it is named by the zip's
+    content. `zipfile` keeps what leads out of it inside. `files.Damaged`: it is no whole zip."""
     folder = files.cache_folder(cache_dir) / f"{archive.stem}-{files.file_digest(archive)[:16]}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        files.note(f"unpacking {archive} into {folder}, once")
-        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as temporary:
-            try:
-                extract(archive, Path(temporary, "all"))
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-                raise files.Damaged(f"{archive} is no whole zip ({files.one_line(error)}); "
-                                    "get it again") from None
-            if not folder.is_dir():  # no other process was faster
-                os.replace(Path(temporary, "all"), folder)
+    if folder.is_dir():
+        return folder
+    files.note(f"unpacking {archive} into {folder}, once")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as temporary:
+        whole = Path(temporary, "whole")
+        whole.mkdir()
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                for entry in opened.infolist():
+                    entry.filename = entry.filename.replace("\\", "/")  # as Windows writes it
+                    if is_data(entry.filename):
+                        opened.extract(entry, whole)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise files.Damaged(f"{archive} is no whole zip ({files.one_line(error)}); get it "
+                                "again") from None
+        if not folder.is_dir():  # no other process was faster
+            os.replace(whole, folder)
     return folder
 
-def holder(root, name):
-    """`root`, or a folder in it, that holds `name`; None where there is none."""
+def holder(root, name, cache_dir=None):
+    """`root`, which may be a zip, or a folder in it, that holds `name`; None: there is none."""
+    root = unpack(root, cache_dir) if root.is_file() else root
     return next((path.parent for path in (*root.glob(name), *root.glob(f"*/{name}"))), None)
 
-def extract(archive, folder):
-    """Unpack a zip's data into a new folder."""
-    folder.mkdir()
-    with zipfile.ZipFile(archive) as opened:
-        for entry in opened.infolist():
-            entry.filename = entry.filename.replace("\\", "/")  # as Windows' programs write it
-            if entry.file_size > MAX_ENTRY:
-                raise ValueError(f"{archive}: its entry {entry.filename!r} unpacks to "
-                                 f"{entry.file_size} bytes; expected at most {MAX_ENTRY}")
-            if is_data(entry.filename):
-                opened.extract(entry, folder)
-
-def list_files(root):
+def list_files(root, prefix=""):
     """Yield the posix names, relative to `root`, of the files in a folder and, links followed, in
-    those below it that are data."""
-    def fail(error):
-        raise error
-
-    def leads_back(path):  # a link to a folder that it lies in
-        return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
-
-    for folder, below, here in os.walk(root, onerror=fail, followlinks=True):
-        below[:] = [name for name in below if is_data(name) and not leads_back(Path(folder, name))]
-        prefix = Path(folder).relative_to(root).as_posix()
-        yield from (f"{prefix}/{name}".removeprefix("./") for name in here)
+    those below it that are data. OSError names a folder that cannot be read."""
+    for entry in list(os.scandir(root)):
+        path = Path(entry)
+        if not entry.is_dir():
+            yield prefix + entry.name
+        elif is_data(entry.name) and not path.parent.resolve().is_relative_to(path.resolve()):
+            yield from list_files(path, f"{prefix}{entry.name}/")  # not back to where it lies
 
 def split_words(text):
     """{id: words} of lines `id<tab>words` or `id words`."""
     rows = [re.split("\t" if "\t" in line else " ", line.strip(), maxsplit=1)
-            for line in text.splitlines() if line.strip()]
+            for line in text.splitlines()]
     return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
 
 SYNONYMS = {  # of ImageNet's thousand, for those whose names, as listed, are another's too
@@ -88,19 +77,17 @@ SYNONYMS = {  # of ImageNet's thousand, for those whose names, as listed, are an
 def class_words(root, ids):
     """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
     LOC_synset_mapping.txt, in `root` or up to three folders above, where Kaggle's lies."""
-    for folder in (root, *root.resolve().parents[:3]):
-        for name in ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt"):
-            if (folder / name).is_file():
-                words = split_words(files.read_text(folder / name))
-                named = {id: words[id] for id in ids if id in words}
-                if 0 < len(named) < len(ids) or named and folder != root:
-                    files.note(f"{folder / name} names {len(named)} of the {len(ids)} classes")
-                if named:
-                    return named
-    known = {0: "n01440764", 388: "n02510455", 999: "n15075141"}  # of ImageNet's thousand
-    if len(ids) == 1000 and all(ids[k] == id for k, id in known.items()):
-        weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
-        return dict(zip(ids, weights.meta["categories"]))
+    names = ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt")
+    places = [folder / name for folder in (root, *root.resolve().parents[:3]) for name in names]
+    for path in filter(Path.is_file, places):
+        words = split_words(files.read_text(path))
+        words = {id: words[id] for id in ids if id in words}
+        if words:
+            if len(words) < len(ids) or path.parent != root:
+                files.note(f"{path} names {len(words)} of the {len(ids)} classes")
+            return words
+    if len(ids) == 1000 and (ids[0], ids[-1]) == ("n01440764", "n15075141"):  # ImageNet's
+        return dict(zip(ids, torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]))
     return {}
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -113,8 +100,7 @@ def open_image(path):
             warnings.simplefilter("ignore", UserWarning)  # of palettes with transparency
             with Image.open(path) as image:
                 if image.mode[0] in "IF":
-                    raise ValueError(f"its pixels are of PIL's mode {image.mode}: save it with 8 "
-                                     "bits")
+                    raise ValueError(f"PIL's mode {image.mode}; expected 8 bits")
                 return image.convert("RGB")
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is not a readable image ({files.one_line(error)})") from None
@@ -156,29 +142,23 @@ def match_classes(listing, class_ids, class_names, where, partial=False):
 
     A name is a class's id or name; or it is `alike` to just one class's; or, where all others are
     numbers, a place in class_ids: all places from 0 on unless `partial`. The last two are said in a
-    line. Raises ValueError for a name of no certain class, and for two names of one class.
-    """
-    K, often, spelled, name_of = len(class_ids), Counter(class_names), {}, {}
-    exact = {name: k for k, name in enumerate(class_names) if often[name] == 1}
-    exact |= {id: k for k, id in enumerate(class_ids)}  # which are unique, and win
-    for k, name in [*enumerate(class_ids), *enumerate(class_names)]:
+    line. Raises ValueError for a name of no certain class, and for two names of one class."""
+    K, names, spelled = len(class_ids), list(class_names), {}
+    known = {name: k for k, name in enumerate(names) if names.count(name) == 1}
+    known |= {id: k for k, id in enumerate(class_ids)}  # which are unique, and win
+    for k, name in [*enumerate(class_ids), *enumerate(names)]:
         spelled[alike(name)] = k if spelled.get(alike(name), k) == k else None
-    rest = [name for name in listing if name not in exact]
+    rest = [name for name in listing if name not in known]
     numbers = {int(name) for name in rest if name.isdecimal()}
     by_place = (len(numbers) == len(rest) and numbers <= set(range(K))
                 and (partial or len(numbers) == K) and not any(id.isdecimal() for id in class_ids))
-    for name in listing:
-        k = exact.get(name)
-        if k is None:
-            k = int(name) if by_place else spelled.get(alike(name))
-        if k is None:
-            raise ValueError(f"{where}: {name!r} is no class; the {K} classes are like "
-                             f"{class_ids[0]!r}, or numbers from 0 to {K - 1}, each of them")
-        if k in name_of:
-            raise ValueError(f"{where}: {name_of[k]!r} and {name!r} are both of class "
-                             f"{class_ids[k]!r}")
-        name_of[k] = name
-    matched = {name: k for k, name in name_of.items()}
+    known |= {name: int(name) if by_place else spelled.get(alike(name)) for name in rest}
+    matched = {name: known[name] for name in listing}
+    numbers = list(matched.values())
+    wrong = [name for name, k in matched.items() if k is None or numbers.count(k) > 1]
+    if wrong:
+        raise ValueError(f"{where}: {wrong[:5]}: of none of the {K} classes, or several of one; "
+                         f"they are like {class_ids[0]!r}, or all the numbers from 0 to {K - 1}")
     if rest:
         kind = "numbers, taken for places in the sorted list" if by_place else "spelled otherwise"
         files.note(f"{where}: {len(rest)} classes are {kind}: {rest[0]} for "
@@ -194,6 +174,6 @@ def say_absent(matched, class_ids, where, other):
     """One line about the classes of `other` that the listing `where` lacks, if it lacks any."""
     absent = sorted(set(range(len(class_ids))) - set(matched.values()))
     if absent:
-        some = ", ".join(str(class_ids[k]) for k in absent[:5]) + ", ..." * (len(absent) > 5)
+        some = ", ".join(class_ids[k] for k in absent[:5])
         files.note(f"{where} has no image of {len(absent)} of the {len(class_ids)} classes of "
                    f"{other}: {some}")

@@ -1,10 +1,8 @@
 """Test sets from elsewhere: CIFAR-C, CIFAR-10.1, STL-10, ImageNet-C, any class folders.
 
     images, labels, columns = load_shift(directory, "imagenet", ids, names)  # paths; 200 of 1000
-    images, labels = read_cifar_c(directory, "fog", severity=3)
 
-Errors are ValueError and OSError of one line that names the file.
-"""
+Errors are ValueError and OSError of one line that names the file."""
 
 import json
 from pathlib import Path
@@ -60,19 +58,16 @@ def read_stl10(folder):
 def imagenet_c_folder(directory, name, severity):
     """The folder of one corruption's classes in ImageNet-C or Tiny-ImageNet-C: <name>/<severity>,
     or below another one, as the archives unpack (blur/defocus_blur/1). FileNotFoundError: none."""
-    for path in (Path(directory, name), *sorted(Path(directory).glob(f"*/{name}"))):
-        if (path / str(severity)).is_dir():
-            return path / str(severity)
+    for pattern in (f"{name}/{severity}", f"*/{name}/{severity}"):
+        for folder in Path(directory).glob(pattern):
+            return folder
     raise FileNotFoundError(f"{directory} has no {name}/{severity}; expected ImageNet-C, unpacked")
 
 def list_classes(root, class_ids, class_names, renamed=None):
-    """The images of a folder a class -> paths, labels int64 (N,), columns int64 (k,).
-
-    The folders are named as `folders.match_classes` reads them, or `renamed`: {folder: class}.
-    columns are the classes that occur, ascending; labels count within them, so that
-    logits[:, columns] choose among the set's own (200 for ImageNet-A and -R). Raises OSError, and
-    ValueError for a folder of no known class.
-    """
+    """The images of a folder a class -> paths, labels int64 (N,), columns int64 (k,): the classes
+    that occur, ascending; labels count within them, so that logits[:, columns] choose among the
+    set's own (200 for ImageNet-A and -R). The folders are named as `folders.match_classes` reads
+    them, or `renamed`: {folder: class}. Raises as that and `folders.by_class`."""
     listing = folders.by_class(root)
     names = {folder: (renamed or {}).get(folder, folder) for folder in listing}  # some of one class
     matched = folders.match_classes(dict.fromkeys(names.values()), class_ids, class_names, root,
@@ -82,13 +77,11 @@ def list_classes(root, class_ids, class_names, renamed=None):
     return paths, labels, columns
 
 def load_shift(directory, dataset, class_ids, class_names):
-    """A shift set -> its images, a uint8 tensor (N,3,H,W) or a list of paths, labels int64 (N,)
-    that count within the columns, columns int64 (k,) of the logits to choose among. dataset: the
-    name of the data set whose classes these are.
-
-    The folder has CIFAR-10.1's or STL-10's files, or a folder of images a class, named by the data
-    set's own ids (WordNet's) or names, by number (ImageNet-V2), or in classes.json: {folder: class}
-    """
+    """A shift set of the data set named `dataset` -> its images, a uint8 tensor (N,3,H,W) or a list
+    of paths, labels int64 (N,) that count within the columns, columns int64 (k,) of the logits to
+    choose among. The folder has CIFAR-10.1's or STL-10's files, or a folder of images a class,
+    named by the data set's own ids (WordNet's) or names, by number (ImageNet-V2), or in
+    classes.json: {folder: class}."""
     root = Path(directory)
     for pattern, read in (("cifar10.1_v*_data.npy", read_cifar10_1), ("stl10_binary", read_stl10)):
         if any(root.glob(pattern)):
@@ -100,6 +93,6 @@ def load_shift(directory, dataset, class_ids, class_names):
     renamed, listing = {}, root / "classes.json"
     if listing.is_file():
         with files.undamaged(listing, "expected {folder: class}"):
-            renamed = {str(folder): str(name)
-                       for folder, name in json.loads(files.read_text(listing)).items()}
+            renamed = json.loads(files.read_text(listing))
+            renamed = {folder: str(name) for folder, name in renamed.items()}
     return list_classes(root, class_ids, class_names, renamed)

