@@ -133,7 +133,7 @@ def fetch(urls, path, digest, advice):
             os.replace(part, path)
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, Damaged) or getattr(error, "code", 0) == 416:
-                part.unlink()  # no beginning of that file
+                part.unlink(missing_ok=True)  # no beginning of that file
             failures.append(f"{url} ({one_line(error)})")
     if not path.is_file():
         raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
@@ -158,7 +158,7 @@ def receive(url, part):
             file.seek(done)  # not appended: another process may be writing the same
             for chunk in iter(lambda: answer.read(2**16), b""):
                 done += file.write(chunk)
-                progress.update(done / 1e3)
+                progress.update(done / 1e3, keep=done == total)
     if done < total:
         raise OSError(f"the connection ended at {done} of {total} bytes")
 
@@ -190,9 +190,10 @@ class Progress:
             return
         self.shown, spent = now, max(now - self.began, 1e-9)
         left = (self.total - done) * spent / max(done - self.start, 1)
+        seconds = timedelta(seconds=round(left if done < self.total else spent))
         parts = [f"{self.label} {done:.0f}/{self.total:.0f}", note,
                  f"{(done - self.start) / spent:.0f} {self.unit}/s",
-                 f"{timedelta(seconds=round(left if done < self.total else spent))}"]
+                 f"{seconds}{' left' * (done < self.total)}"]
         line = " | ".join(filter(None, parts))
         if terminal:  # a line that wraps could not be rewritten
             line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
