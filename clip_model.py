@@ -24,21 +24,16 @@ import torch.nn.functional as F
 from torch import nn
 
 # Transformer: the text tower, and the body of the ViT ---------------------------------------------
-def count_heads(width, heads=None):
-    """`heads`, else as many as are 64 wide, as all of OpenAI's are: tensors do not tell. Raises
-    ValueError where they do not divide the width."""
-    if width % (heads or 64):
-        raise ValueError(f"a width of {width} does not divide by {heads or 64} into heads; a "
-                         "config beside the weights can say how many there are")
-    return heads or width // 64
-
 class Attention(nn.Module):
     """Multi-head self-attention with the parameters of nn.MultiheadAttention. Causal: a position
-    sees itself and those before it."""
+    sees itself and those before it. Heads are 64 wide, as OpenAI's, where no number is given."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
-        self.heads, self.causal = count_heads(width, heads), causal
+        if width % (heads or 64):
+            raise ValueError(f"a width of {width} does not divide by {heads or 64} into heads; a "
+                             "config beside the weights can say how many there are")
+        self.heads, self.causal = heads or width // 64, causal
         self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -59,9 +54,8 @@ class QuickGELU(nn.Module):
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; most of open_clip's own
 
 class ResidualAttentionBlock(nn.Module):
-    def __init__(self, width, heads, causal, activation="quickgelu", hidden=None):
+    def __init__(self, width, heads, causal, activation, hidden):
         super().__init__()
-        hidden = hidden or 4 * width
         self.attn = Attention(width, heads, causal)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
@@ -71,8 +65,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 def transformer(layers, *block):
     """(B, L, width) to the same: blocks, each of these arguments."""
@@ -84,18 +77,16 @@ def transformer(layers, *block):
 GIANTS = {1280: (16, 5120), 1408: (16, 6144), 1664: (16, 8192)}
 
 class VisionTransformer(nn.Module):
-    def __init__(self, input_resolution, patch_size, width, layers, embed_dim, heads=None,
-                 activation="quickgelu"):
+    def __init__(self, input_resolution, patch_size, width, layers, embed_dim, heads, activation):
         super().__init__()
-        known_heads, hidden = GIANTS.get(width, (None, 4 * width))
+        known, hidden = GIANTS.get(width, (None, 4 * width))
         self.input_resolution = input_resolution
         length = 1 + (input_resolution // patch_size) ** 2  # the class token and the patches
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(length, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = transformer(layers, width, heads or known_heads, False, activation,
-                                       hidden)
+        self.transformer = transformer(layers, width, heads or known, False, activation, hidden)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
@@ -117,28 +108,26 @@ class Bottleneck(nn.Module):
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.avgpool = nn.AvgPool2d(stride)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * planes)
         nn.init.zeros_(self.bn3.weight)  # at first a block is its shortcut
         self.downsample = nn.Identity()
         if channels != 4 * planes:
-            conv = nn.Conv2d(channels, 4 * planes, 1, bias=False)
-            self.downsample = nn.Sequential(OrderedDict(
-                [("-1", nn.AvgPool2d(stride)), ("0", conv), ("1", nn.BatchNorm2d(4 * planes))]))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes))
 
     def forward(self, x):  # (B, channels, H, W)
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self.avgpool(out)))  # (B, 4 planes, H / stride, W / stride)
-        return F.relu(out + self.downsample(x))
+        return F.relu(out + self.downsample(self.avgpool(x)))
 
 class AttentionPool(nn.Module):
-    """One attention layer whose only query is the mean of the positions."""
+    """One attention layer, of heads 64 wide, whose only query is the mean of the positions."""
 
     def __init__(self, side, width, embed_dim):
         super().__init__()
-        self.heads = count_heads(width)
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side**2 + 1, width))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
         self.c_proj = nn.Linear(width, embed_dim)
@@ -149,8 +138,8 @@ class AttentionPool(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, side * side, width)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)  # (B, 1 or L, width)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, width / heads)
+        q, k, v = (t.unflatten(2, (-1, 64)).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, 64)
         return self.c_proj(x.flatten(1))  # (B, D)
 
 class ModifiedResNet(nn.Module):
@@ -170,9 +159,8 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool(input_resolution // 32, 32 * width, embed_dim)
 
     def stage(self, channels, planes, depth, stride):
-        blocks = [Bottleneck(channels, planes, stride)]
-        blocks += [Bottleneck(4 * planes, planes, stride=1) for _ in range(depth - 1)]
-        return nn.Sequential(*blocks)
+        return nn.Sequential(Bottleneck(channels, planes, stride),
+                             *(Bottleneck(4 * planes, planes, 1) for _ in range(depth - 1)))
 
     def forward(self, images):
         x = images.contiguous(memory_format=torch.channels_last)  # faster convolutions
@@ -180,19 +168,14 @@ class ModifiedResNet(nn.Module):
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))  # (B, width, H / 2, W / 2)
         x = self.layer1(F.avg_pool2d(x, 2))  # (B, 4 width, H / 4, W / 4)
-        x = self.layer2(x)  # (B, 8 width, H / 8, W / 8)
-        x = self.layer3(x)  # (B, 16 width, H / 16, W / 16)
-        x = self.layer4(x)  # (B, 32 width, H / 32, W / 32)
+        x = self.layer4(self.layer3(self.layer2(x)))  # (B, 32 width, H / 32, W / 32)
         return self.attnpool(x)  # (B, D)
 
 # CLIP ---------------------------------------------------------------------------------------------
 class CLIP(nn.Module):
-    """Image and text towers with OpenAI's parameter names and initialisation.
-
-    `vision_layers` is a number of blocks (ViT) or four of them (ModifiedResNet, with patch size
-    None). Heads are 64 wide where their number is None, but see GIANTS. `activation`: one of
-    ACTIVATIONS. `logit_scale` is the natural logarithm of the factor on the cosines.
-    """
+    """Image and text towers, with OpenAI's names and initialisation. vision_layers: a number of
+    blocks (ViT), or four (ModifiedResNet, patch size None). Heads are 64 wide where their number is
+    None, but see GIANTS. `logit_scale` is the natural logarithm of the factor on the cosines."""
 
     def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
                  context_length, vocab_size, transformer_width, transformer_heads,
@@ -204,8 +187,8 @@ class CLIP(nn.Module):
                                             vision_layers, embed_dim, vision_heads, activation)
         else:
             self.visual = ModifiedResNet(image_resolution, vision_width, vision_layers, embed_dim)
-        width, layers = transformer_width, transformer_layers
-        self.transformer = transformer(layers, width, transformer_heads, True, activation)
+        width, layers, heads = transformer_width, transformer_layers, transformer_heads
+        self.transformer = transformer(layers, width, heads, True, activation, 4 * width)
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
         self.ln_final = nn.LayerNorm(width)
@@ -219,17 +202,15 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
 
     def encode_image(self, images):
-        """Images (B, 3, H, W), as `preprocess` makes them, to features (B, D), not of unit length.
-        Raises ValueError unless H and W are `visual.input_resolution`."""
+        """Images (B, 3, H, W) of `preprocess` to features (B, D), not of unit length. Raises
+        ValueError unless H and W are `visual.input_resolution`."""
         side = self.visual.input_resolution
         if images.shape[2:] != (side, side):  # a few pixels more would pass the convolutions
-            raise ValueError(f"encode_image takes images (B, 3, {side}, {side}) from preprocess, "
-                             f"found {tuple(images.shape)}")
+            raise ValueError(f"expected (B, 3, {side}, {side}), found {tuple(images.shape)}")
         return self.visual(images)
 
     def encode_text(self, tokens):
-        """Token ids (B, L), int64, L up to `context_length`, as `Tokenizer` makes them, to features
-        (B, D), not of unit length."""
+        """Token ids int64 (B, L) of `Tokenizer` to features (B, D), not of unit length."""
         end = tokens.argmax(dim=1)  # (B,): the end token has the largest id
         L = int(end.max()) + 1  # what stands behind the end has no influence
         x = self.token_embedding(tokens[:, :L]) + self.positional_embedding[:L]  # (B, L, width)
@@ -238,13 +219,11 @@ class CLIP(nn.Module):
         return x @ self.text_projection  # (B, D)
 
 # Weights ------------------------------------------------------------------------------------------
-ARCHIVE = ("input_resolution", "context_length", "vocab_size")  # integers beside OpenAI's weights
-
 def read_sizes(state):
     """The arguments of CLIP that the shapes of its tensors, in OpenAI's layout, tell."""
     def count(prefix):  # of blocks; at least 1, so that load_state_dict names what is missing
-        names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
-        return max(1, len({name.split(".")[0] for name in names}))
+        return len({name.removeprefix(prefix).split(".")[0]
+                    for name in state if name.startswith(prefix)}) or 1
 
     if "visual.proj" in state:
         vision_width, _, _, patch = state["visual.conv1.weight"].shape
@@ -263,32 +242,25 @@ def read_sizes(state):
             "transformer_layers": count("transformer.resblocks.")}
 
 def build_clip(state_dict: dict, said: dict | None = None) -> CLIP:
-    """CLIP from tensors in OpenAI's layout: float32, eval mode, copies throughout. Sizes are read
-    from their shapes; heads and activation, which these do not tell, are in `said`, arguments of
-    CLIP by name. Raises ValueError for a tensor that is missing, unknown or of a wrong shape, also
-    by what is `said`."""
-    state = {}
-    for name, tensor in state_dict.items():
-        if name not in ARCHIVE:
-            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            state[name] = tensor.to(dtype, copy=True)
+    """CLIP from tensors in OpenAI's layout: float32, eval mode, copies throughout. Sizes are those
+    of the tensors; said: arguments of CLIP by name, heads and activation above all, which tensors
+    do not tell. Raises ValueError for a tensor that is missing, unknown or of a wrong shape."""
+    integers = ("input_resolution", "context_length", "vocab_size")  # beside OpenAI's weights
+    state = {name: tensor.clone() for name, tensor in state_dict.items() if name not in integers}
     try:
         with torch.device("meta"):  # shapes only: the tensors themselves are assigned
             clip = CLIP(**{**read_sizes(state), **(said or {})})
         clip.load_state_dict(state, assign=True)
     except (LookupError, ArithmeticError, TypeError, RuntimeError) as error:  # maybe of many lines
-        text = " ".join(str(error).split())[:400]
-        raise ValueError("expected a CLIP in OpenAI's layout; missing, unknown, or not as its "
-                         f"other tensors and a config beside it have it: {text}") from None
-    return clip.eval()
+        raise ValueError("expected a CLIP in OpenAI's layout; missing, unknown, or not as the rest "
+                         f"and a config have it: {' '.join(str(error).split())[:400]}") from None
+    return clip.float().eval()
 
 def load_clip(name_or_path, cache_dir=None, activation=None) -> CLIP:
-    """CLIP by what `support.clip_files.find` takes, such as a public name or a file: float32, eval
-    mode, on the CPU. activation: one of ACTIVATIONS; None: what is known of the file, else
-    QuickGELU, which is said. Raises FileNotFoundError for a file that is missing or cannot be
-    downloaded, ValueError for an unknown name and for what is not wholly a CLIP."""
+    """`build_clip` of what `support.clip_files.find` takes, such as a public name or a file.
+    activation: one of ACTIVATIONS; None: what is known of the file, else QuickGELU, which is said.
+    Raises FileNotFoundError where nothing is found, ValueError for what is not wholly a CLIP."""
     from support import clip_files
-
     path, state, said = clip_files.load(name_or_path, cache_dir, activation)
     try:
         return build_clip(state, said)
@@ -296,7 +268,6 @@ def load_clip(name_or_path, cache_dir=None, activation=None) -> CLIP:
         raise ValueError(f"{path}: {error}") from None
 
 # Tokenizer ----------------------------------------------------------------------------------------
-START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = regex.compile(  # a digit stands alone, letters and signs do not mix
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE)
@@ -305,10 +276,8 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]  # their letters
 LETTERS = dict(zip(PRINTABLE + OTHERS, map(chr, PRINTABLE + list(range(256, 324)))))  # as in GPT-2
 
 class Tokenizer:
-    """CLIP's lower-case byte-pair encoding; the ids are those of OpenAI's tokenizer.
-
-    The vocabulary is 256 bytes, the same 256 at the end of a word, the merges, (left, right) in
-    order of priority, then start and end: without merges a byte-level tokenizer of 514 ids.
+    """CLIP's lower-case byte-pair encoding. Ids are OpenAI's: 256 bytes, these at a word's end, the
+    merges (left, right) in order of priority, start and end: without merges, 514.
 
     >>> Tokenizer()(["ab", "a b"], 5)
     tensor([[512,  64, 321, 513,   0],
@@ -316,16 +285,15 @@ class Tokenizer:
     """
 
     def __init__(self, merges=()):
-        letters, merges = list(LETTERS.values()), [tuple(pair) for pair in merges]
-        tokens = letters + [letter + "</w>" for letter in letters] + ["".join(p) for p in merges]
+        letters, merges = list(LETTERS.values()), list(merges)
+        tokens = letters + [letter + "</w>" for letter in letters] + list(map("".join, merges))
         self.ids = {token: i for i, token in enumerate(tokens)}
         self.priority = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end, self.vocab_size = len(tokens), len(tokens) + 1, len(tokens) + 2
-        self.cache = {START: [self.start], END: [self.end]}  # word: ids
+        self.cache = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}  # word: ids
 
     def encode_word(self, word):
-        """Ids of one word: the two neighbours that come first among the merges become one part,
-        again and again, until no two neighbours are a merge."""
+        """Ids of one word: again and again the two neighbours first among the merges are joined."""
         parts = [LETTERS[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
@@ -354,8 +322,7 @@ class Tokenizer:
         for row, text in zip(tokens, texts):
             ids = [self.start, *self.encode(text), self.end]
             if len(ids) > context_length:
-                raise ValueError(f"{len(ids)} tokens, over the context length {context_length}: "
-                                 f"{text[:80]!r}")
+                raise ValueError(f"{len(ids)} tokens, more than {context_length}: {text[:60]!r}")
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -366,8 +333,8 @@ def load_merges(path) -> list[tuple[str, str]]:
     try:
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
         lines = [line for line in text.split("\n") if line.strip() and "#version" not in line]
-        used = lines[: 49152 - 256 - 2]  # CLIP uses the first 48,894 of the file's 262,144
-        return [(left, right) for left, right in map(str.split, used)]
+        # Of the file's 262,144, CLIP uses so many: its 49,408 ids without 512 bytes, start and end.
+        return [(left, right) for left, right in map(str.split, lines[:48894])]
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path}: no BPE file, two symbols a line, or .gz: {error}") from None
 
@@ -375,9 +342,8 @@ def load_merges(path) -> list[tuple[str, str]]:
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 
 def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
-    """CLIP's image transform: RGB uint8 (B, 3, H, W) to normalised float32 (B, 3, resolution,
-    resolution), on the images' device: the shorter side is resized, the centre cropped. Raises
-    ValueError for other images.
+    """RGB uint8 (B, 3, H, W), else ValueError, to normalised float32 (B, 3, resolution, resolution)
+    on the same device, as CLIP does: the shorter side is resized, the centre cropped.
 
     >>> preprocess(torch.zeros(2, 3, 32, 48, dtype=torch.uint8), 224).shape
     torch.Size([2, 3, 224, 224])
@@ -385,8 +351,7 @@ def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
     shape = tuple(images.shape)
     if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3 or 0 in shape[2:]:
         raise ValueError(f"preprocess takes uint8 (B, 3, H, W), found {images.dtype} {shape}")
-    H, W = shape[2:]
-    height, width = (int(resolution * side / min(H, W)) for side in (H, W))
+    height, width = (int(resolution * side / min(shape[2:])) for side in shape[2:])
     # Pillow's bicubic, but for one level here and there. It rounds and clips between its two
     # passes; torch does so for uint8 on a CPU, not for floats nor on a GPU.
     x = F.interpolate(images.cpu(), (height, width), mode="bicubic", antialias=True)
@@ -397,15 +362,13 @@ def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
 
 # Prompts ------------------------------------------------------------------------------------------
 def load_templates(path) -> list[str]:
-    """The prompt templates of a file: one a line, `{}` for the class name; empty lines and `#`
-    comments are skipped, a second copy is said. Raises ValueError for a line without `{}`, and for
-    a file without any."""
+    """The templates of a file, one a line, `{}` for the class name; empty lines and `#` comments
+    are skipped, a second copy is said. Raises ValueError where a line, or the file, has no `{}`."""
     try:
         text = Path(path).read_text("utf-8-sig")  # with or without the mark that Windows writes
     except UnicodeDecodeError:
         raise ValueError(f"{path}: expected text in UTF-8; save it as that") from None
-    lines = [line.strip() for line in text.splitlines()]
-    templates = [line for line in lines if line and not line.startswith("#")]
+    templates = [line for line in map(str.strip, text.splitlines()) if line and line[0] != "#"]
     wrong = [line for line in templates or [""] if "{}" not in line]
     if wrong:
         raise ValueError(f"{path}: expected {{}} for the class name, found {wrong[0][:80]!r}")
@@ -418,36 +381,29 @@ def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
     """K class names as prompts have them: spaces for underscores, of a comma list the first one;
     where to CLIP another class's first one is the same, the first that no other class has at all.
     Names whose prompts are equal even so, and names that are no words, are said."""
-    def ids(name):
-        return tuple(tokenizer.encode(name))
-
     lists = [[part.strip() for part in name.replace("_", " ").split(",") if part.strip()] or [name]
              for name in class_names]
-    first = Counter(ids(names[0]) for names in lists)
-    anywhere = Counter(each for names in lists for each in set(map(ids, names)))
-    found = []
-    for names in lists:
-        own = [name for name in names if anywhere[ids(name)] == 1]
-        found.append(own[0] if own and first[ids(names[0])] > 1 else names[0])
-    prompts = Counter(map(ids, found))
+    ids = {name: tuple(tokenizer.encode(name)) for names in lists for name in names}
+    first = Counter(ids[names[0]] for names in lists)
+    anywhere = Counter(each for names in lists for each in {ids[name] for name in names})
+    found = [next((name for name in names if anywhere[ids[name]] == 1), names[0])
+             if first[ids[names[0]]] > 1 else names[0] for names in lists]
+    uses = Counter(ids[name] for name in found)
     unclear = [name for name in found
-               if prompts[ids(name)] > 1 or regex.fullmatch(r"n\d{8}|\d+", name)]
+               if uses[ids[name]] > 1 or regex.fullmatch(r"n\d{8}|\d+", name)]
     if unclear:
         warnings.warn(f"{len(unclear)} of {len(found)} class names, equal ones or codes, tell CLIP "
-                      f"nothing: {', '.join(unclear[:6])}; name the classes by --class-names FILE, "
-                      "or by words.txt (id<tab>name) beside train/", stacklevel=2)
+                      f"nothing: {', '.join(unclear[:6])}; give names by --class-names FILE, or by "
+                      "words.txt (id<tab>name) beside train/", stacklevel=2)
     return found
 
 @torch.no_grad()
 def class_features(clip, tokenizer, class_names, templates, batch_size=256, progress=None):
     """Text features (K, M, D), float32, each of unit length, of K class names in M templates.
-
-    `progress(done, total)` follows each batch of prompts. Raises ValueError for a prompt that is
-    too long and for another CLIP's tokenizer.
-    """
+    progress(done, total) follows each batch of prompts. Raises ValueError for a prompt that is too
+    long and for another CLIP's tokenizer."""
     if tokenizer.vocab_size != clip.vocab_size:
-        raise ValueError(f"{tokenizer.vocab_size} token ids, this CLIP has {clip.vocab_size}: "
-                         "another BPE file")
+        raise ValueError(f"{tokenizer.vocab_size} token ids, CLIP has {clip.vocab_size}: other BPE")
     prompts = [template.replace("{}", name)
                for name in prompt_names(class_names, tokenizer) for template in templates]
     tokens = tokenizer(prompts, clip.context_length).to(clip.logit_scale.device)  # (K M, L)

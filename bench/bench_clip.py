@@ -48,12 +48,10 @@ PUBLIC = {  # embed_dim, resolution, layers, width, patch, context, vocabulary, 
     "ViT-L/14@336px (fewer layers)": (768, 336, 4, 1024, 14, *TEXT, 768, 12, 4),
 }
 
-
 def open_clip_model(state):
     """open_clip's model with these weights, which it keeps in float16 on the way."""
     build = open_clip.model.build_model_from_openai_state_dict
     return build(dict(state), cast_dtype=torch.float32).float().eval()
-
 
 def random_state(sizes):
     """A state dict of these sizes, all tensors random, exact in float16."""
@@ -69,10 +67,7 @@ def random_state(sizes):
             state[name] = torch.rand_like(tensor)
     return {name: t.half().float() if t.is_floating_point() else t for name, t in state.items()}
 
-
 # Parity -------------------------------------------------------------------------------------------
-
-
 def transformers_model(sizes, activation="quick_gelu", vision_heads=None):
     """transformers' CLIPModel (ViT only) of these sizes, random."""
     from transformers import CLIPConfig, CLIPModel
@@ -93,7 +88,6 @@ def transformers_model(sizes, activation="quick_gelu", vision_heads=None):
             "num_attention_heads": vision_heads or width // 64, "image_size": resolution,
             "patch_size": patch, **common})).eval()
 
-
 def features(model, images, tokens):
     """(image, text) features of a model of open_clip, transformers or this project."""
     if hasattr(model, "encode_image"):
@@ -101,7 +95,6 @@ def features(model, images, tokens):
     outputs = (model.get_image_features(pixel_values=images),
                model.get_text_features(input_ids=tokens))
     return tuple(getattr(output, "pooler_output", output) for output in outputs)
-
 
 @torch.no_grad()
 def parity():
@@ -127,7 +120,6 @@ def parity():
             image, text = map(helpers.relative, found, expected)
             print(f"{name:31}{image:9.1e}{text:9.1e}   {other}", flush=True)
 
-
 @torch.no_grad()
 def golden(tokenizer_file):
     """What open_clip's towers and OpenAI's tokenizer give for the tests' inputs."""
@@ -142,7 +134,6 @@ def golden(tokenizer_file):
         numbers[kind] = {key: [[round(value, 7) for value in row] for row in rows.tolist()]
                          for key, rows in features.items()}
     (ROOT / "tests/golden_clip.json").write_text(json.dumps(numbers))
-
 
 def layouts():
     """{name: (model, its listing)}: small models as other programs write them."""
@@ -169,7 +160,6 @@ def layouts():
         "open_clip, ViT-g": of_open_clip(open_clip.CLIP, {
             **huge, "width": 1408, "head_width": 88, "mlp_ratio": 4.3637})}
 
-
 @torch.no_grad()
 def golden_layouts():
     """What other programs' models give with their tensors filled by name, in their own layout."""
@@ -184,10 +174,7 @@ def golden_layouts():
         numbers[name] = {"listing": listing, "tensors": shapes, "image": rows[0], "text": rows[1]}
     (ROOT / "tests/golden_clip_layout.json").write_text(json.dumps(numbers))
 
-
 # Speed --------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def speed(name, rounds, batch, bfloat16):
     """Best images/s of each side, and the median over the rounds of how much faster clip_model is.
@@ -214,7 +201,6 @@ def speed(name, rounds, batch, bfloat16):
         rate = batch / times.min().item()
         print(f"{who:32}{rate:8.1f} images/s   clip_model / this: {ratio:.3f}", flush=True)
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,7 +224,6 @@ def main():
               f"{torch.get_num_threads()} threads")
         for name in ("ViT-B/32", "RN50"):
             speed(name, arguments.rounds, arguments.batch, arguments.bfloat16)
-
 
 if __name__ == "__main__":
     main()

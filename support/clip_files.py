@@ -2,9 +2,8 @@
 
     path, tensors, said = load("ViT-L/14")  # or a file, a folder, "openai/clip-vit-large-patch14"
 
-The layout is OpenAI's; `said` are arguments of CLIP by name: those that the tensors' shapes do not
-tell (heads, activation), and some sizes. Facts are those of openai/CLIP, transformers, open_clip.
-"""
+The layout is OpenAI's; said are arguments of CLIP by name: what the tensors' shapes do not tell
+(heads, activation), and some sizes. Facts are those of openai/CLIP, transformers and open_clip."""
 
 import json
 import os
@@ -15,9 +14,8 @@ import torch
 from support import checkpoints, files
 
 # Addresses ----------------------------------------------------------------------------------------
-# OpenAI's storage, and what stands before it: the address in its own code, which often fails.
-HOSTS = ("https://openaipublic.blob.core.windows.net/clip",
-         "https://openaipublic.azureedge.net/clip")
+HOSTS = ("https://openaipublic.blob.core.windows.net/clip",  # OpenAI's storage
+         "https://openaipublic.azureedge.net/clip")  # the one in its own code, which often fails
 PUBLIC_CLIPS = {  # name: SHA-256 of OpenAI's archive (openai/CLIP, clip/clip.py)
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
@@ -27,8 +25,7 @@ PUBLIC_CLIPS = {  # name: SHA-256 of OpenAI's archive (openai/CLIP, clip/clip.py
     "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-}
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
 MIRRORS = (  # the same weights on Hugging Face: name, repository, revision, file, SHA-256
     ("ViT-L/14", "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41",
      "model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
@@ -38,8 +35,7 @@ MIRRORS = (  # the same weights on Hugging Face: name, repository, revision, fil
      "a6f597a30f7b82c51704746581f9a4e41421e878", "open_clip_model.safetensors",
      "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31"),
     ("ViT-B/32", "openai/clip-vit-base-patch32", "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
-     "pytorch_model.bin", "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f"),
-)
+     "pytorch_model.bin", "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f"))
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
 BPE_DIGEST = "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 BPE_URLS = (f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{BPE_FILE}",
@@ -50,19 +46,16 @@ def fetch_bpe(cache_dir=None):
     path = files.cache_folder(cache_dir) / BPE_FILE
     return files.fetch(BPE_URLS, path, BPE_DIGEST, "pass --bpe PATH")
 
-def sources(name, folder):
-    """What is known to have the weights `name`, a public name or a repository on Hugging Face:
-    [(path below `folder`, addresses, digest)], best first; [] for an unknown name."""
+def sources(name):
+    """[(file in our cache, addresses, SHA-256)] of a public name or a repository, best first."""
     known = []
     if name in PUBLIC_CLIPS:
         digest, file = PUBLIC_CLIPS[name], name.replace("/", "-").replace("@", "-") + ".pt"
-        known.append((folder / file, [f"{host}/models/{digest}/{file}" for host in HOSTS], digest))
-    for public, repository, revision, file, digest in MIRRORS:
-        if name in (public, repository):
-            path = folder / (repository.split("/")[1] + Path(file).suffix)
-            url = f"https://huggingface.co/{repository}/resolve/{revision}/{file}"
-            known.append((path, [url], digest))
-    return known
+        known.append((file, [f"{host}/models/{digest}/{file}" for host in HOSTS], digest))
+    return known + [(repository.split("/")[1] + Path(file).suffix,
+                     [f"https://huggingface.co/{repository}/resolve/{revision}/{file}"], digest)
+                    for public, repository, revision, file, digest in MIRRORS
+                    if name in (public, repository)]
 
 # What lies beside the weights ---------------------------------------------------------------------
 ACTIVATIONS = ("quickgelu", "gelu")
@@ -73,13 +66,11 @@ PLAIN = {  # what changes results and not the tensors, with the values that are 
     "model_type": ("clip", "clip_vision_model", "clip_text_model"), "pool_type": ("tok", "argmax"),
     "hidden_act": ("quick_gelu", "gelu"), "act_kwargs": (), "norm_kwargs": (), "no_causal_mask": (),
     "layer_norm_eps": (1e-5,), "hf_tokenizer_name": (), "tokenizer_kwargs": (),
-    "mean": (MEAN,), "std": (STD,), "image_mean": (MEAN,), "image_std": (STD,),
-}
+    "mean": (MEAN,), "std": (STD,), "image_mean": (MEAN,), "image_std": (STD,)}
 
 def read_listing(path):
-    """What the config beside weights named as in WEIGHTS says of them: arguments of CLIP by name;
-    {} where there is none. Raises ValueError, naming it, where it tells of another kind of network
-    or of other images than OpenAI's CLIP takes."""
+    """What the config beside weights named as in WEIGHTS says of them: arguments of CLIP by name,
+    or {}. Raises ValueError where it tells of another kind of network, or of other images."""
     open_clips = path.name.startswith("open_clip")
     listing = path.with_name("open_clip_config.json" if open_clips else "config.json")
     if path.name not in WEIGHTS or not listing.is_file():
@@ -89,8 +80,8 @@ def read_listing(path):
         if open_clips:
             images, config = config.get("preprocess_cfg") or {}, config["model_cfg"]
             vision, text = config["vision_cfg"], config["text_cfg"]
-            width, layers = "width", "layers"
-            heads = vision.get("width", 768) // vision.get("head_width", 64), text.get("heads", 8)
+            vision["heads"] = vision.get("width", 768) // vision.get("head_width", 64)
+            width, layers, heads = "width", "layers", "heads"
             activation = "quickgelu" if config.get("quick_gelu") else "gelu"
         else:
             beside = path.with_name("preprocessor_config.json")
@@ -98,15 +89,13 @@ def read_listing(path):
             vision, text = ({**(config.get(f"{tower}_config") or {}),  # older files have both
                              **(config.get(f"{tower}_config_dict") or {})}
                             for tower in ("vision", "text"))
-            width, layers = "hidden_size", "num_hidden_layers"
-            heads = vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8)
+            width, layers, heads = "hidden_size", "num_hidden_layers", "num_attention_heads"
             names = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
             activation = " and ".join(sorted(names)).replace("quick_gelu", "quickgelu")
-        said = {"vision_width": vision.get(width), "vision_layers": vision.get(layers),
-                "transformer_width": text.get(width), "transformer_layers": text.get(layers)}
-        said = {argument: size for argument, size in said.items() if size}
-        said |= {"vision_heads": int(heads[0]), "transformer_heads": int(heads[1]),
-                 "activation": activation}
+        said = {"vision_width": vision.get(width, 768), "vision_layers": vision.get(layers, 12),
+                "vision_heads": vision.get(heads, 12), "transformer_width": text.get(width, 512),
+                "transformer_layers": text.get(layers, 12), "activation": activation,
+                "transformer_heads": text.get(heads, 8)}  # these are both programs' defaults
         items = [item for part in (config, vision, text, images) for item in part.items()]
     for key, value in items:
         if value and value not in PLAIN.get(key, [value]):
@@ -129,16 +118,14 @@ NAMES = (  # transformers' and OpenAI's
     ("text_model.final_layer_norm.", "ln_final."),
     ("text_projection.weight", "text_projection"),
     (".self_attn.", ".attn."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."),
-    (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."),
-)
+    (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
 
 def to_openai_layout(state):
-    """A state dict of OpenAI, transformers (behind any prefix) or open_clip -> the same under
-    OpenAI's names. Of transformers', both projections are transposed, and query, key and value are
-    joined; where one of them is missing, what is joined is too short for any CLIP."""
+    """A state dict of OpenAI, transformers (behind any prefix) or open_clip (whose CustomTextCLIP
+    has "text.") under OpenAI's names. Of transformers', both projections are transposed, and query,
+    key and value joined; where one is missing, what is joined is too short for any CLIP."""
     mark = NAMES[0][0]
-    prefix = next((name.removesuffix(mark) for name in state if name.endswith(mark)),
-                  "text.")  # that of open_clip's CustomTextCLIP
+    prefix = next((name.removesuffix(mark) for name in state if name.endswith(mark)), "text.")
     renamed = {}
     for theirs, tensor in state.items():
         name = theirs.removeprefix(prefix)
@@ -147,65 +134,47 @@ def to_openai_layout(state):
         if not name.endswith("position_ids"):  # 0, 1, 2, ...
             renamed[name] = tensor.T if theirs.endswith("_projection.weight") else tensor
     for name in [name for name in renamed if ".attn.q_proj." in name]:
-        q = renamed.pop(name)
-        k, v = (renamed.pop(name.replace("q_proj", other), q[:0]) for other in ("k_proj", "v_proj"))
-        renamed[name.replace("q_proj.", "in_proj_")] = torch.cat([q, k, v])
+        parts = [renamed.pop(name.replace("q_proj", f"{x}_proj"), torch.empty(0)) for x in "qkv"]
+        renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
     return renamed
 
 # From a name to tensors ---------------------------------------------------------------------------
 def find(name, cache_dir=None):
     """-> (path of the weights, what is said of them: arguments of CLIP by name). name: one of
     PUBLIC_CLIPS, a file, a folder that holds one of WEIGHTS, or a name on Hugging Face: from its
-    programs' cache, else downloaded to ours where the digest is known. Raises FileNotFoundError and
-    ValueError where there is none."""
+    programs' cache, else downloaded to ours where the digest is known. Raises FileNotFoundError."""
     path = Path(name)
-    is_there = name not in PUBLIC_CLIPS and path.exists()
-    if not is_there:
+    if name in PUBLIC_CLIPS or not path.exists():
         home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
         hub = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
-        repository = Path(hub, f"models--{name.replace('/', '--')}")
-        newest = repository / "refs" / "main"  # a file with the name of a snapshot
-        path = repository / "snapshots" / (newest.read_text().strip() if newest.is_file() else "")
-    candidates = [path] if path.is_file() else [path / file for file in WEIGHTS]
-    for weights in candidates:
+        path = Path(hub, f"models--{name.replace('/', '--')}")
+        newest = path / "refs" / "main"  # a file with the name of a snapshot
+        path = path / "snapshots" / (newest.read_text().strip() if newest.is_file() else "")
+    for weights in (path, *(path / file for file in WEIGHTS)):
         if weights.is_file():
             return weights, read_listing(weights)
-    if is_there:
-        raise FileNotFoundError(f"{path} holds no CLIP; expected a file, or {', '.join(WEIGHTS)}")
-    known, failures = sources(name, files.cache_folder(cache_dir)), []
-    for file, urls, digest in sorted(known, key=lambda source: not source[0].is_file()):
+    failures, folder = [], files.cache_folder(cache_dir)
+    for file, urls, digest in sorted(sources(name), key=lambda one: not (folder / one[0]).exists()):
         try:
-            weights = files.fetch(urls, file, f"sha256:{digest}", "pass --clip PATH")
-            return weights, {"activation": "quickgelu"}  # OpenAI's, by their digest
+            path = files.fetch(urls, folder / file, f"sha256:{digest}", "pass --clip PATH")
+            return path, {"activation": "quickgelu"}  # OpenAI's, by their digest
         except FileNotFoundError as error:
             failures.append(str(error))
-    if failures:
-        raise FileNotFoundError("; ".join(failures))
-    kind = FileNotFoundError if Path(name).suffix else ValueError
-    raise kind(f"{name!r} is neither a file, a folder nor a public CLIP; these are "
-               f"{', '.join(PUBLIC_CLIPS)}, or org/name that `hf download` has fetched")
+    raise FileNotFoundError("; ".join(failures) or (
+        f"{name!r} is neither a file, nor a folder with {' or '.join(WEIGHTS)}, nor a public CLIP, "
+        f"one of {', '.join(PUBLIC_CLIPS)} or an org/name that `hf download` has fetched"))
 
 def load(name_or_path, cache_dir=None, activation=None):
     """-> (path, tensors in OpenAI's layout, what is said of them). Its activation is the one asked
     for, else what the listing or the layout tells, else QuickGELU; a guess and a contradiction are
-    said. Raises as `find` and `checkpoints.read_state_dict`, and ValueError for SigLIP."""
+    said. Raises as `find` and `checkpoints.read_state_dict`."""
     path, said = find(str(name_or_path), cache_dir)
     tensors = to_openai_layout(checkpoints.read_state_dict(path))
-    if any(name.endswith("logit_bias") for name in tensors):
-        raise ValueError(f"{path}: a SigLIP (it has 'logit_bias'), whose scores are no softmax; "
-                         "expected a CLIP; choose other weights")
-    known = said.get("activation")
-    bytes_alone = tensors.get("token_embedding.weight", torch.empty(0)).shape[:1] == (514,)
-    if not known and ("input_resolution" in tensors or bytes_alone):
-        known = "quickgelu"  # of OpenAI's archives, and of what this project trains
+    archive = "input_resolution" in tensors  # OpenAI's own
+    known = said.get("activation", "quickgelu" if archive else None)
     if activation and known not in (None, activation):
         files.note(f"{path} has the activation {known}; {activation} is used, as asked")
     if not activation and not known:
-        files.note(f"{path} does not say its activation: QuickGELU is assumed, OpenAI's; what "
-                   "open_clip trained (LAION, DataComp) needs --clip-activation gelu, unless its "
-                   "name ends in -quickgelu")
-    said["activation"] = activation or known or "quickgelu"
-    if said["activation"] not in ACTIVATIONS:
-        raise ValueError(f"{path}: activation {said['activation']!r}; expected "
-                         f"{' or '.join(ACTIVATIONS)}")
-    return path, tensors, said
+        files.note(f"{path} does not say its activation: QuickGELU is assumed; models of open_clip "
+                   "(LAION, DataComp) need --clip-activation gelu, unless named -quickgelu")
+    return path, tensors, {**said, "activation": activation or known or "quickgelu"}

