@@ -166,7 +166,7 @@ def decoded(images, cache_dir, workers):
         for block in blocks(images, workers=workers if N > 2000 else 0):
             done = progress.done + len(block)
             pixels[progress.done : done] = block
-            progress.update(done, keep=done == N)
+            progress.update(done)
         return pixels
 
     crop = str(dataclasses.replace(images, paths=[]))

@@ -224,21 +224,15 @@ def load_teachers(config, splits):
     """The conventional teachers, frozen, on the device; None if there are none. One without a
     checkpoint is trained first. Raises ValueError where a file says that its classes, or the images
     that it reads, are others."""
-    train, teachers = splits["train"], []
+    split, teachers = splits["train"], []
     info = data.DATASETS[config.dataset]._replace(image_size=config.image_size)
-    given = config.teacher_weights or [None] * len(config.teacher)
-    for name, path in zip(config.teacher, given):
-        about = {}
-        if path is None:
-            path = trained_teacher(config, name, splits)
-        elif path != "imagenet":
-            about = checkpoints.read_about(path)
-        size = runs.input_size(path, about, train, info)
+    for name, given in zip(config.teacher, config.teacher_weights or [None] * len(config.teacher)):
+        path = teacher_file(name, given) if given else trained_teacher(config, name, splits)
+        size = runs.input_size(path, checkpoints.read_about(path), split, info)
         if size != config.image_size:
             raise ValueError(f"{path} reads images of {size} x {size}, here they are of "
                              f"{config.image_size}: --image-size {size}, or another teacher")
-        model = models.load_weights(name, teacher_file(name, path), len(train.class_names))
-        teachers.append(models.freeze(model))
+        teachers.append(models.freeze(models.load_weights(name, path, len(split.class_names))))
     return Teachers(teachers, config.amp).to(config.device) if teachers else None
 
 def trained_teacher(config, name, splits):
@@ -266,7 +260,7 @@ def tiny_clip(config):
             clip = clip_model.CLIP(**shapes.TINY_CLIP).to(config.device)
         shapes.train_tiny_clip(
             clip, clip_model.Tokenizer(), clip_model.preprocess, *shapes.render_captions(24000),
-            shapes.CAPTIONS, progress=lambda done, total: line.update(done, keep=done == total))
+            shapes.CAPTIONS, progress=lambda done, total: line.update(done))
         return {name: tensor.cpu() for name, tensor in clip.state_dict().items()}
 
     path = files.cache_folder(config.cache_dir) / "clip-tiny"
@@ -295,9 +289,8 @@ def class_embeddings(config, clip, tokenizer, class_names):
     """What CLIP's cosines are taken with: (K,D), the mean over the templates, equation (1)."""
     templates = clip_model.load_templates(config.prompts or PROMPTS)
     line = files.Progress("prompts", len(class_names) * len(templates), "prompts")
-    text = clip_model.class_features(                                               # (K,M,D)
-        clip, tokenizer, class_names, templates,
-        progress=lambda done, total: line.update(done, keep=done == total))
+    text = clip_model.class_features(clip, tokenizer, class_names, templates,       # (K,M,D)
+                                     progress=lambda done, total: line.update(done))
     return richkd.ensemble_text_features(text)
 
 @torch.inference_mode()
@@ -337,7 +330,7 @@ def clip_targets(config, clip, tokenizer, splits):
             if not torch.cat(view, 1).isfinite().all():
                 raise FloatingPointError("CLIP's features are not finite numbers")
             rows.append([part.to("cpu", torch.float16) for part in view])           # (b,K), (b,D)
-            line.update(line.done + len(block), keep=line.done + len(block) == len(images))
+            line.update(line.done + len(block))
         return tuple(torch.cat(part) for part in zip(*rows))
 
     def kept(name):
@@ -445,7 +438,7 @@ def train_epoch(run, step, epoch, progress):
                 raise FloatingPointError(
                     f"epoch {epoch + 1}, step {steps}: the loss is not finite; the run folder "
                     f"keeps epoch {epoch}; a smaller --lr may help")
-            progress.update(epoch * N + min(N, steps * config.batch_size),
+            progress.update(epoch * N + min(N - 1, steps * config.batch_size),  # N: `fit`'s line
                             f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | accuracy "
                             f"{accuracy:.1f} %")
     if world() > 1:
@@ -471,8 +464,7 @@ def predict(subjects, blocks, progress=None, note=""):
         for name, subject in subjects.items():
             rows[name].append(subject(images).float())
         if progress:
-            done = progress.done + len(images)
-            progress.update(done, note, keep=done >= progress.total)
+            progress.update(progress.done + len(images), note)
     return {name: torch.cat(blocks).cpu() for name, blocks in rows.items()}
 
 def accuracies(run, splits, targets):

@@ -176,8 +176,8 @@ def is_web_page(head):
 
 class Progress:
     """One line on stderr: what, how much of it, rate, time left. On a terminal it rewrites itself;
-    elsewhere (in a log) the lines to keep are printed. `start` was done before and does not count
-    into the rate."""
+    elsewhere (in a log) the last one and those to keep are printed. `start` was done before and
+    does not count into the rate."""
 
     def __init__(self, label, total, unit="images", start=0):
         self.label, self.total, self.unit, self.start, self.done = label, total, unit, start, start
@@ -186,7 +186,8 @@ class Progress:
     def update(self, done, note="", keep=False):
         """`done` of the total is ready; `note` is shown beside it; `keep`: a line for the log."""
         self.done, now, terminal = done, time.time(), sys.stderr.isatty()
-        if not speaks() or not keep and (not terminal or now - self.shown < 0.2):
+        late = terminal and now - self.shown > 0.2
+        if not speaks() or not (keep or late or done >= self.total):
             return
         self.shown, spent = now, max(now - self.began, 1e-9)
         left = (self.total - done) * spent / max(done - self.start, 1)

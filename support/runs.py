@@ -1,11 +1,7 @@
 """What a result depends on, what is kept by it, and the folder of a run.
 
-    identity(split)                        # JSON values: classes, number and content of images
-    cached(path, key, make)                # what make() returns, kept by all that it depends on
-    folder, summary = open_run(config, inputs)   # ValueError where it holds another run
-    begin_run(config, folder, inputs)      # config.json: all of it
-    log = restore(folder / "last.pt", stateful)  # of the epochs before; [] at the beginning
-    keep_epoch(folder, log, stateful)      # log.csv, last.pt
+    identity(split)                    # JSON values: classes, number and content of images
+    cached(path, key, make)            # what make() returns, kept by all that it depends on
 
 The same data and files in another place are no difference; others in the same place are one.
 """
@@ -165,7 +161,7 @@ def run_difference(about, config, inputs):
 def begin_run(config, folder, inputs):
     """Empty the folder of its run, if it holds one, and write config.json."""
     for name in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json", "report.png",
-                 "samples.png"):
+                 "samples.png", "fusion.json"):
         (folder / name).unlink(missing_ok=True)
     places = {name: getattr(config, name) for name in PLACES}
     files.write_json(folder / "config.json", {

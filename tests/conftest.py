@@ -9,13 +9,13 @@ import torch
 import clip_model
 from support import files, shapes
 
+torch.set_num_threads(1)  # of small tensors one thread is as fast as two, and gives the same bits
 
 @pytest.fixture(autouse=True)
 def unsaid(monkeypatch):
     """What is said once a process is said once a test; nothing has to outlast a power cut."""
     files.note.said.clear()
     monkeypatch.setattr(os, "fsync", lambda file: None)
-
 
 @pytest.fixture(scope="session")
 def shared():
@@ -25,7 +25,6 @@ def shared():
         pytest.skip("no ../shared beside the repository")
     return path
 
-
 @pytest.fixture(scope="session")
 def clip_file(tmp_path_factory):
     """The path of a byte-level CLIP of random weights: 16x16 patches of 32x32 images, width 64."""
@@ -34,7 +33,6 @@ def clip_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / "clip.pt"
     files.save(path, {"model": clip.state_dict()})
     return str(path)
-
 
 @pytest.fixture(scope="module")
 def few_shapes():

@@ -17,14 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
-
 ROOT = Path(__file__).resolve().parents[1]
 WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361"]
-
 
 def class_folders(root, classes=WNIDS[:2], first=0, n=8, size=32, parts=("train", "val")):
     """A folder a class of n one-coloured pictures in each part, whose names are the same whatever
@@ -38,7 +35,6 @@ def class_folders(root, classes=WNIDS[:2], first=0, n=8, size=32, parts=("train"
                 Image.new("RGB", (size, size), colour).save(place / f"{i}.png")
     return Path(root)
 
-
 def small(place, **changes):
     """The settings of a run on class folders: resnet8 teaches resnet8, an epoch of batches of 8."""
     import train  # here, for tests of a file that stands alone
@@ -47,34 +43,28 @@ def small(place, **changes):
                            "epochs": 1, "batch_size": 8, "lr": 0.05, "workers": 0, "device": "cpu",
                            "cache_dir": str(place / "cache"), "out": str(place / "run"), **changes})
 
-
 def weights(folder):
     """The tensors of the student of a run."""
     from support import checkpoints
     return checkpoints.read_state_dict(Path(folder) / "student.pt")
 
-
 def equal(a, b):
     """Whether two state dicts are the same to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
 
 def script(path, text):
     """A Python file that can import the project."""
     path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + text)
     return path
 
-
 def python(*arguments, **settings):
     """This Python as another process, finished: returncode, stdout, stderr."""
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
                           **settings)
 
-
 def random_images(*size, seed=0):
     """uint8 tensor of that size."""
     return torch.randint(256, size, dtype=torch.uint8, generator=seeded(seed))
-
 
 def refused(call, *arguments):
     """The one line by which a call refuses what it is given, without a warning."""
@@ -85,23 +75,18 @@ def refused(call, *arguments):
     assert not warned and "\n" not in str(error.value)
     return str(error.value)
 
-
 # Files and folders --------------------------------------------------------------------------------
-
-
 def encoded(colour=(9, 99, 199), size=(8, 8), form="PNG"):
     """The bytes of a picture of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, form)
     return buffer.getvalue()
 
-
 def class_pictures(root, classes, n=2, size=(8, 8)):
     """root/<class>/<i>.png, n a class: red tells the class's first letter, green the picture."""
     for name in classes:
         write_files(root / name, {f"{i}.png": encoded((ord(name[0]), i, 0), size)
                                   for i in range(n)})
-
 
 def write_files(root, content):
     """{name: bytes} below root, which may be there."""
@@ -110,14 +95,12 @@ def write_files(root, content):
         (root / name).write_bytes(value)
     return root
 
-
 def write_zip(path, content):
     """{name or ZipInfo: bytes} as a zip."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, value in content.items():
             archive.writestr(name, value)
     return path
-
 
 @contextlib.contextmanager
 def web_server(content):
@@ -156,21 +139,17 @@ def web_server(content):
         thread.join()
         server.server_close()
 
-
 # CLIP ---------------------------------------------------------------------------------------------
-
 SMALL_CLIPS = {  # CLIP's arguments: embedding, resolution, image tower, context, vocabulary, text
     "vit": (32, 32, 2, 128, 8, 12, 514, 128, 2, 2),
     "resnet": (32, 64, (1, 2, 1, 1), 16, None, 12, 514, 128, 2, 2),
 }
-
 
 def noise(shape, seed):
     """Reproducible numbers in (-1/2, 1/2) from integer arithmetic, the same everywhere."""
     i = torch.arange(torch.Size(shape).numel())
     i = (((i * i + seed * 7919) % 1000003) * 48271 + i * 69621) % 2147483647
     return (i / 2147483647 - 0.5).float().view(shape)
-
 
 def filled(shapes):
     """{name: shape} -> a state dict whose every tensor is filled and exact in float16."""
@@ -185,13 +164,11 @@ def filled(shapes):
             state[name] = torch.tensor(0)
     return state
 
-
 def small_clip_state(kind):
     """The state dict of one of SMALL_CLIPS in OpenAI's layout, `filled`."""
     from clip_model import CLIP
     state = CLIP(*SMALL_CLIPS[kind]).state_dict()
     return filled({name: tensor.shape for name, tensor in state.items()})
-
 
 def small_tokens():
     """Four texts, of which the last one is cut at 12 tokens, as OpenAI's tokenizer cuts it."""
@@ -200,12 +177,10 @@ def small_tokens():
     tokens[3, 11] = 513
     return tokens
 
-
 def relative(found, expected):
     """The largest relative difference of two tables' rows."""
     expected = torch.as_tensor(expected)
     return ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
-
 
 def safetensors(tensors, change=lambda header: None, spaces=0, end=b""):
     """The bytes of a file of these tensors; `change` changes the header before it is written."""

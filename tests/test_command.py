@@ -23,13 +23,11 @@ sys.version_info = (3, 10, 13, "final", 0)
 runpy.run_path("train.py", run_name="__main__")
 """
 
-
 @pytest.mark.slow
 def test_command_refuses_an_older_python_before_anything_that_it_cannot_read():
     done = python("-c", OLDER, cwd=ROOT)
     assert done.returncode == 2 and "3.11" in done.stderr and done.stderr.count("\n") == 1
     ast.parse((ROOT / "support/command.py").read_text("utf-8"), feature_version=(3, 8))
-
 
 ELSEWHERE = """
 import os, signal, sys, torch, torchvision, torch.utils.data
@@ -49,14 +47,12 @@ command.main(lambda: train.run(train.Config(
     cache_dir=folder + "/cache", out=folder + "/run")))
 """
 
-
 @pytest.mark.slow
 def test_main_of_a_system_without_what_posix_alone_has(tmp_path):
     """As on Windows: every module is imported, and a run from the shapes to its summary made."""
     done = python("-c", ELSEWHERE, tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "summary.json").is_file()
-
 
 @pytest.mark.slow
 def test_parse_gives_help_without_a_home():
@@ -67,7 +63,6 @@ def test_parse_gives_help_without_a_home():
     done = python("-c", code, env=environment, cwd=ROOT)
     assert done.returncode == 0 and "--cache-dir" in done.stdout, done.stderr
 
-
 @pytest.mark.parametrize("config", [train.Config, evaluate.Config])
 def test_parse_lists_every_flag_with_choices_and_defaults(config, capsys):
     with pytest.raises(SystemExit):
@@ -76,14 +71,12 @@ def test_parse_lists_every_flag_with_choices_and_defaults(config, capsys):
     assert all(command.flag(field.name) in text for field in dataclasses.fields(config))
     assert "{shapes,cifar10," in text
 
-
 @pytest.fixture
 def handlers():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
 
 @pytest.mark.parametrize("arguments, named", [
     (["--dataset", "mnist"], "--dataset"), (["--alpha", "1.5"], "--alpha"),
@@ -97,7 +90,6 @@ def test_main_says_it_in_one_line_and_exits_with_2(arguments, named, tmp_path, m
     assert stopped.value.code == 2 and out == ""
     assert err.startswith("error: ") and named in err and err.count("\n") == 1
 
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_main_ends_by_a_signal_with_its_status_and_one_line(number, capsys, handlers):
     with pytest.raises(SystemExit) as stopped:
@@ -105,22 +97,17 @@ def test_main_ends_by_a_signal_with_its_status_and_one_line(number, capsys, hand
     assert stopped.value.code == 128 + number
     assert capsys.readouterr().err.startswith("interrupted")
 
-
 # Processes ----------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     device: torch.device = torch.device("cpu")
     deterministic: bool = False
-
 
 @pytest.fixture
 def environment(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     return lambda **values: [monkeypatch.setenv(*pair) for pair in values.items()]
-
 
 @pytest.mark.parametrize("left, said", [
     ("WORLD_SIZE", True), ("RANK LOCAL_RANK WORLD_SIZE MASTER_PORT", True),
@@ -134,7 +121,6 @@ def test_join_ranks_without_torchrun(left, said, environment, capsys):
     assert not command.dist.is_initialized()
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & {*os.environ}
 
-
 def test_join_ranks_as_torchrun_starts_one(environment, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -146,7 +132,6 @@ def test_join_ranks_as_torchrun_starts_one(environment, capsys):
     finally:
         command.dist.destroy_process_group()
     assert capsys.readouterr().err == ""
-
 
 def test_join_ranks_of_more_processes_than_gpus(environment):
     environment(**{**TORCHRUN, "LOCAL_RANK": "99"})

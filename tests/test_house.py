@@ -30,19 +30,16 @@ ALONE = {
               "assert logits.shape == (2, 5)",
 }
 
-
 @pytest.mark.parametrize("name", ALONE)
 def test_files_that_stand_alone_work_in_an_empty_folder(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
     done = python("-c", f"import torch, {name}\n{ALONE[name]}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
-
 def test_import_of_data_brings_no_clip():
     code = "import data, sys; assert not {'ftfy', 'regex', 'clip_model', 'train'} & {*sys.modules}"
     done = python("-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-
 
 def test_imports_run_one_way():
     """support/ imports no concept; nothing imports study/, bench/ or tests/."""
@@ -57,13 +54,11 @@ def test_imports_run_one_way():
         assert not modules & {"study", "bench", "tests"}, path
         assert path.parent.name != "support" or not modules & {*CONCEPTS}, path
 
-
 @pytest.mark.parametrize("name", TEXTS)
 def test_links_lead_to_files(name):
     path = ROOT / name
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
         assert "://" in target or (path.parent / target).exists(), target
-
 
 def test_links_to_lines_lead_to_what_they_name():
     text = (ROOT / "README.md").read_text("utf-8")
@@ -78,7 +73,6 @@ def test_links_to_lines_lead_to_what_they_name():
         if int(number) != here[0]:
             wrong.append(f"`{name}`]({file}#L{here[0]})")
     assert not wrong, "these links should be: " + ", ".join(wrong)
-
 
 def test_readme_is_at_most_200_lines_and_names_every_file():
     text = (ROOT / "README.md").read_text("utf-8")

@@ -26,22 +26,18 @@ from richkd import ContrastiveMemory, RichKD, nce_loss, scores
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_richkd.json").read_text())
 
-
 def wave(*shape, scale=1.0, phase=0.0):
     """Deterministic float64 numbers that need no random generator."""
     numbers = torch.arange(math.prod(shape), dtype=torch.float64)
     return (scale * torch.sin(numbers * 1.7 + phase)).reshape(shape)
 
-
 STUDENT, TEACHER = wave(4, 6, scale=4, phase=0.3), wave(4, 6, scale=5, phase=1.1)
 TARGET = torch.tensor([2, 0, 5, 3])
 BANK = wave(9, 6, phase=2.3)
 
-
 def close(actual, expected, tolerance=1e-9):
     expected = torch.as_tensor(expected, dtype=actual.dtype).reshape(actual.shape)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
 
 # ---- the losses
 
@@ -61,7 +57,6 @@ def test_losses_and_gradients_equal_the_public_code(name, function):
     assert teacher.grad is None
     close(richkd.standardize_logits(TEACHER), GOLDEN["standardize"])
 
-
 def test_kd_loss_by_hand():
     # teacher (3/4, 1/4), student (1/2, 1/2); the T^2 on logits that scale with T; a class ruled out
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
@@ -72,7 +67,6 @@ def test_kd_loss_by_hand():
     expected = 0.75 * math.log(0.75 * 3) + 0.25 * math.log(0.25 * 3)
     close(richkd.kd_loss(torch.zeros(1, 3), teacher, 1.0), expected, 1e-6)
 
-
 def test_dkd_loss_with_both_weights_one_target_split():
     # Zhao et al., equation 6: KD = TCKD + (1 - p_y of the teacher) NCKD, row by row
     for row in range(len(TARGET)):
@@ -80,13 +74,11 @@ def test_dkd_loss_with_both_weights_one_target_split():
         p = (t / 4).softmax(1)[0, y]
         close(richkd.kd_loss(s, t, 4.0), richkd.dkd_loss(s, t, y, 1.0, (1 - p).item(), 4.0))
 
-
 def test_dkd_loss_stays_finite_where_the_public_logarithm_overflows():
     student = torch.tensor([[600.0, 0.0, -1.0]], requires_grad=True)
     loss = richkd.dkd_loss(student, torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0]))
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()
-
 
 @pytest.mark.parametrize("function", [
     lambda s: richkd.kd_loss(s, TEACHER, 3.0),
@@ -100,7 +92,6 @@ def test_dkd_loss_stays_finite_where_the_public_logarithm_overflows():
 def test_losses_gradcheck(function):
     assert torch.autograd.gradcheck(function, STUDENT.clone().requires_grad_())
 
-
 @pytest.mark.parametrize("loss", [richkd.kd_loss, richkd.mlkd_loss,
                                   lambda s, t: richkd.dkd_loss(s, t, TARGET)])
 def test_losses_of_half_precision_and_under_autocast_compute_in_float32(loss):
@@ -113,7 +104,6 @@ def test_losses_of_half_precision_and_under_autocast_compute_in_float32(loss):
     expected.backward()
     assert value.dtype == torch.float32 and torch.equal(value, expected)
     assert torch.equal(student.grad, full.grad.bfloat16())
-
 
 # ---- fusion
 
@@ -129,7 +119,6 @@ def test_ensemble_text_features_and_zero_shot_logits_by_hand():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(logits, richkd.zero_shot_logits(images, 5 * features, 100.0))
 
-
 def test_fuse_logits_and_fuse_features_by_hand():
     teacher, clip = torch.tensor([[1.0, 2.0]]), torch.tensor([[11.0, -8.0]])
     close(richkd.fuse_logits(teacher, clip, 0.7), [[4.0, -1.0]], 1e-6)
@@ -138,13 +127,11 @@ def test_fuse_logits_and_fuse_features_by_hand():
     assert richkd.fuse_logits(teacher, None, 1) is teacher
     assert richkd.fuse_logits(None, clip, 0) is clip
 
-
 def test_fuse_teachers_by_hand():
     a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0, -2.0]])
     close(richkd.fuse_teachers([a, b]), [[3.0, 0.0]], 1e-6)
     close(richkd.fuse_teachers([a, b], [3, 1]), [[2.0, 1.0]], 1e-6)
     assert torch.equal(richkd.fuse_teachers([TEACHER]), TEACHER)
-
 
 # ---- the contrastive memory
 
@@ -153,21 +140,17 @@ def seeded(function, seed=0):
     torch.manual_seed(seed)
     return function
 
-
 def small_memory(**settings):
     memory = ContrastiveMemory(12, 4, 6, **settings).double()
     memory.bank.copy_(banks(12))
     return memory
 
-
 def banks(N):
     """(2, N, 4): the fused one, the student's."""
     return torch.stack([normalize(wave(N, 4, phase=phase), dim=1) for phase in (2.5, 0.5)])
 
-
 def unit(B, d, phase):
     return normalize(wave(B, d, phase=phase), dim=1).requires_grad_()
-
 
 def test_memory_equals_the_public_code_over_two_steps():
     memory = small_memory()
@@ -184,14 +167,12 @@ def test_memory_equals_the_public_code_over_two_steps():
         close(memory.bank[1], golden["banks"][0])
         close(memory.bank[0], golden["banks"][1])
 
-
 def test_memory_banks_start_in_the_published_range_by_the_seed():
     memory = ContrastiveMemory(1000, 48, 4, seed=3)
     generator = torch.Generator().manual_seed(3)
     for bank in (memory.bank[1], memory.bank[0]):
         expected = torch.empty(1000, 48).uniform_(-0.25, 0.25, generator=generator)  # sqrt(3 / d)
         assert torch.equal(bank, expected)
-
 
 @pytest.mark.parametrize("name", ["shared", "shared masked", "per-image", "per-image masked"])
 def test_nce_loss_equals_the_first_edition(name):
@@ -206,14 +187,12 @@ def test_nce_loss_equals_the_first_edition(name):
     close(loss.detach(), golden["loss"], 1e-12)
     close(anchor.grad, golden["grad"], 1e-12)
 
-
 def test_nce_loss_is_finite_where_the_published_ratios_overflow():
     anchor, bank = torch.tensor([[300.0, 0.0]], requires_grad=True), torch.eye(2)
     own, drawn = scores(anchor, bank, torch.tensor([1]), torch.tensor([0]))
     loss = nce_loss(own, drawn, torch.tensor(1.0), 2)
     loss.backward()
     assert loss.isfinite() and anchor.grad.isfinite().all()
-
 
 @pytest.mark.parametrize("mode", ["shared", "per-image"])
 def test_memory_equals_the_first_edition_over_three_steps(mode):
@@ -234,7 +213,6 @@ def test_memory_equals_the_first_edition_over_three_steps(mode):
     close(memory.bank[1].sum(1), golden["banks"][0], 1e-12)
     close(memory.bank[0].sum(1), golden["banks"][1], 1e-12)
 
-
 def brute_force(memory, student, fused, index, negatives, labels):
     """Equation (6) by loops, in the published form of two probabilities; negatives (B, J), those of
     the own class left out."""
@@ -249,7 +227,6 @@ def brute_force(memory, student, fused, index, negatives, labels):
                 P = torch.exp(anchor[i] @ bank[j] / 0.07) / Z
                 total -= torch.log(J / N / (P + J / N + 1e-7)) * J / len(kept)
     return total / len(index)
-
 
 @pytest.mark.parametrize("per_image", [False, True])
 def test_memory_same_class_negatives_are_masked(per_image):
@@ -268,13 +245,11 @@ def test_memory_same_class_negatives_are_masked(per_image):
     close(student.grad, gradient[0])
     close(fused.grad, gradient[1])
 
-
 def test_memory_of_an_image_twice_in_a_batch_leaves_its_last_row():
     memory, student, fused = small_memory(momentum=0.75), unit(3, 4, 0.7), unit(3, 4, 1.9)
     old = memory.bank[1, 5].clone()
     memory(student, fused, torch.tensor([5, 2, 5]))
     close(memory.bank[1, 5], normalize(0.75 * old + 0.25 * student[2].detach(), dim=0))
-
 
 @pytest.mark.parametrize("mode, shape", [("shared", (6,)), ("per-image", (3, 6))])
 def test_memory_draws_with_torchs_own_generator(mode, shape):
@@ -283,7 +258,6 @@ def test_memory_draws_with_torchs_own_generator(mode, shape):
                             for seed in (5, 5, 6))
     negatives = seeded(torch.randint, 5)(12, shape)
     assert first == second == small_memory()(student, fused, index, negatives) != other
-
 
 def test_memory_Z_is_the_first_batchs_or_the_loaded_one():
     student, fused, index = unit(3, 4, 0.7), unit(3, 4, 1.9), torch.tensor([1, 4, 7])
@@ -303,11 +277,9 @@ def test_memory_Z_is_the_first_batchs_or_the_loaded_one():
     loaded(student, fused, index)
     assert torch.equal(loaded.Z, 2 * Z)
 
-
 # ---- the method
 
 B, K, N = 6, 5, 30
-
 
 def batch(step=0):
     """The eight arguments of RichKD.forward in float32, student widths 7, teacher 9, CLIP 11."""
@@ -318,11 +290,9 @@ def batch(step=0):
         tensors[i].requires_grad_()
     return [*tensors, torch.arange(B) % K, (torch.arange(B) * 4 + step) % N]
 
-
 def make(**settings):
     torch.manual_seed(0)
     return RichKD(7, 9, 11, N, **{"d": 8, "num_negatives": 12, **settings})
-
 
 def test_richkd_is_its_weighted_parts():
     method = make(ce_weight=0.5)
@@ -339,7 +309,6 @@ def test_richkd_is_its_weighted_parts():
     loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in method.parameters())
     assert z_s.grad.abs().sum() > 0 and f_s.grad.abs().sum() > 0
-
 
 @pytest.mark.parametrize("weight", [1, 0])
 def test_richkd_of_one_teacher_alone_is_kd_and_crd_to_the_bit(weight):
@@ -360,7 +329,6 @@ def test_richkd_of_one_teacher_alone_is_kd_and_crd_to_the_bit(weight):
     assert torch.equal(z_s.grad, student.grad)
     assert (method.clip_embed if weight else method.teacher_embed) is None
 
-
 def test_richkd_part_of_weight_zero_is_neither_computed_nor_allocated():
     logits_only = make(feature_weight=0)
     z_s, f_s, z_t, f_t, z_c, f_c, target, index = batch()
@@ -369,7 +337,6 @@ def test_richkd_part_of_weight_zero_is_neither_computed_nor_allocated():
     _, parts = make(logit_weight=0)(z_s, f_s, None, f_t, None, f_c, target, index)
     assert set(parts) == {"ce", "feature"}
     assert set(make(logit_weight=0, feature_weight=0)(z_s, *[None] * 5, target, None)[1]) == {"ce"}
-
 
 @pytest.mark.parametrize("settings, expected", [
     ({"logit_loss": "dkd"}, lambda s, t, y: richkd.dkd_loss(s, t, y, 1.0, 8.0, 3.0)),
@@ -384,7 +351,6 @@ def test_richkd_other_logit_losses_take_the_fused_logits(settings, expected):
     _, parts = method(z_s, f_s, z_t, f_t, z_c, f_c, target, index)
     close(parts["logit"], expected(z_s, 0.7 * z_t + 0.3 * z_c, target).detach(), 1e-5)
 
-
 @pytest.mark.parametrize("enabled", [True, False])
 def test_richkd_half_precision_arguments_give_the_float32_loss(enabled):
     arguments = [x.detach().bfloat16() if x.is_floating_point() else x for x in batch()]
@@ -394,13 +360,11 @@ def test_richkd_half_precision_arguments_give_the_float32_loss(enabled):
     assert loss.dtype == torch.float32
     close(loss, make()(*full)[0], 1e-6)
 
-
 def test_richkd_forward_modifies_none_of_its_arguments():
     arguments = batch()
     before = [x.detach().clone() for x in arguments]
     make(labels=torch.arange(N) % K)(*arguments)
     assert all(torch.equal(x, y) for x, y in zip(arguments, before))
-
 
 @pytest.mark.parametrize("mode", ["shared", "per-image"])
 def test_richkd_survives_a_checkpoint(mode):
@@ -415,7 +379,6 @@ def test_richkd_survives_a_checkpoint(mode):
         assert torch.equal(*losses)
     for name, tensor in method.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
-
 
 def test_richkd_step_is_of_few_operations_and_reads_nothing_from_the_device():
     class Operations(TorchDispatchMode):
@@ -433,7 +396,6 @@ def test_richkd_step_is_of_few_operations_and_reads_nothing_from_the_device():
         counts.append(len(names))
         assert not {"aten::_local_scalar_dense", "aten::nonzero"} & set(names)
     assert counts[1] - counts[0] <= 130
-
 
 # ---- two processes
 
@@ -453,7 +415,6 @@ def two_steps(rank, world, folder):
     if world > 1:
         torch.distributed.destroy_process_group()
 
-
 @pytest.mark.slow
 def test_memory_two_processes_keep_the_banks_of_one(tmp_path):
     torch.multiprocessing.spawn(two_steps, (2, str(tmp_path)), nprocs=2)
@@ -466,11 +427,9 @@ def test_memory_two_processes_keep_the_banks_of_one(tmp_path):
     close((first["losses"] + second["losses"]) / 2, alone["losses"], 1e-5)
     assert (first["losses"] != second["losses"]).all()
 
-
 # ---- each function alone, and bad input
 
 NAMES = {name for name, value in vars(richkd).items() if inspect.getmodule(value) is richkd}
-
 
 def alone(name):
     """A function or class from its source and, of richkd.py, the imports and the names in it."""
@@ -482,7 +441,6 @@ def alone(name):
         exec(source, namespace)
     return namespace[name]
 
-
 @pytest.mark.parametrize("name", sorted(NAMES & {
     name for name, value in vars(richkd).items() if ">>>" in (inspect.getdoc(value) or "")}))
 def test_every_functions_example_works_from_its_source_and_the_names_in_it(name):
@@ -491,18 +449,15 @@ def test_every_functions_example_works_from_its_source_and_the_names_in_it(name)
         function.__doc__, function.__globals__, name, None, None)
     assert doctest.DocTestRunner().run(example).failed == 0 < len(example.examples)
 
-
 def test_richkd_works_from_its_source_and_the_names_in_it():
     method = alone("RichKD")(7, 9, 11, N, d=8, num_negatives=12)
     method.load_state_dict(make().state_dict())
     assert torch.equal(seeded(method)(*batch())[0], seeded(make())(*batch())[0])
 
-
 def bad(position, value):
     arguments = batch()
     arguments[position] = value
     return lambda: make()(*arguments)
-
 
 @pytest.mark.parametrize("call, message", [
     (lambda: richkd.kd_loss(STUDENT, TEACHER[:, :1]), r"\(4, 6\).*\(4, 1\)"),
@@ -524,7 +479,6 @@ def test_bad_input_is_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
-
 
 @pytest.mark.parametrize("index", [[0, 1, 2, 3, 4, N], [0, 1, 2, 3, 4, -1]])
 def test_memory_is_left_alone_by_an_index_outside_of_it(index):

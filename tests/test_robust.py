@@ -25,12 +25,10 @@ from support import checkpoints, command, files, runs, shapes  # noqa: E402
 
 SIZES = {"train": 100, "test": 25, "shift": 25}
 
-
 def tiny_clip(path):
     torch.manual_seed(0)
     clip = clip_model.CLIP(32, 32, 1, 64, 16, 64, 514, 64, 1, 1)
     files.save(path, {"model": clip.state_dict()})
-
 
 def config(folder, **changes):
     """RichKD (L+F), two epochs of five steps, below a folder; its teacher is trained there, too."""
@@ -39,11 +37,9 @@ def config(folder, **changes):
         batch_size=20, lr=0.05, num_negatives=64, cache_dir=str(folder / "cache"),
         out=str(folder / "run"), device="cpu"), **changes})
 
-
 def visible(folder):
     """The files in a folder, but for what a process was writing when it was killed."""
     return sorted(name for name in os.listdir(folder) if name[0] != ".")
-
 
 def result(folder):
     """What a run leaves, but for its times: files, tensors, log, accuracies; the teacher's too."""
@@ -58,10 +54,7 @@ def result(folder):
                 {key: value.contiguous().numpy().tobytes() for key, value in tensors.items()}]
     return out
 
-
 # Processes: this file run as a script forks each one, so that torch is imported once --------------
-
-
 def start(folder, sabotage=lambda: None):
     """A process that trains in `folder`, its stderr in the file `stderr` there; -> its id."""
     pid = os.fork()
@@ -77,11 +70,9 @@ def start(folder, sabotage=lambda: None):
         os._exit(99)
     return pid
 
-
 def wait(pid):
     """-> the exit status of a process, less than 0 for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
 
 def at_call(module, name, number, action):
     """`action(*arguments)` before the call of that number of a function."""
@@ -94,12 +85,10 @@ def at_call(module, name, number, action):
         return original(*arguments, **named)
     setattr(module, name, wrapper)
 
-
 def die_in_the_middle(descriptor):
     if stat.S_ISREG(os.fstat(descriptor).st_mode):  # half of the file is written
         os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
     os.kill(os.getpid(), signal.SIGKILL)
-
 
 def main(folder):
     torch.set_num_threads(1)
@@ -146,7 +135,6 @@ def main(folder):
         assert result(folder / name) == whole, name
     print(json.dumps(counts))
 
-
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_run_killed_and_interrupted_ends_in_the_uninterrupted_ones_bits(tmp_path):
@@ -158,10 +146,7 @@ def test_run_killed_and_interrupted_ends_in_the_uninterrupted_ones_bits(tmp_path
     assert len(counts["times"]) > 3 and len(counts["writes"]) > 5
     assert {*counts["signals"]} == {130, 143}
 
-
 # A full disk --------------------------------------------------------------------------------------
-
-
 def test_write_atomically_on_a_full_disk_leaves_the_last_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "SIZES", SIZES)
     calls = []
@@ -181,10 +166,7 @@ def test_write_atomically_on_a_full_disk_leaves_the_last_epoch(tmp_path, monkeyp
     train.run(scratch)
     assert len(os.listdir(tmp_path / "run")) == 5
 
-
 # Bytes changed: every outcome is success or one line ----------------------------------------------
-
-
 def mutated(content, draw):
     """Bytes with some of them changed, cut, removed, repeated or put elsewhere."""
     content, way = bytearray(content), draw.randrange(6)
@@ -201,7 +183,6 @@ def mutated(content, draw):
         for _ in range(draw.choice((1, 1, 2, 8, 64))):
             content[draw.randrange(len(content))] = draw.choice((0, 10, 255, draw.randrange(256)))
     return bytes(content)
-
 
 @pytest.mark.slow
 def test_readers_of_mutated_files_read_or_refuse_in_one_line(tmp_path, monkeypatch):
@@ -246,7 +227,6 @@ def test_readers_of_mutated_files_read_or_refuse_in_one_line(tmp_path, monkeypat
             except (ValueError, OSError) as error:  # which command.main says in one line
                 assert str(error) and "\n" not in str(error).strip(), (path, number, str(error))
         path.write_bytes(whole)
-
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

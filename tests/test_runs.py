@@ -20,18 +20,14 @@ import train
 from support import checkpoints, files, folders, runs
 
 # Identity -----------------------------------------------------------------------------------------
-
-
 def some_split(**change):
     images = torch.arange(4 * 3 * 6 * 8).view(4, 3, 6, 8).to(torch.uint8)
     return data.Split(images, torch.tensor([0, 1, 1, 0]), ["cat", "dog"])._replace(**change)
-
 
 def stream_split(folder, n=6):
     class_folders(folder, WNIDS[:2], n=n // 2, parts=["train"])
     paths = sorted(map(str, Path(folder).rglob("*.png")))
     return data.Split(data.Stream(paths), torch.arange(n) % 2, ["cat", "dog"])
-
 
 def test_identity_of_tensors_tells_them_apart():
     images = some_split().images
@@ -50,7 +46,6 @@ def test_identity_of_tensors_tells_them_apart():
     names = runs.identity(some_split(class_names=["a", "b"], class_ids=["n1", "n2"]))
     other = runs.identity(some_split(class_names=["a", "c"], class_ids=["n1", "n2"]))
     assert runs.difference(names, other) and not runs.difference(names, other, names=False)
-
 
 @pytest.mark.parametrize("change", ["moved", "swapped", "replaced", "renamed", "edited"])
 def test_identity_of_a_stream_is_its_pictures(change, tmp_path):
@@ -77,7 +72,6 @@ def test_identity_of_a_stream_is_its_pictures(change, tmp_path):
     assert (before == after) == (change == "moved")
     assert bool(runs.difference(before, after)) == (change != "moved")
 
-
 @pytest.mark.parametrize("suffix", folders.SUFFIXES)
 def test_digest_files_notices_a_pixel_in_a_picture_of_every_format(suffix, tmp_path):
     """Of one size in bytes, with the change far from the end, as uncompressed formats allow."""
@@ -89,12 +83,10 @@ def test_digest_files_notices_a_pixel_in_a_picture_of_every_format(suffix, tmp_p
         digests.append(runs.digest_files([path]))
     assert len({*digests}) == 2
 
-
 def test_digest_files_of_names_that_are_no_utf8(tmp_path):
     path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
     Image.new("RGB", (4, 4)).save(os.fsdecode(path), "PNG")
     assert len(runs.digest_files([os.fsdecode(path)])) == 64
-
 
 def test_cached_is_made_once_and_anew_for_another_key_or_damage(tmp_path, capsys):
     made = []
@@ -118,10 +110,7 @@ def test_cached_is_made_once_and_anew_for_another_key_or_damage(tmp_path, capsys
         assert one.name in capsys.readouterr().err or number == 3
         files.note.said.clear()
 
-
 # Other data ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def place(tmp_path):
     """a and b: the same names of files and classes, other pictures."""
@@ -129,17 +118,14 @@ def place(tmp_path):
     class_folders(tmp_path / "b", first=5)
     return tmp_path
 
-
 def teacher_folders(place):
     return sorted(path.name for path in (place / "cache").glob("teacher-*"))
-
 
 def refused(config):
     with pytest.raises((ValueError, OSError)) as error:
         train.run(config)
     assert "\n" not in str(error.value).strip()
     return str(error.value)
-
 
 def test_trained_teacher_is_of_the_same_pictures(place):
     """Two folders and one cache: the student of the second is as with a cache of its own."""
@@ -158,7 +144,6 @@ def test_trained_teacher_is_of_the_same_pictures(place):
     train.run(small(place, data_dir=str(place / "three"), out=str(place / "three-run")))
     assert len(teacher_folders(place)) == 3
 
-
 def test_trained_teacher_is_the_same_by_whatever_names(place, clip_file):
     train.run(small(place))
     (place / "names.txt").write_text("tench\ngoldfish\n")
@@ -173,7 +158,6 @@ def test_trained_teacher_is_the_same_by_whatever_names(place, clip_file):
     (place / "names.txt").write_text("tench\nshark\n")
     train.run(named)  # finished: a run without CLIP depends on no names
     assert "'goldfish'" in refused(asked)
-
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_open_run_refuses_other_data(place, finished):
@@ -200,10 +184,7 @@ def test_open_run_refuses_other_data(place, finished):
     shutil.move(place / "b", place / "gone")
     assert f"{place}/b" in refused(dataclasses.replace(anew, overwrite=False))
 
-
 # Other files --------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def rich(place, clip_file):
     """A finished run that names a teacher's, CLIP's and a prompts file."""
@@ -216,7 +197,6 @@ def rich(place, clip_file):
                    num_negatives=16)
     train.run(config)
     return config
-
 
 def test_open_run_refuses_other_files_of_the_same_name(rich, place):
     (place / "elsewhere").mkdir()
@@ -248,7 +228,6 @@ def test_open_run_refuses_other_files_of_the_same_name(rich, place):
     (place / "bpe.txt").write_text("a b\n")
     assert "--bpe" in refused(dataclasses.replace(elsewhere, bpe=str(place / "bpe.txt")))
 
-
 def test_inputs_are_those_that_a_method_reads(rich):
     def names(**changes):
         config = train.resolve(dataclasses.replace(rich, **changes))
@@ -262,10 +241,7 @@ def test_inputs_are_those_that_a_method_reads(rich):
     tiny = train.resolve(dataclasses.replace(rich, clip="tiny"))
     assert train.inputs(tiny, {})["files"]["clip"] == "tiny"
 
-
 # What a checkpoint says of itself -----------------------------------------------------------------
-
-
 def test_load_teachers_compares_what_a_checkpoint_says_of_itself(place):
     student = place / "teacher/student.pt"
     train.run(small(place, method="scratch", out=str(place / "teacher")))
@@ -293,10 +269,7 @@ def test_load_teachers_compares_what_a_checkpoint_says_of_itself(place):
     torch.save(about["model"], student)  # a file that says nothing: the data set's mean and std
     train.run(again)
 
-
 # What is refused leaves nothing behind ------------------------------------------------------------
-
-
 @pytest.mark.parametrize("changes, named", [
     ({"data_dir": "nowhere"}, "nowhere"),
     ({"teacher_weights": ("missing.pth",)}, "missing.pth"),
@@ -332,7 +305,6 @@ def test_begin_run_is_after_all_that_can_be_refused(place, clip_file, monkeypatc
     assert named in refused(dataclasses.replace(wrong, overwrite=True))
     assert {path.read_text() for path in Path("run").iterdir()} == {"precious"}
 
-
 def test_open_run_names_the_folder_and_leaves_what_is_no_run(place):
     config = small(place, out=None, seed=3, teacher=("resnet14", "resnet8"))
     folder, summary = runs.open_run(train.resolve(config), {"data": {}, "files": {}})
@@ -341,7 +313,6 @@ def test_open_run_names_the_folder_and_leaves_what_is_no_run(place):
     (place / "stranger/thesis.tex").write_text("")
     assert "stranger" in refused(small(place, out=str(place / "stranger"), overwrite=True))
     assert (place / "stranger/thesis.tex").exists()
-
 
 def test_restore_of_a_damaged_checkpoint_or_config_names_it(place):
     config = small(place, method="scratch")
@@ -356,16 +327,12 @@ def test_restore_of_a_damaged_checkpoint_or_config_names_it(place):
     with pytest.raises(files.Damaged, match="run/config.json"):
         train.run(config)
 
-
 # Signals ------------------------------------------------------------------------------------------
-
-
 def stream_command(place, out):
     config = small(place, method="scratch", epochs=6, workers=2, out=str(out))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items()
              if value != getattr(train.Config(), name) and not isinstance(value, tuple)]
     return [sys.executable, str(ROOT / "train.py"), *flags]
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="process groups")

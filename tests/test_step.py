@@ -24,7 +24,6 @@ METHODS = {**{method: {} for method in train.METHODS}, "per-image": {"negatives"
            "standardize": {"standardize": True}, "amp": {"amp": True},
            "two teachers": {"teacher": ("resnet8", "wrn_16_1")}}
 
-
 class Crossings(TorchDispatchMode):
     """Notes every operation between the CPU and another device: copies either way, and a tensor of
     the CPU among arguments on the other one, such as an index (one number is no copy)."""
@@ -41,7 +40,6 @@ class Crossings(TorchDispatchMode):
         if "cpu" in kinds and len(kinds) > 1:
             self.noted.append(str(function))
         return result
-
 
 def prepare(method, device):
     """A `train.Run` of 40 random images on the device, as after its first step."""
@@ -63,7 +61,6 @@ def prepare(method, device):
     for group in run.optimizer.param_groups:
         group["lr"] = run.rate
     return run
-
 
 def on_fake_gpu(run):
     """The same within a FakeTensorMode, of tensors that say they are on a GPU."""
@@ -88,11 +85,9 @@ def on_fake_gpu(run):
                         tables=tuple(map(fake, run.tables)),
                         **{name: fake(getattr(run, name)) for name in ("mean", "std", "sums")})
 
-
 def no_backward(loss):
     """In the place of autograd, whose engine asks for the driver of a GPU."""
     assert loss.shape == () and loss.requires_grad
-
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("method", METHODS)
@@ -105,7 +100,6 @@ def test_train_step_reads_nothing_from_a_gpu_and_copies_nothing_to_it(method, mo
         means = train.train_step(run, drawn)
     assert not crossings.noted
     assert means.device.type == "cuda" and means.shape == run.sums.shape
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_train_step_and_its_backward_pass_on_meta_tensors(method, monkeypatch):
@@ -121,7 +115,6 @@ def test_train_step_and_its_backward_pass_on_meta_tensors(method, monkeypatch):
     parameters = [*run.student.parameters(), *run.criterion.parameters()]
     assert all(parameter.grad is not None for parameter in parameters)
 
-
 def test_what_the_tests_above_look_for_is_found():
     with FakeTensorMode(allow_non_fake_inputs=True), Crossings() as crossings:
         there, here = torch.zeros(3, device="cuda"), torch.ones(3)
@@ -134,7 +127,6 @@ def test_what_the_tests_above_look_for_is_found():
             assert len(crossings.noted) == count, crossings.noted
         there * 2 + there.mean()
         assert len(crossings.noted) == 5
-
 
 class Recorded:
     """torch.cuda as far as command.CudaGraph uses it: a replay calls what was captured."""
@@ -160,7 +152,6 @@ class Recorded:
         self.calls.append("capture")
         return contextlib.nullcontext()
 
-
 def test_cuda_graph_calls_thrice_captures_and_replays(monkeypatch):
     """Every call sees its own argument; one of another shape is called as it is, at any time."""
     seen = []
@@ -178,7 +169,6 @@ def test_cuda_graph_calls_thrice_captures_and_replays(monkeypatch):
         graph(torch.tensor(argument))
     assert seen == arguments
     assert recorded.calls == ["plain"] * 3 + ["capture"] + ["replay"] * 3
-
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["scratch", "richkd", "mlkd"])
@@ -198,7 +188,6 @@ def test_graph_has_the_losses_of_called_steps(method, monkeypatch):
                 run.split, run.tables, 8, seed, device="cuda")]
         losses.append(torch.stack(means).cpu())
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
-
 
 @pytest.mark.slow
 def test_bench_gpu_runs_in_miniature():

@@ -31,7 +31,6 @@ from support import checkpoints, files, runs, shapes
 FILES = {"config.json", "log.csv", "last.pt", "student.pt", "summary.json"}
 pytestmark = pytest.mark.usefixtures("few_shapes")
 
-
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory):
     torch.manual_seed(0)
@@ -39,11 +38,9 @@ def teacher_file(tmp_path_factory):
     torch.save(models.build_model("resnet8", 25).state_dict(), path)
     return str(path)
 
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
-
 
 @pytest.fixture
 def config(cache, clip_file, teacher_file, tmp_path):
@@ -52,14 +49,10 @@ def config(cache, clip_file, teacher_file, tmp_path):
                         clip=clip_file, epochs=2, num_negatives=64, cache_dir=str(cache),
                         out=str(tmp_path / "run"), device="cpu")
 
-
 def with_(config, **changes):
     return dataclasses.replace(config, **changes)
 
-
 # A run --------------------------------------------------------------------------------------------
-
-
 def test_run_leaves_its_folder_complete(config, capsys):
     summary = train.run(config)
     out = Path(config.out)
@@ -93,7 +86,6 @@ def test_run_leaves_its_folder_complete(config, capsys):
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert runs.summary_table(summary).count("\n") == 4
 
-
 def test_run_resumed_has_the_uninterrupted_students_bits(config, monkeypatch):
     whole = train.run(config)
     cut, save = with_(config, out=config.out + "-cut"), files.save
@@ -115,12 +107,10 @@ def test_run_resumed_has_the_uninterrupted_students_bits(config, monkeypatch):
     one, two = (checkpoints.read_own(Path(out) / "last.pt", "") for out in (config.out, cut.out))
     assert equal(one["criterion"], two["criterion"])
 
-
 def test_run_with_alpha_one_is_plain_distillation_to_the_bit(config):
     train.run(with_(config, method="kd"))
     train.run(with_(config, method="richkd-l", alpha=1.0, out=config.out + "-l"))
     assert equal(weights(config.out), weights(config.out + "-l"))
-
 
 # Each numbered equation of richkd.py, and a method whose run uses its function.
 EQUATIONS = {1: ("ensemble_text_features", {}), 2: ("zero_shot_logits", {}),
@@ -129,14 +119,11 @@ EQUATIONS = {1: ("ensemble_text_features", {}), 2: ("zero_shot_logits", {}),
              7: ("RichKD", {"method": "scratch"}), 8: ("standardize_logits", {"method": "kd-ls"}),
              9: ("dkd_loss", {"method": "dkd"}), 10: ("mlkd_loss", {"method": "mlkd"})}
 
-
 class Called(Exception):
     pass
 
-
 def stop(*arguments, **named):
     raise Called
-
 
 @pytest.mark.parametrize("number", EQUATIONS)
 def test_run_uses_the_function_that_bears_an_equations_number(config, number, monkeypatch):
@@ -149,17 +136,13 @@ def test_run_uses_the_function_that_bears_an_equations_number(config, number, mo
     with pytest.raises(Called):
         train.run(changed)
 
-
 def test_equations_are_all_tested():
     numbers = {int(number) for number in re.findall(r"\((\d\d?)\)", richkd.__doc__)}
     assert numbers == set(EQUATIONS)
     for number, (name, _) in EQUATIONS.items():
         assert f"quation ({number})" in getattr(richkd, name).__doc__, name
 
-
 # Settings -----------------------------------------------------------------------------------------
-
-
 def test_open_run_refuses_other_settings_by_name(config):
     scratch = with_(config, method="scratch", epochs=1)
     train.run(scratch)
@@ -167,7 +150,6 @@ def test_open_run_refuses_other_settings_by_name(config):
         train.run(with_(scratch, lr=0.1))
     summary = train.run(with_(scratch, lr=0.1, overwrite=True))
     assert summary["student_accuracy"] is not None and summary["teacher"] is None
-
 
 def test_resolve_lets_methods_differ_in_their_loss_alone(config):
     scratch = runs.settings(train.resolve(with_(config, method="scratch")))
@@ -180,7 +162,6 @@ def test_resolve_lets_methods_differ_in_their_loss_alone(config):
     assert train.resolve(with_(config, method="kd")).clip is None
     assert train.resolve(with_(config, alpha=0.0, lam=0.0)).teacher == ()  # CLIP is the only one
 
-
 def test_run_says_that_the_rate_is_of_another_batch_size(config, capsys, monkeypatch):
     monkeypatch.setattr(train, "fit", lambda *arguments: {})
     train.run(with_(config, batch_size=32))
@@ -189,7 +170,6 @@ def test_run_says_that_the_rate_is_of_another_batch_size(config, capsys, monkeyp
     train.run(with_(config, batch_size=32, lr=0.025))
     train.run(with_(config, batch_size=64))
     assert capsys.readouterr().err == ""
-
 
 def test_resolve_reads_resnet18_and_resnet50_by_the_images_side(config, capsys):
     def names(size, **changes):
@@ -203,7 +183,6 @@ def test_resolve_reads_resnet18_and_resnet50_by_the_images_side(config, capsys):
     given = {**free, "teacher_weights": ("a.pth", "b.pth")}  # of which the files decide
     assert names(64, **given) == ("resnet18_cifar", "resnet50", "resnet18")
 
-
 def test_learning_rate_is_the_papers_schedule():
     cifar = train.resolve(train.Config(dataset="cifar100", method="scratch", device="cpu"))
     rates = [round(train.learning_rate(cifar, epoch), 9) for epoch in range(240)]
@@ -213,7 +192,6 @@ def test_learning_rate_is_the_papers_schedule():
     assert rates == [0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 10
     shuffle = dataclasses.replace(cifar, student="shufflenetv1", lr=None)
     assert train.resolve(shuffle).lr == 0.01 and cifar.num_negatives == 16384
-
 
 @pytest.mark.parametrize("changes, named", [
     ({"dataset": "mnist"}, "--dataset 'mnist'"), ({"method": "magic"}, "--method 'magic'"),
@@ -230,10 +208,7 @@ def test_run_with_wrong_settings(config, changes, named):
         train.run(with_(config, **changes))
     assert named in str(error.value) and not Path(config.out).exists()
 
-
 # Teachers, methods --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("amp, bound", [(False, 1e-5), (True, 0.05)])
 def test_teachers_say_what_the_teacher_says(config, teacher_file, amp, bound):
     """Folded BatchNorm and channels_last to rounding; bfloat16 to what its 8 bits allow; outputs
@@ -248,7 +223,6 @@ def test_teachers_say_what_the_teacher_says(config, teacher_file, amp, bound):
     for got, want in zip(teachers(inputs), expected):
         assert got.dtype == torch.float32 and not got.is_inference() and not got.requires_grad
         assert 0 < (got - want).abs().max() <= bound * want.abs().max()
-
 
 def test_train_epoch_leaves_the_teachers_as_they_were(config):
     resolved = train.resolve(with_(config, feature_weight=0.0))
@@ -265,12 +239,10 @@ def test_train_epoch_leaves_the_teachers_as_they_were(config):
     trained = run.student.state_dict()
     assert not any(torch.equal(value, after[key]) for key, value in trained.items())
 
-
 @pytest.mark.parametrize("method", train.METHODS)
 def test_run_of_every_method(config, method):
     summary = train.run(with_(config, method=method, epochs=1))
     assert summary["method"] == method and summary["student_accuracy"] is not None
-
 
 def test_run_trains_and_fuses_two_teachers(config):
     two = with_(config, teacher=("resnet14", "resnet8"), teacher_weights=None, epochs=1)
@@ -282,14 +254,12 @@ def test_run_trains_and_fuses_two_teachers(config):
     train.run(with_(two, seed=1, out=config.out + "-1"))  # the same teachers, from the cache
     assert [(folder / "student.pt").stat().st_mtime_ns for folder in teachers] == before
 
-
 def test_load_teachers_of_another_architecture_or_class_count(config, tmp_path):
     path = tmp_path / "teacher.pt"
     for name, classes in (("resnet20", 25), ("resnet8", 10)):
         torch.save(models.build_model(name, classes).state_dict(), path)
         with pytest.raises(ValueError, match=str(path)):
             train.run(with_(config, teacher_weights=(str(path),)))
-
 
 def test_run_whose_loss_is_no_longer_finite_keeps_the_last_epoch(config, monkeypatch):
     rate = train.learning_rate
@@ -301,7 +271,6 @@ def test_run_whose_loss_is_no_longer_finite_keeps_the_last_epoch(config, monkeyp
     assert len(last["log"]) == 1
     assert all(value.isfinite().all() for value in last["student"].values())
 
-
 def test_load_splits_of_a_holdout_has_its_own_test_images(config, capsys):
     split = train.load_splits(with_(train.resolve(config), holdout=0.2, fraction=0.5))
     whole = train.load_splits(train.resolve(config))["train"]
@@ -311,14 +280,10 @@ def test_load_splits_of_a_holdout_has_its_own_test_images(config, capsys):
                 for name in ("train", "test"))
     assert one < rows and two < rows and not one & two
 
-
 # CLIP's targets -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def asked(clip_file, tmp_path):
     return train.resolve(train.Config(clip=clip_file, cache_dir=str(tmp_path), device="cpu"))
-
 
 def test_clip_targets_are_the_scores_of_each_image(asked):
     clip, tokenizer, scale = train.load_clip(asked)
@@ -336,7 +301,6 @@ def test_clip_targets_are_the_scores_of_each_image(asked):
         image = normalize(image, dim=1)
         torch.testing.assert_close(features[few].float(), image, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(cosines[few].float(), image @ classes.T, atol=1e-3, rtol=1e-3)
-
 
 def test_load_clip_makes_a_damaged_tiny_clip_anew(asked, tmp_path, monkeypatch, capsys):
     calls = []
@@ -360,7 +324,6 @@ def test_load_clip_makes_a_damaged_tiny_clip_anew(asked, tmp_path, monkeypatch, 
     one, two = (torch.load(file, weights_only=True)["content"] for file in (
         path, *(tmp_path / "other").iterdir()))
     assert equal(one, two)  # its weights are drawn from a seed of their own
-
 
 @pytest.mark.parametrize("change", ["clip", "prompts", "amp", "images", "merges", "activation"])
 def test_clip_targets_are_made_anew_where_they_depend_on_it(asked, change, tmp_path, monkeypatch):
@@ -388,7 +351,6 @@ def test_clip_targets_are_made_anew_where_they_depend_on_it(asked, change, tmp_p
     train.clip_targets(asked, clip, tokenizer, {"test": test})
     assert len(calls) == 2
 
-
 def test_clip_targets_that_are_not_finite_are_not_kept(asked, tmp_path):
     clip, tokenizer, _ = train.load_clip(asked)
     clip.visual.proj.data[:] = torch.nan
@@ -396,7 +358,6 @@ def test_clip_targets_that_are_not_finite_are_not_kept(asked, tmp_path):
     with pytest.raises(FloatingPointError):
         train.clip_targets(asked, clip, tokenizer, splits)
     assert not [*tmp_path.glob("targets-*")]
-
 
 def test_clip_view_that_exceeds_float16_goes_on_in_float32(asked, capsys):
     clip, tokenizer, _ = train.load_clip(asked)
@@ -410,7 +371,6 @@ def test_clip_view_that_exceeds_float16_goes_on_in_float32(asked, capsys):
         assert features.isfinite().all()
         torch.testing.assert_close(cosines, exact, rtol=0, atol=5e-3)
     assert capsys.readouterr().err.count("float16") == 1
-
 
 @pytest.mark.parametrize("name", ["clip-cifar", "clip-mini"])
 def test_clip_view_in_float16_as_on_a_gpu_has_the_cosines_of_float32(shared, name):
@@ -430,9 +390,7 @@ def test_clip_view_in_float16_as_on_a_gpu_has_the_cosines_of_float32(shared, nam
     assert (change[torch.float16].amax(1) < 2e-3).sum() >= 99
     assert change[torch.float16].mean() < 2e-4 < 1e-3 < change[torch.bfloat16].mean()
 
-
 # Several processes --------------------------------------------------------------------------------
-
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 RANKS = """
 import torch, train
@@ -444,7 +402,6 @@ config = train.Config(teacher=("resnet14",), student="resnet8", clip=sys.argv[1]
                       device="cpu")
 command.main(lambda: train.run(config))
 """
-
 
 @pytest.mark.slow
 def test_run_of_two_processes_makes_the_same_files(clip_file, tmp_path, monkeypatch):
@@ -459,7 +416,6 @@ def test_run_of_two_processes_makes_the_same_files(clip_file, tmp_path, monkeypa
     logits = model(data.to_input(test.images, info.mean, info.std))[0]
     assert 100 * metrics.top_k_accuracy(logits, test.labels) == summary["student_accuracy"]
     assert done.stderr.count("epoch 2/2") == 2  # the teacher's and the student's line, each once
-
 
 LOSSES = """
 import json, os, torch, data, train
@@ -506,7 +462,6 @@ train.run(train.Config(teacher=("resnet8",), teacher_weights=(sys.argv[1],), stu
 path.write_text(json.dumps(losses))
 """
 
-
 @pytest.mark.slow
 def test_run_of_two_processes_has_the_losses_of_one(clip_file, tmp_path):
     """RichKD (L+F) for 20 steps. BatchNorm normalises by each process's own half of the batch, so
@@ -527,7 +482,6 @@ def test_run_of_two_processes_has_the_losses_of_one(clip_file, tmp_path):
           f"{difference.amax(0).tolist()}")
     assert len(one) == 20 and difference[:5].max() < 1e-12 and difference.max() < 1e-9
 
-
 AGENT = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
          "--rdzv-backend=c10d", "--rdzv-id=test", "--rdzv-endpoint"]
 DIES = """
@@ -542,7 +496,6 @@ def train_step(run, drawn):
 train.train_step = train_step
 """
 
-
 def two_machines(arguments, port, seconds, **environment):
     """Two of torchrun's agents on this machine, which find each other as two machines do."""
     agents = [subprocess.Popen([sys.executable, *AGENT, f"127.0.0.1:{port}", *arguments],
@@ -550,7 +503,6 @@ def two_machines(arguments, port, seconds, **environment):
               for _ in range(2)]
     said = [agent.communicate(timeout=seconds)[1] for agent in agents]
     return [agent.returncode for agent in agents], said
-
 
 @pytest.mark.slow
 def test_run_of_two_machines_where_one_dies_ends_and_goes_on(clip_file, tmp_path):
@@ -572,13 +524,11 @@ def test_run_of_two_machines_where_one_dies_ends_and_goes_on(clip_file, tmp_path
     assert {path.name for path in out.iterdir()} == FILES
     assert sum(text.count("epoch 2/2") for text in said) == 1  # the student's; there is a teacher
 
-
 @pytest.mark.slow
 def test_train_py_is_a_command_that_leaves_nothing_behind_when_refused(tmp_path):
     done = python(ROOT / "train.py", "--dataset", "imagenet", "--data-dir", "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: nowhere") and not list(tmp_path.iterdir())
-
 
 @pytest.mark.parametrize("name", ["ensemble_text_features", "zero_shot_logits"])
 def test_evaluate_zero_shot_uses_the_equations_functions(name, config, monkeypatch):
