@@ -39,9 +39,8 @@ def gaussian(taps, sigma):
 
 def blur(x, sigma, truncate=4, mirror=False):
     """scipy's gaussian_filter over the last two axes of x float (..., H, W). Beyond the border the
-    edge pixel repeats, or (mirror) the image is mirrored with the edge pixel twice.
-
-    A matrix for each axis takes any border, and a sigma wider than the image."""
+    edge pixel repeats, or (mirror) the image is mirrored with the edge pixel twice. A matrix for
+    each axis takes any border, and a sigma wider than the image."""
     reach = int(truncate * sigma + 0.5)
     taps = torch.arange(-reach, reach + 1)
     weight = gaussian(taps, sigma)
@@ -69,9 +68,8 @@ def clipped_zoom(x, factor):
     return crop_centre(x, height, width)
 
 def motion(x, radius, sigma, angle):
-    """ImageMagick's motion blur of x float (N, C, H, W) in grey levels, at angle (N,) in degrees.
-
-    One side of a Gaussian: taps 0 ... 2 radius at the nearest pixels of the line. Edge pixels
+    """ImageMagick's motion blur of x float (N, C, H, W) in grey levels, at angle (N,) in degrees:
+    one side of a Gaussian, taps 0 ... 2 radius at the nearest pixels of the line. Edge pixels
     repeat; the result is truncated to whole levels."""
     height, width = x.shape[-2:]
     taps = torch.arange(2 * radius + 1, device=x.device)
@@ -126,11 +124,10 @@ def defocus_blur(images: Tensor, severity: int, generator: Generator | None = No
     return to_uint8(x.view(images.shape))
 
 def glass_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """Blurs, gives every pixel the value of one at most `reach` away, and blurs again.
-
-    The published loop runs from the last pixel to the first and means to swap; NumPy's views make
-    it a copy. Offsets go from -reach to reach - 1, so that a pixel may read one that the same pass
-    has overwritten: such chains are followed to their end, twice as far at each step."""
+    """Blurs, gives every pixel the value of one at most `reach` away, blurs again. The published
+    loop runs from the last pixel to the first and means to swap; NumPy's views make it a copy.
+    Offsets go from -reach to reach - 1, so that a pixel may read one that the same pass has
+    overwritten: such chains are followed to their end, twice as far at each step."""
     sigma, reach, passes = published(
         images, severity, [(.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)],
         [(.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)],
@@ -192,11 +189,10 @@ def snow(images: Tensor, severity: int, generator: Generator) -> Tensor:
     return to_uint8(x + flakes + flakes.flip(2, 3))
 
 def frost(images: Tensor, severity: int, generator: Generator) -> Tensor:
-    """The image and frost, each at its weight.
-
-    The published code cuts frost from five photographs, which are not ours to ship. Here it is
-    bright ridges along the zero lines of power-law noise, in colour, contrast and roughness like
-    one of the five, drawn per image: of the published strength, but other pictures."""
+    """The image and frost, each at its weight. The published code cuts frost from five photographs,
+    which are not ours to ship. Here it is bright ridges along the zero lines of power-law noise, in
+    colour, contrast and roughness like one of the five, drawn per image: of the published strength,
+    but other pictures."""
     keep, weight = published(images, severity, [(1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45)],
                              [(1, .3), (.9, .4), (.8, .45), (.75, .5), (.7, .55)],
                              [(1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)])
@@ -332,8 +328,7 @@ def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> T
 
     Goes by parts of 2 ** 18 pixels, on a GPU 2 ** 21, to bound the memory; a call split elsewhere
     draws otherwise, and so does a generator of another kind of device.
-    Raises ValueError for an unknown name, a severity outside 1-5, images of another type or shape.
-    """
+    Raises ValueError for an unknown name or severity and for images of another type or shape."""
     if name not in COMMON:
         raise ValueError(f"unknown corruption {name!r}; known are {', '.join(COMMON)}")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):

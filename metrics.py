@@ -39,8 +39,7 @@ def calibration_bins(logits: Tensor, target: Tensor, bins: int = 15,
 
     Bin b of equal width holds the confidences in (b / bins, (b + 1) / bins] (Guo 2017, section 2).
     Bins of equal mass are the sorted confidences in parts whose sizes differ by at most one, the
-    larger first (Nguyen and O'Connor 2015). An empty bin has confidence and accuracy 0.
-    """
+    larger first (Nguyen and O'Connor 2015). An empty bin has confidence and accuracy 0."""
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     if equal_mass:
         bin_of = torch.empty_like(predicted)
@@ -70,10 +69,8 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
     for _ in range(60):
         temperature = math.sqrt(low * high)
         expected = ((logits / temperature).softmax(dim=1) * logits).sum(dim=1).mean()
-        if expected <= of_target:  # equal: in rounding, where all are right already
-            high = temperature
-        else:
-            low = temperature
+        # equal: in rounding, where all are right already
+        low, high = (low, temperature) if expected <= of_target else (temperature, high)
     return temperature
 
 def quadrants(logits: Tensor, target: Tensor, threshold: float) -> dict[str, Tensor]:
@@ -108,9 +105,8 @@ def mean_corruption_error(errors: dict[str, float], clean_error: float | None = 
                           alexnet: bool = False) -> float:
     """mCE: the mean over the fifteen corruptions c of E_c, the error averaged over severities; on
     ImageNet-C (alexnet=True) of E_c / E_c(AlexNet). With clean_error the relative mCE: of
-    E_c - E_clean, over the same of AlexNet (Hendrycks and Dietterich 2019, section 4).
-
-    errors: {name: E_c}; further names are left out. Raises ValueError on a missing one."""
+    E_c - E_clean, over the same of AlexNet (Hendrycks and Dietterich 2019, section 4). errors:
+    {name: E_c}; further names are left out. Raises ValueError on a missing one."""
     missing = [name for name in ALEXNET_ERRORS if name not in errors]
     if missing:
         raise ValueError(f"mCE needs all fifteen corruptions; missing are {', '.join(missing)}")

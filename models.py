@@ -89,8 +89,7 @@ def init_head(model, std=None):
 
 # ResNet -------------------------------------------------------------------------------------------
 class ZeroPadShortcut(nn.Module):
-    """He's option A: subsample, and fill the new channels with zeros, half of them on either side;
-    no parameters."""
+    """He's option A: subsample, and fill the new channels, half on either side, with zeros."""
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
@@ -131,28 +130,23 @@ class Bottleneck(nn.Module):
         out = F.relu_(self.bn2(self.conv2(out)))
         return F.relu_(self.bn3(self.conv3(out)) + self.shortcut(x))
 
-def resnet(depth, widths, num_classes):
-    body = trunk(BasicBlock, 3, widths, [(depth - 2) // 6] * 3, (1, 2, 2))
-    return init_convs(chain(**body, pool=global_pool(), fc=Head(widths[-1], num_classes)))
-
-def resnet_of_four(block, widths, counts, num_classes):
-    """ResNet18 and 50 with a 3x3 stem and no max-pooling, as in kuangliu/pytorch-cifar."""
-    body = trunk(block, 3, (64, *widths), counts, (1, 2, 2, 2))
-    return init_convs(chain(**body, pool=global_pool(), linear=Head(widths[-1], num_classes)))
+def resnet(block, widths, counts, head, num_classes):
+    """Three stages, as in He et al. section 4.2, or four, as in kuangliu/pytorch-cifar: no
+    max-pooling behind the 3x3 stem."""
+    body = trunk(block, 3, widths, counts, (1, 2, 2, 2))
+    return init_convs(chain(**body, pool=global_pool(), **{head: Head(widths[-1], num_classes)}))
 
 # WideResNet ---------------------------------------------------------------------------------------
 class WideBlock(nn.Module):
-    """BatchNorm and ReLU stand before the convolutions; where the width changes they also feed the
-    shortcut."""
+    """BatchNorm and ReLU stand before the convolutions, also before a shortcut that widens."""
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1, self.bn2 = conv_bn(in_channels, out_channels, 3, stride)
         self.conv2 = conv(out_channels, out_channels, 3)
-        self.convShortcut = None
-        if in_channels != out_channels:
-            self.convShortcut = conv(in_channels, out_channels, 1, stride)
+        wider = in_channels != out_channels
+        self.convShortcut = conv(in_channels, out_channels, 1, stride) if wider else None
 
     def forward(self, x):
         out = F.relu_(self.bn1(x))
@@ -160,15 +154,13 @@ class WideBlock(nn.Module):
         return shortcut + self.conv2(F.relu_(self.bn2(self.conv1(out))))
 
 def wrn(depth, widen, num_classes):
-    count = (depth - 4) // 6
-    w1, w2, w3 = 16 * widen, 32 * widen, 64 * widen
+    widths, blocks = (16, 16 * widen, 32 * widen, 64 * widen), {}
+    for i, stride in enumerate((1, 2, 2)):
+        layer = stage(WideBlock, (depth - 4) // 6, widths[i], widths[i + 1], stride)
+        blocks[f"block{i + 1}"] = chain(layer=layer)
     return init_head(init_convs(chain(
-        conv1=conv(3, 16, 3),
-        block1=chain(layer=stage(WideBlock, count, 16, w1, 1)),
-        block2=chain(layer=stage(WideBlock, count, w1, w2, 2)),
-        block3=chain(layer=stage(WideBlock, count, w2, w3, 2)),
-        bn1=nn.BatchNorm2d(w3), relu=nn.ReLU(inplace=True),
-        pool=global_pool(), fc=Head(w3, num_classes))))
+        conv1=conv(3, 16, 3), **blocks, bn1=nn.BatchNorm2d(widths[3]), relu=nn.ReLU(inplace=True),
+        pool=global_pool(), fc=Head(widths[3], num_classes))))
 
 # VGG ----------------------------------------------------------------------------------------------
 class PoolAt64(nn.Module):
@@ -195,7 +187,7 @@ def vgg(counts, num_classes):
 class InvertedResidual(nn.Module):
     """Widen by `expansion`, filter each channel alone, narrow again without an activation."""
 
-    def __init__(self, in_channels, out_channels, stride, expansion):
+    def __init__(self, expansion, in_channels, out_channels, stride):
         super().__init__()
         mid = in_channels * expansion
         self.residual = stride == 1 and in_channels == out_channels
@@ -208,13 +200,12 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.residual else self.conv(x)
 
 def mobilenetv2(num_classes):
-    """MobileNetV2 of width 0.5 for CIFAR: the second and the fifth group keep their resolution, but
-    not the stem."""
+    """MobileNetV2 of width 0.5 for CIFAR: stem and third, fourth, sixth group halve the maps."""
     plan = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2),
             (6, 160, 1, 1))  # expansion, channels, blocks, stride of each group
     groups, in_channels = [], 16
     for expansion, width, count, stride in plan:
-        block = partial(InvertedResidual, expansion=expansion)
+        block = partial(InvertedResidual, expansion)
         groups.append(stage(block, count, in_channels, width, stride))
         in_channels = width
     return init_head(init_convs(chain(
@@ -241,8 +232,7 @@ def shuffle(x, groups):
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)  # (B, C, H, W)
 
 class ShuffleV1Block(nn.Module):
-    """1x1 in groups, shuffle, 3x3 per channel, 1x1 in groups; at stride 2 the pooled input is
-    stacked, not added."""
+    """1x1 in groups, shuffle, 3x3 per channel, 1x1 in groups; stride 2 stacks the pooled input."""
 
     def __init__(self, in_channels, out_channels, stride, groups=3):
         super().__init__()
@@ -312,21 +302,20 @@ def from_torchvision(name, head, num_classes):
     return model
 
 CIFAR_MODELS = {  # name: function of num_classes, for 32x32 images
-    **{f"resnet{depth}": partial(resnet, depth, (16, 16, 32, 64))
-       for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": partial(resnet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
-    "wrn_16_1": partial(wrn, 16, 1), "wrn_16_2": partial(wrn, 16, 2),
-    "wrn_40_1": partial(wrn, 40, 1), "wrn_40_2": partial(wrn, 40, 2),
+    **{f"resnet{6 * n + 2}": partial(resnet, BasicBlock, (16, 16, 32, 64), (n, n, n), "fc")
+       for n in (1, 2, 3, 5, 7, 9, 18)},
+    **{f"resnet{6 * n + 2}x4": partial(resnet, BasicBlock, (32, 64, 128, 256), (n, n, n), "fc")
+       for n in (1, 5)},
+    **{f"wrn_{depth}_{k}": partial(wrn, depth, k) for depth in (16, 40) for k in (1, 2)},
     "vgg8": partial(vgg, (1, 1, 1, 1, 1)), "vgg11": partial(vgg, (1, 1, 2, 2, 2)),
     "vgg13": partial(vgg, (2, 2, 2, 2, 2)), "vgg16": partial(vgg, (2, 2, 3, 3, 3)),
     "vgg19": partial(vgg, (2, 2, 4, 4, 4)),
     "mobilenetv2": mobilenetv2, "shufflenetv1": shufflenetv1, "shufflenetv2": shufflenetv2,
-    "resnet18_cifar": partial(resnet_of_four, BasicBlock, (64, 128, 256, 512), (2, 2, 2, 2)),
-    "resnet50": partial(resnet_of_four, Bottleneck, (256, 512, 1024, 2048), (3, 4, 6, 3)),
+    "resnet18_cifar": partial(resnet, BasicBlock, (64, 64, 128, 256, 512), (2, 2, 2, 2), "linear"),
+    "resnet50": partial(resnet, Bottleneck, (64, 256, 512, 1024, 2048), (3, 4, 6, 3), "linear"),
 }
 IMAGENET_MODELS = {  # the same, for 224x224 images
-    "resnet18": partial(from_torchvision, "resnet18", "fc"),
-    "resnet34": partial(from_torchvision, "resnet34", "fc"),
+    **{name: partial(from_torchvision, name, "fc") for name in ("resnet18", "resnet34")},
     "resnet50_imagenet": partial(from_torchvision, "resnet50", "fc"),
     "mobilenet_v1": mobilenet_v1,
     "mobilenet_v2": partial(from_torchvision, "mobilenet_v2", "classifier.1"),
@@ -346,14 +335,11 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 
 # Weights ------------------------------------------------------------------------------------------
 def imagenet_file(name: str) -> tuple[str, Path, str]:
-    """(address, path in torch.hub's folder, "sha256:" and the first digits) of torchvision's public
-    ImageNet weights, in their first version, which the papers' teachers are. Downloads nothing.
-    Raises ValueError for a network that has none."""
-    known = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
+    """(address, path in torch.hub's folder, "sha256:" and the first digits) of torchvision's first
+    ImageNet weights, which the papers' teachers are. Raises ValueError where there are none."""
     public = name.removesuffix("_imagenet")
-    if public not in known:
-        raise ValueError(f"no public ImageNet weights for {name}; there are some for "
-                         f"{', '.join(known)}")
+    if public not in ("resnet18", "resnet34", "resnet50", "mobilenet_v2"):
+        raise ValueError(f"there are no public ImageNet weights for {name}: name a file")
     url = torchvision.models.get_model_weights(public).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("/")[-1])
     return url, path, "sha256:" + path.stem.split("-")[1]  # resnet34-b627a593.pth
@@ -361,9 +347,8 @@ def imagenet_file(name: str) -> tuple[str, Path, str]:
 def use_option_a(model):
     """Turns every shortcut of a CIFAR ResNet that has tensors into one that pads with zeros."""
     for block in model.modules():
-        shortcut = getattr(block, "downsample", None)  # of a BasicBlock
-        if isinstance(shortcut, nn.Sequential):
-            old = shortcut[0]
+        if isinstance(getattr(block, "downsample", None), nn.Sequential):  # of a BasicBlock
+            old = block.downsample[0]
             block.downsample = ZeroPadShortcut(old.in_channels, old.out_channels, old.stride[0])
 
 def load_weights(model_name: str, path: str | Path, num_classes: int | None = None) -> nn.Module:
@@ -373,17 +358,15 @@ def load_weights(model_name: str, path: str | Path, num_classes: int | None = No
     akamaster/pytorch_resnet_cifar10 / torchvision code or this project's student.pt; or the word
     "imagenet", which downloads torchvision's. num_classes: None reads it from the file. CIFAR
     ResNets may have either shortcut: a file with no tensors for them means zero-padding. Raises
-    FileNotFoundError where there is no such file and it cannot be had; ValueError for what is no
-    checkpoint, an unknown name, a tensor that does not fit, another class count than the file's."""
+    OSError where there is no file and it cannot be had; ValueError for what is no checkpoint, an
+    unknown name, a tensor that does not fit, so that of other classes."""
     from support import checkpoints, files  # here, since all else in this file stands alone
 
     if str(path) == "imagenet":
         url, path, digest = imagenet_file(model_name)
         files.fetch([url], path, digest, "name it with --teacher-weights PATH")
     state = checkpoints.read_state_dict(path)
-    classes = next((len(tensor) for tensor in state.values() if tensor.dim() == 2), 0)
-    if classes == 0:
-        raise ValueError(f"{path}: no classifier in it: expected one with a last linear layer")
+    classes = num_classes or next((len(w) for w in state.values() if w.dim() == 2), 1)  # the head's
     stem = state.get("conv1.weight", torch.empty(0)).shape[2:]
     by_stem = {("resnet50", (7, 7)): "resnet50_imagenet", ("resnet18", (3, 3)): "resnet18_cifar"}
     model_name = by_stem.get((model_name, tuple(stem)), model_name)  # the networks for CIFAR: 3x3
@@ -395,11 +378,9 @@ def load_weights(model_name: str, path: str | Path, num_classes: int | None = No
     matched, problem = checkpoints.match(wanted, state)
     if problem:
         raise ValueError(f"{path} does not fit {model_name}: {problem}")
-    if num_classes not in (None, classes):
-        raise ValueError(f"{path} has {classes} classes, expected {num_classes}")
     if model_name in ("resnet18_cifar", "resnet50") and "fc.weight" in state:
-        files.note(f"{path}: torchvision's names with a 3x3 stem: read as {model_name}, without "
-                   "the max-pooling that some such networks have, which no tensor tells")
+        files.note(f"{path}: torchvision's names with a 3x3 stem: read as {model_name}; a "
+                   "max-pooling behind the stem, which no tensor tells, is left out")
     model.to_empty(device="cpu").load_state_dict(matched)
     return model.eval()
 

@@ -26,7 +26,6 @@ FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpe
 RANDOM = tuple(name for name in COMMON if name not in FIXED)
 PIXELS = torch.arange(10) * 5003 + 77  # positions in the flattened image, modulo its size
 
-
 def picture(size):
     """uint8 (1, 3, size, size) from whole numbers: slopes and a chequerboard, with a white, a black
     and a grey square and one of one-pixel stripes."""
@@ -37,7 +36,6 @@ def picture(size):
         image = torch.where((u // 40 == k) & (v // 40 == k % 3), value, image)
     return image.to(torch.uint8)[None]
 
-
 def strength(before, after):
     """[mean change, mean |change|, standard deviation of the change, gradient energy of the
     result], in grey levels."""
@@ -45,11 +43,9 @@ def strength(before, after):
     gradient = after.diff(dim=2).square().mean() + after.diff(dim=3).square().mean()
     return [change.mean().item(), change.abs().mean().item(), change.std().item(), gradient.item()]
 
-
 @pytest.fixture(scope="module")
 def golden():
     return json.loads((Path(__file__).parent / "golden_corruptions.json").read_text())
-
 
 @pytest.mark.parametrize("size", (32, 64, 224))
 @pytest.mark.parametrize("name", FIXED)
@@ -61,7 +57,6 @@ def test_corrupt_has_the_pixels_of_the_public_code(golden, name, size):
         ours = ours[0].flatten(1)[:, PIXELS % (size * size)].flatten().tolist()
         difference = np.abs(np.subtract(ours, golden[f"{name} {severity} {size}"]))
         assert difference.mean() <= limit and difference.max() <= 2, (severity, difference)
-
 
 @pytest.mark.parametrize("size", (32, 64, pytest.param(224, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", RANDOM)
@@ -75,7 +70,6 @@ def test_corrupt_has_the_strength_of_the_public_code(golden, name, size):
         ours = strength(images, corruptions.corrupt(images, name, severity, seeded(severity)))
         assert ours[1:] == pytest.approx(theirs[1:], rel=0.15), (severity, ours, theirs)
         assert ours[0] == pytest.approx(theirs[0], abs=0.25 * theirs[1]), (severity, ours, theirs)
-
 
 @pytest.mark.parametrize("name", COMMON)
 def test_corrupt_keeps_its_contract(name):
@@ -101,7 +95,6 @@ def test_corrupt_keeps_its_contract(name):
     black = corruptions.corrupt(torch.zeros_like(images), name, 1, seeded())
     assert black.float().mean() < 100  # no NaN on the way
 
-
 def test_corrupt_refuses():
     images = picture(32)
     with pytest.raises(ValueError, match=f"'gauss'.*{', '.join(COMMON)}"):
@@ -110,7 +103,6 @@ def test_corrupt_refuses():
         with pytest.raises(ValueError, match="uint8"):
             corruptions.corrupt(bad, "fog", 1, seeded())
 
-
 def test_corrupt_goes_on_from_part_to_part():
     images = picture(64).repeat(70, 1, 1, 1)  # 64 to a part
     generator = seeded(3)
@@ -118,13 +110,11 @@ def test_corrupt_goes_on_from_part_to_part():
     whole = corruptions.corrupt(images, "gaussian_noise", 2, seeded(3))
     assert torch.cat(parts).equal(whole)
 
-
 def test_published_goes_by_the_shorter_side():
     for height, width, entry in ((32, 300, "b"), (47, 47, "b"), (48, 64, "g"), (119, 500, "g"),
                                  (120, 120, "l"), (224, 300, "l")):
         images = torch.empty(1, 3, height, width)
         assert corruptions.published(images, 2, "abcde", "fghij", "klmno") == entry
-
 
 def test_glass_blur_is_the_published_loop(monkeypatch):
     """The literal loop with NumPy's aliasing swap, on the same draws, where chains occur (offsets
@@ -145,7 +135,6 @@ def test_glass_blur_is_the_published_loop(monkeypatch):
     assert np.abs(ours.permute(0, 2, 3, 1).int().numpy() - x).max() <= 1  # / 255 * 255, truncated
     assert (ours != images).float().mean() > 0.5
 
-
 def test_motion_is_one_sided():
     spot = torch.zeros(2, 1, 32, 32)
     spot[:, 0, 16, 16] = 255
@@ -154,7 +143,6 @@ def test_motion_is_one_sided():
     assert across[16, 10:20].tolist() == down[10:20, 16].tolist() == row
     flat = torch.full((1, 3, 40, 40), 100.0)
     assert corruptions.motion(flat, 9, 2.5, torch.tensor([30.0])).equal(flat)
-
 
 def test_snow_falls_and_motion_blur_goes_across():
     """Streaks: along their direction neighbours differ less than across it."""
@@ -165,7 +153,6 @@ def test_snow_falls_and_motion_blur_goes_across():
     noise = corruptions.corrupt(noise, "motion_blur", 5, seeded()).float()
     assert noise.diff(dim=3).abs().mean() < 0.8 * noise.diff(dim=2).abs().mean()
 
-
 def test_defocus_blur_mirrors_at_the_border():
     """A bright first column: mirrored without the edge pixel, a 3 x 3 kernel sees it once from the
     first column."""
@@ -175,7 +162,6 @@ def test_defocus_blur_mirrors_at_the_border():
     side = math.exp(-1 / (2 * 0.6 ** 2))  # radius 0.5 is a disk of one pixel, smoothed, sigma 0.6
     assert first == pytest.approx(200 / (1 + 2 * side), abs=1)
     assert second == pytest.approx(200 * side / (1 + 2 * side), abs=1)
-
 
 def test_blur_at_its_borders():
     x = torch.rand(2, 3, 10, 14, generator=seeded(), dtype=torch.float32)

@@ -9,17 +9,14 @@ from helpers import seeded
 import corruptions
 import metrics
 
-
 def probabilities_as_logits(rows):
     return torch.tensor(rows, dtype=torch.float64).log()
-
 
 def test_top_k_accuracy_by_hand():
     logits = torch.tensor([[3.0, 2, 1], [1, 3, 2], [1, 2, 3], [3, 1, 2]])
     target = torch.tensor([0, 2, 0, 1])
     found = [metrics.top_k_accuracy(logits, target, k) for k in (1, 2, 3, 5)]
     assert found == [0.25, 0.5, 1.0, 1.0]
-
 
 def test_nll_and_brier_by_hand():
     logits = probabilities_as_logits([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]])
@@ -31,7 +28,6 @@ def test_nll_and_brier_by_hand():
     assert metrics.brier(certain, torch.tensor([1, 0])) == 1.0  # 0 and 2
     assert metrics.nll(logits.bfloat16(), target) == pytest.approx(
         metrics.nll(logits, target), rel=0.02)
-
 
 def test_ece_by_hand():
     rows = [[0.95, 0.05], [0.92, 0.08], [0.65, 0.35], [0.62, 0.38], [0.45, 0.55]]
@@ -47,7 +43,6 @@ def test_ece_by_hand():
     assert confidence[9].item() == pytest.approx(0.935) and accuracy[9] == 0.5
     assert confidence[0] == accuracy[0] == 0
 
-
 def test_calibration_bins_has_fifteen_and_an_edge_in_the_lower_one():
     target = torch.zeros(3, dtype=torch.int64)
     _, _, count = metrics.calibration_bins(torch.zeros(3, 2), target, bins=2)
@@ -57,7 +52,6 @@ def test_calibration_bins_has_fifteen_and_an_edge_in_the_lower_one():
     _, _, count = metrics.calibration_bins(logits, target, equal_mass=True)
     assert count.tolist() == [7] * 10 + [6] * 5
 
-
 @pytest.mark.parametrize("temperature", (0.02, 0.5, 3.0, 40.0))
 def test_fit_temperature_recovers_the_one_that_was_applied(temperature):
     # Ten equal rows whose targets come in proportion to the probabilities: the best temperature
@@ -66,16 +60,13 @@ def test_fit_temperature_recovers_the_one_that_was_applied(temperature):
     target = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
     assert metrics.fit_temperature(logits, target) == pytest.approx(temperature, rel=1e-6)
 
-
 def test_fit_temperature_has_the_least_nll():
     logits = 4 * torch.randn(500, 10, generator=seeded(1))
     target = torch.randint(10, (500,), generator=seeded(2))
     target[:300] = logits[:300].argmax(dim=1)
     best = metrics.fit_temperature(logits, target)
     for factor in (0.98, 1.02):
-        worse = metrics.nll(logits / (best * factor), target)
-        assert metrics.nll(logits / best, target) < worse
-
+        assert metrics.nll(logits / best, target) < metrics.nll(logits / best / factor, target)
 
 def test_quadrants_by_hand():
     logits = probabilities_as_logits([[0.95, 0.05], [0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.2, 0.8]])
@@ -83,9 +74,7 @@ def test_quadrants_by_hand():
     found = metrics.quadrants(logits, target, 0.75)
     assert {name: mask.nonzero().flatten().tolist() for name, mask in found.items()} == {
         "confident_right": [0, 4], "confident_wrong": [1], "unsure_right": [2], "unsure_wrong": [3]}
-    at_the_threshold = metrics.quadrants(torch.zeros(1, 2), torch.tensor([0]), 0.5)
-    assert at_the_threshold["confident_right"].item()
-
+    assert metrics.quadrants(torch.zeros(1, 2), torch.tensor([0]), 0.5)["confident_right"].item()
 
 def test_bootstrap_interval_is_that_of_a_mean():
     values = (torch.arange(400) % 4 == 0).double()  # mean .25, its error sqrt(.25 * .75 / 400)
@@ -96,28 +85,20 @@ def test_bootstrap_interval_is_that_of_a_mean():
     narrow = metrics.bootstrap_interval(values, seeded(), resamples=2000, level=0.5)
     assert low < narrow[0] < narrow[1] < high
 
-
-def test_mean_corruption_error_has_the_fifteen_of_the_benchmark():
-    assert list(metrics.ALEXNET_ERRORS) == list(corruptions.COMMON)
-    mean = sum(metrics.ALEXNET_ERRORS.values()) / 15  # as published, in per cent: 78.8 (rounded)
-    assert mean == pytest.approx(0.788, abs=0.001)
-
-
 def test_mean_corruption_error_by_hand():
-    flat = dict.fromkeys(corruptions.COMMON, 0.4)
-    alexnet = metrics.ALEXNET_ERRORS
+    flat, alexnet = dict.fromkeys(corruptions.COMMON, 0.4), metrics.ALEXNET_ERRORS
+    assert list(alexnet) == list(corruptions.COMMON)
+    assert sum(alexnet.values()) / 15 == pytest.approx(0.788, abs=0.001)  # published: 78.8 %
     assert metrics.mean_corruption_error(flat) == pytest.approx(0.4)
     found = metrics.mean_corruption_error({**flat, "fog": 0.7, "spatter": 1.0})
     assert found == pytest.approx(0.42)
     assert metrics.mean_corruption_error(flat, clean_error=0.1) == pytest.approx(0.3)
     assert metrics.mean_corruption_error(alexnet, alexnet=True) == pytest.approx(1)
-    half = {name: error / 2 for name, error in alexnet.items()}
-    assert metrics.mean_corruption_error(half, alexnet=True) == pytest.approx(0.5)
     relative = {name: 0.2 + 2 * (error - 0.43478) for name, error in alexnet.items()}
     found = metrics.mean_corruption_error(relative, clean_error=0.2, alexnet=True)
     assert found == pytest.approx(2)
     only_fog = {**dict.fromkeys(corruptions.COMMON, 0.0), "fog": 0.819324}
     assert metrics.mean_corruption_error(only_fog, alexnet=True) == pytest.approx(1 / 15)
-    few = {name: 0.1 for name in corruptions.COMMON if name not in ("snow", "fog")}
-    with pytest.raises(ValueError, match="missing are snow, fog$"):
-        metrics.mean_corruption_error(few)
+    del flat["fog"]
+    with pytest.raises(ValueError, match="fog"):
+        metrics.mean_corruption_error(flat)

@@ -34,14 +34,12 @@ PARAMETERS = {  # as published, with 100 classes (CIFAR) or 1000 (ImageNet)
     "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50_imagenet": 25_557_032,
     "mobilenet_v1": 4_231_976, "mobilenet_v2": 3_504_872}
 
-
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
 
 def filled(state):
     """Random values by name and shape alone; every BatchNorm far from the identity."""
@@ -58,36 +56,28 @@ def filled(state):
             values[name] = noise * (2 / tensor[0].numel()) ** 0.5
     return values
 
-
 def batch(size):
     return torch.randn(2, 3, size, size, generator=seeded(2))
-
 
 def assert_close(found, expected):
     expected = torch.as_tensor(expected)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
-
 def meta_model(name, num_classes=100):
     with torch.device("meta"):
         return models.build_model(name, num_classes)
-
 
 def save_filled(path, name, num_classes=100):
     state = filled(meta_model(name, num_classes).state_dict())
     torch.save(state, path)
     return state
 
-
 # The networks -------------------------------------------------------------------------------------
-
-
 def test_build_model_has_the_public_number_of_parameters():
     assert set(models.ZOO) == set(PARAMETERS) == {*GOLDEN["networks"], *TORCHVISION}
     for name, count in PARAMETERS.items():
         network = meta_model(name, 100 if name in models.CIFAR_MODELS else 1000)
         assert sum(parameter.numel() for parameter in network.parameters()) == count, name
-
 
 @pytest.mark.parametrize("name", [name for name in models.CIFAR_MODELS if name != "resnet18_cifar"])
 def test_build_model_has_the_public_layout(name, shared):
@@ -95,14 +85,12 @@ def test_build_model_has_the_public_layout(name, shared):
     state = meta_model(name).state_dict()
     assert {key: list(tensor.shape) for key, tensor in state.items()} == expected
 
-
 def test_build_model_of_resnet18_cifar_is_torchvisions_but_for_the_stem():
     """Shapes by name, where the public CIFAR code says linear."""
     ours, theirs = (meta_model(name, 10).state_dict() for name in ("resnet18_cifar", "resnet18"))
     shapes = {key.replace("linear.", "fc."): value.shape for key, value in ours.items()}
     expected = {key: value.shape for key, value in theirs.items()}
     assert shapes == {**expected, "conv1.weight": (64, 3, 3, 3)}
-
 
 @pytest.mark.parametrize("name", GOLDEN["networks"])
 def test_build_model_and_freeze_against_the_public_code(name):
@@ -128,7 +116,6 @@ def test_build_model_and_freeze_against_the_public_code(name):
     assert statistics.item() == pytest.approx(golden["statistics"], rel=1e-5)
     assert all(buffers[key] == 8 for key in buffers if key.endswith("num_batches_tracked"))
 
-
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_build_model_and_freeze_against_torchvision(name):
     torch.manual_seed(0)
@@ -150,7 +137,6 @@ def test_build_model_and_freeze_against_torchvision(name):
             assert_close(features, read[0])
     assert model.num_features == last.in_features
 
-
 @pytest.mark.parametrize("name", [
     "resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2", "resnet18_cifar",
     "mobilenet_v1"])
@@ -161,14 +147,12 @@ def test_build_model_takes_any_image_size(name):
         logits, features = model(torch.empty(2, 3, size, size, device="meta"))
         assert logits.shape == (2, 100) and features.shape == (2, model.num_features), size
 
-
 def test_vgg_pools_once_more_at_64():
     """The public vgg8 at 64x64 reads block4 from 4x4 maps."""
     model = models.build_model("vgg8", 100)
     model.load_state_dict(filled(model.state_dict()))
     with torch.no_grad():
         assert_close(model.eval()(batch(64))[0][:, :4], GOLDEN["vgg8_at_64"])
-
 
 def test_build_model_refuses_names_and_class_counts(tmp_path):
     save_filled(tmp_path / "file.pt", "resnet8")
@@ -178,7 +162,6 @@ def test_build_model_refuses_names_and_class_counts(tmp_path):
     for count in (0, -1, 2.5, None):
         assert f"num_classes must be a whole number of at least 1, not {count}" == refused(
             models.build_model, "resnet8", count)
-
 
 @pytest.mark.parametrize("name, left", [
     ("resnet20", 0), ("resnet50", 0), ("vgg8", 0), ("shufflenetv2", 0), ("mobilenet_v1", 0),
@@ -198,10 +181,7 @@ def test_freeze_folds_what_it_can(name, left):
     own = {parameter.data_ptr() for parameter in model.parameters()}
     assert own.isdisjoint(parameter.data_ptr() for parameter in frozen.parameters())
 
-
 # Weights ------------------------------------------------------------------------------------------
-
-
 WRAPPERS = {
     "bare": lambda state: state,
     "module.": lambda state: {"state_dict": {f"module.{key}": state[key] for key in state}},
@@ -211,7 +191,6 @@ WRAPPERS = {
     "half": lambda state: {
         key: state[key].half() if state[key].is_floating_point() else state[key] for key in state},
 }
-
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_load_weights_whatever_wraps_them(kind, tmp_path):
@@ -226,8 +205,8 @@ def test_load_weights_whatever_wraps_them(kind, tmp_path):
             assert value.dtype == (torch.int64 if key.endswith("tracked") else torch.float32)
             torch.testing.assert_close(value, state[key], atol=2e-3 * (kind == "half"), rtol=0)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert "weights.pt has 7 classes" in refused(models.load_weights, "wrn_16_1", path, 10)
-
+    message = refused(models.load_weights, "wrn_16_1", path, 10)
+    assert "weights.pt" in message and "[10, 64], found [7, 64]" in message
 
 @pytest.mark.parametrize("depth", GOLDEN["option_a"])
 def test_load_weights_option_a_under_akamasters_names(depth, tmp_path):
@@ -239,21 +218,16 @@ def test_load_weights_option_a_under_akamasters_names(depth, tmp_path):
     torch.save({"state_dict": state, "best_prec1": 92.6}, tmp_path / "weights.th")
     model = models.load_weights(f"resnet{depth}", tmp_path / "weights.th")
     with torch.no_grad():
-        logits, features = model(batch(32))
-        frozen = models.freeze(model)(batch(32))
+        logits, features = models.freeze(model)(batch(32))
     assert_close(logits[:, :4], golden["logits"])
     assert_close(features[:, :4], golden["features"])
-    assert_close(frozen[0], logits)
-
 
 def test_load_weights_option_b_under_akamasters_names(tmp_path):
     state = save_filled(tmp_path / "ours.pt", "resnet20", 10)
     theirs = {key.replace("fc.", "linear.").replace("downsample", "shortcut"): state[key]
               for key in state}
     torch.save(theirs, tmp_path / "theirs.pt")
-    model = models.load_weights("resnet20", tmp_path / "theirs.pt")
-    assert equal(model.state_dict(), state)
-
+    assert equal(models.load_weights("resnet20", tmp_path / "theirs.pt").state_dict(), state)
 
 @pytest.mark.parametrize("name", ["resnet18_cifar", "resnet50"])
 def test_load_weights_of_a_3x3_stem_under_torchvisions_names(name, tmp_path, capsys):
@@ -265,11 +239,9 @@ def test_load_weights_of_a_3x3_stem_under_torchvisions_names(name, tmp_path, cap
                 for key in state}, tmp_path / "torchvision.pt")
     for file in ("ours.pt", "kuangliu.pth", "torchvision.pt"):
         assert capsys.readouterr().err == ""
-        model = models.load_weights(name, tmp_path / file, 10)
-        assert equal(model.state_dict(), state)
+        assert equal(models.load_weights(name, tmp_path / file, 10).state_dict(), state)
     said = capsys.readouterr().err
     assert "torchvision.pt" in said and "max-pooling" in said and said.count("\n") == 1
-
 
 @pytest.mark.parametrize("asked, cifar, imagenet", [
     ("resnet18", "resnet18_cifar", "resnet18"), ("resnet50", "resnet50", "resnet50_imagenet")])
@@ -284,7 +256,6 @@ def test_load_weights_finds_out_which_network_is_meant(asked, cifar, imagenet, t
     assert file in message and "conv1.weight" in message
     assert capsys.readouterr().err == ""
 
-
 def test_load_weights_of_a_public_resnet20(shared):
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     paths = sorted((shared / "data" / "cifar10-test-100").glob("*.png"))
@@ -297,13 +268,12 @@ def test_load_weights_of_a_public_resnet20(shared):
         predicted = model((images - mean) / std)[0].argmax(1)
     assert len(paths) == 100 and (predicted == labels).sum() == 97
 
-
 @pytest.mark.parametrize("change", [
     lambda state: {**state, "layer1.0.conv1.weight": torch.zeros(16, 16, 5, 5)},
     lambda state: {key: state[key] for key in state if key != "layer3.0.downsample.0.weight"},
     lambda state: {**state, "extra.weight": torch.zeros(3)},
     lambda state: {key.replace("conv1", "stem"): state[key] for key in state},
-    lambda state: {key: state[key] for key in state if key != "fc.weight"},  # no classifier
+    lambda state: {key: state[key] for key in state if key != "fc.weight"},
 ])
 def test_load_weights_names_file_and_tensor_that_do_not_fit(change, tmp_path):
     state = filled(meta_model("resnet8", 7).state_dict())
@@ -312,9 +282,7 @@ def test_load_weights_names_file_and_tensor_that_do_not_fit(change, tmp_path):
     message = refused(models.load_weights, "resnet8", tmp_path / "weights.pt")
     different = {key for key in {**state, **changed} if key not in state or key not in changed
                  or state[key].shape != changed[key].shape}
-    assert "weights.pt" in message
-    assert any(f"'{key}'" in message for key in different) or "classifier" in message
-
+    assert "weights.pt" in message and any(f"'{key}'" in message for key in different)
 
 def test_load_weights_without_a_file_or_network(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
@@ -327,7 +295,6 @@ def test_load_weights_without_a_file_or_network(tmp_path, monkeypatch):
     assert "https://download.pytorch.org/models/resnet34-b627a593.pth" in message
     assert str(tmp_path / "checkpoints" / "resnet34-b627a593.pth") in message
     assert "--teacher-weights" in message
-
 
 def test_imagenet_file_is_downloaded_by_the_digest_in_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
