@@ -190,7 +190,7 @@ def read_state_dict(path):
     state = unwrapped(state, path)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are not finite: its training failed")
+            raise ValueError(f"{path}: {name!r} has values that are not finite: training failed")
     return state
 
 def read_about(path):
@@ -214,6 +214,6 @@ def match(wanted, state):
     there = {key: list(tensor.shape) for key, tensor in matched.items()}
     for key in (*expected, *there):
         if expected.get(key) != there.get(key):
-            return matched, (f"tensor '{key}': expected {expected.get(key)}, found {there.get(key)}"
-                             f"; in the file are {', '.join([*state][:3])}, ... ({len(state)})")
+            return matched, (f"tensor {key!r}: expected {expected.get(key)}, found {there.get(key)}"
+                             f"; the file's first of {len(state)} are {[*state][:3]}")
     return matched, None
