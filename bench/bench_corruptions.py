@@ -32,7 +32,6 @@ RENAMED = {
     "scipy.ndimage.interpolation": "scipy.ndimage", "multichannel=True": "channel_axis=-1",
     "np.float_)": "np.float64)", "np.fromstring": "np.frombuffer", ", mode='L')": ")"}
 
-
 def public_code(directory, size):
     """The names that the public script for this image size defines; its loop over a data set does
     not run."""
@@ -43,7 +42,6 @@ def public_code(directory, size):
     space = {}
     exec(compile(source, FILES[size], "exec"), space)
     return space
-
 
 def real_images(size, n):
     """uint8 (n, 3, size, size): CIFAR-10, Tiny-ImageNet or that enlarged, from ../shared; else the
@@ -64,19 +62,16 @@ def real_images(size, n):
     images = torch.stack(images)
     return images.repeat(-(-n // len(images)), 1, 1, 1)[:n]
 
-
 def run_public(function, images, severity):
     np.random.seed(severity)
     pictures = images.permute(0, 2, 3, 1).numpy()
     out = [np.uint8(function(Image.fromarray(picture), severity)) for picture in pictures]
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
-
 def timed(function, *args):
     began = time.perf_counter()
     result = function(*args)
     return result, time.perf_counter() - began
-
 
 def compare(name, public, images, golden):
     """Both codes at severities 1-5: a cell of agreement for each, and their seconds an image.
@@ -100,7 +95,6 @@ def compare(name, public, images, golden):
         golden[f"{name} {severity} {images.shape[2]}"] = numbers
     return cells, seconds
 
-
 def print_comparison(directory, size, n, for_golden, golden):
     public = public_code(directory, size)
     images = picture(size) if for_golden else real_images(size, n)
@@ -120,7 +114,6 @@ def print_comparison(directory, size, n, for_golden, golden):
     theirs, ours = (15 / total).tolist()
     print(f"  the fifteen together: public {theirs:.0f} images/s, ours {ours:.0f}, ratio "
           f"{ours / theirs:.1f} (torch {torch.__version__}, {torch.get_num_threads()} threads)")
-
 
 def main():
     parser = argparse.ArgumentParser(
@@ -145,8 +138,8 @@ def main():
     if args.golden:
         lines = [f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}"
                  for key, value in golden.items()]
-        files.write_atomically(args.golden, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        files.write_atomically(args.golden, lambda file: file.write(text.encode()))
 
 if __name__ == "__main__":
     main()

@@ -34,11 +34,9 @@ PAIRS = ("resnet110", "resnet20"), ("resnet32x4", "resnet8x4")
 SMALL_PAIRS = (("resnet8", "resnet8"),)
 METHODS = "scratch", "kd", "richkd-l", "richkd"
 
-
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
-
 
 def ms(function, arguments, device):
     """Milliseconds of a call, the mean over the arguments."""
@@ -48,7 +46,6 @@ def ms(function, arguments, device):
         function(argument)
     synchronize(device)
     return 1000 * (time.perf_counter() - began) / len(arguments)
-
 
 def kernels(function, argument):
     """(kernels, their milliseconds) of one call on a GPU."""
@@ -60,12 +57,10 @@ def kernels(function, argument):
               if event.device_type == torch.autograd.DeviceType.CUDA]
     return len(events), sum(event.device_time for event in events) / 1000
 
-
 def warm(function, drawn, device):
     """The calls before a measurement: cuDNN chooses, a graph is captured."""
     for argument in drawn[:5 if device.type == "cuda" else 1]:
         function(argument)
-
 
 def floor_of(run, drawn):
     """The networks alone, as a function of one batch of images."""
@@ -80,7 +75,6 @@ def floor_of(run, drawn):
         loss.backward()
 
     return floor, inputs
-
 
 def measure(teacher, student, method, amp, args):
     """A row of the table: {column: number}."""
@@ -132,7 +126,6 @@ def measure(teacher, student, method, amp, args):
     row["minutes"] = 240 * epoch / 60_000
     return row
 
-
 def steps(args):
     columns = "called", "graph", "floor", "kernels", "device", "test", "MiB", "minutes"
     print(f"\n{'teacher, student, method':34}{'':5}" + "".join(f"{name:>9}" for name in columns)
@@ -148,7 +141,6 @@ def steps(args):
                                 if name in row else f"{'-':>9}" for name in columns)
                 print(f"{teacher + ', ' + student + ', ' + method:34}{'amp' if amp else 'f32':5}"
                       f"{cells}" + (f"{took / base:7.2f}" if base else f"{'-':>7}"), flush=True)
-
 
 def clip(args):
     """ViT-L/14 of random weights, as the targets are made: preprocessing and image tower."""
@@ -196,7 +188,6 @@ def clip(args):
         print(f"{name:34}{rate:12.0f}")
     print(f"float16 changes a cosine by at most {change:.1e}")
 
-
 def corrupt(args):
     """The fifteen corruptions of CIFAR-sized images, severity 3."""
     device, count = args.device, 32 if args.small else 5000
@@ -215,7 +206,6 @@ def corrupt(args):
         print(f"{name:34}{count / seconds:12.0f}")
     print(f"{'the fifteen, one after the other':34}{15 * count / total:12.0f}")
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="steps,clip,corruptions", help="which of the tables")
@@ -233,7 +223,6 @@ def main():
     for part, function in (("steps", steps), ("clip", clip), ("corruptions", corrupt)):
         if part in args.parts.split(","):
             function(args)
-
 
 if __name__ == "__main__":
     main()

@@ -15,12 +15,10 @@ from torch.utils.benchmark import Timer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models  # noqa: E402
 
-
 def images_per_second(function, images):
     timer = Timer("function()", globals={"function": function},
                   num_threads=torch.get_num_threads())  # it waits for the GPU
     return len(images) / timer.blocked_autorange(min_run_time=.5).median
-
 
 def measure(name, device, scale):
     """[images/s of a forward pass, the same frozen, with a backward pass]."""
@@ -35,7 +33,6 @@ def measure(name, device, scale):
     both = images_per_second(lambda: model(images)[0].sum().backward(), images)
     return [*found, both]
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(models.ZOO), help="which networks")
@@ -49,7 +46,6 @@ def main():
         forward, frozen, both = measure(name, device, scale)
         print(f"{name:18}{forward:9.0f}{frozen:9.0f}{frozen / forward:7.2f}{both:11.0f}",
               flush=True)
-
 
 if __name__ == "__main__":
     main()

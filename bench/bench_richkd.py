@@ -34,7 +34,6 @@ VARIANTS = {
     "RichKD (L+F)": dict(),
 }
 
-
 def make_step(settings):
     """A function that trains the student for one step, and the bytes of the memory banks."""
     generator = torch.Generator().manual_seed(0)
@@ -61,14 +60,12 @@ def make_step(settings):
     banks = [buffer.nbytes for name, buffer in method.named_buffers() if name.endswith("bank")]
     return step, sum(banks)
 
-
 def peak_memory(name):
     """[MiB at the most of a process that takes four steps, MiB of its banks]."""
     step, banks = make_step(VARIANTS[name])
     for _ in range(4):
         step()
     return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, banks / 2**20]
-
 
 def measure_memory(threads):
     """{variant: (peak MiB, MiB of the banks)}."""
@@ -77,7 +74,6 @@ def measure_memory(threads):
         command = [sys.executable, __file__, "--memory-of", name, "--threads", str(threads)]
         memory[name] = json.loads(subprocess.check_output(command))
     return memory
-
 
 def measure_times(count):
     """{variant: median ms of a step}, by the clock and by the CPU."""
@@ -92,7 +88,6 @@ def measure_times(count):
                 wall[name].append(1000 * (time.perf_counter() - began))
                 cpu[name].append(1000 * (time.process_time() - began_cpu))
     return ({name: statistics.median(times[name]) for name in VARIANTS} for times in (wall, cpu))
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -117,7 +112,6 @@ def main():
         print(f"{name:16}{wall[name]:8.1f}{wall[name] / wall['KD']:7.3f}{cpu[name]:9.1f}"
               f"{cpu[name] / cpu['KD']:7.3f}{peak:7.0f}{peak / base:7.3f}{banks:7.1f}"
               f"{(peak - banks) / base:11.3f}")
-
 
 if __name__ == "__main__":
     main()

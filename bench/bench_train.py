@@ -36,7 +36,6 @@ INFO = data.DATASETS["cifar100"]
 CONFIG = train.resolve(train.Config(dataset="cifar100", teacher=("resnet56",), student="resnet20",
                                     device="cpu"))
 
-
 def take_turns(functions, rounds):
     """{name: median seconds of a call}, after one call each to warm up."""
     times = {name: [] for name in functions}
@@ -46,7 +45,6 @@ def take_turns(functions, rounds):
             function()
             times[name].append(time.perf_counter() - began)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
-
 
 class Straightforward(torch.utils.data.Dataset):
     """Images one by one through PIL; with J > 0 also the image's number and its own negatives
@@ -68,11 +66,9 @@ class Straightforward(torch.utils.data.Dataset):
             return image, label
         return image, label, i, np.random.choice(self.others[label], self.negatives, replace=True)
 
-
 def straightforward_loader(split, negatives=0):
     images = Straightforward(split, negatives)
     return torch.utils.data.DataLoader(images, B, shuffle=True, num_workers=2)
-
 
 def straightforward_epoch(loader, steps, student, teacher, criterion, memory, optimizer, tables):
     cosines, features = tables
@@ -95,14 +91,12 @@ def straightforward_epoch(loader, steps, student, teacher, criterion, memory, op
         loss.backward()
         optimizer.step()
 
-
 def new_run(split, tables):
     """-> a train.Run of a new student, and its teacher as it was before it was frozen."""
     torch.manual_seed(0)
     teacher = models.build_model("resnet56", K).eval()
     frozen = train.Teachers([models.freeze(teacher)], False)
     return train.begin(CONFIG, split, frozen, tables, 100.0), teacher
-
 
 def augmentation(split, rounds):
     loader = straightforward_loader(split)
@@ -121,7 +115,6 @@ def augmentation(split, rounds):
         ratio = seconds["torchvision, 2 workers"] / value
         print(f"{name:36}{len(split.labels) / value:11.0f}{ratio:8.1f}")
 
-
 def frozen_teacher(split, rounds):
     torch.manual_seed(0)
     teacher = models.build_model("resnet56", K).eval()
@@ -139,7 +132,6 @@ def frozen_teacher(split, rounds):
             error = (functions[name]()[0] - expected).abs().max() / expected.std()
             ratio = seconds["plain, eval mode"] / value
             print(f"{name:36}{B / value:11.0f}{ratio:8.2f}{error.item():12.1e}")
-
 
 def epoch(split, tables, steps, rounds):
     """train.py's own loop over `steps` batches, beside the straightforward one; then its parts."""
@@ -198,7 +190,6 @@ def epoch(split, tables, steps, rounds):
                      f"{seconds['floor'] / value:14.2f}")
         print(f"{name:36}{rates}{1000 * value / steps:11.1f}")
 
-
 def banks(rounds):
     functions = {}
     for size in (10**4, 10**5, 10**6):
@@ -214,7 +205,6 @@ def banks(rounds):
     print(f"\n(d) feature loss and banks, N{'ms a step':>18}{'of the first':>14}")
     for name, value in seconds.items():
         print(f"{name:36}{1000 * value:11.1f}{value / seconds['10,000']:14.2f}")
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -243,7 +233,6 @@ def main():
         epoch(split, tables, args.steps, rounds)
     if "d" in args.parts:
         banks(rounds)
-
 
 if __name__ == "__main__":
     main()

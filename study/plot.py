@@ -36,14 +36,15 @@ def draw(config):
         fusion = files.read_json(folder / "fusion.json", advice)
         if fusion["weights"] != report["about"]["weights"]:
             raise ValueError(f"{folder / 'fusion.json'} is of other weights; {advice}")
-    files.write_atomically(folder / "report.png", pictures(report["sets"], fusion, folder.name))
+    picture = pictures(report["sets"], fusion, folder.name)
+    files.write_atomically(folder / "report.png", lambda file: file.write(picture))
     if config.corruptions:
         config, test, _ = evaluate.prepare(config)
         few = test._replace(images=data.take(test.images, slice(2)), labels=test.labels[:2])
         _, *sets = evaluate.corrupted_sets(config, few)
         first = [next(iter(images.blocks))[:2].cpu() for images in sets]  # severity by severity
         cells = [first[severity::5] for severity in range(5)]
-        files.write_atomically(folder / "samples.png", samples(cells))
+        files.write_atomically(folder / "samples.png", lambda file: file.write(samples(cells)))
 
 def pictures(sets, fusion, title):
     """A panel each for what a report's sets have, reliability and corruptions, and for the sweep

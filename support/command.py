@@ -186,14 +186,9 @@ def world():
 
 def join_ranks(config):
     """Where torchrun started this process, join the others; -> the config with its own device. Some
-    of torchrun's variables alone are left over in a shell, or a cluster's: ignored, in a line."""
-    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if missing:
-        left = [name for name in needed[:3] if os.environ.pop(name, None) is not None]
-        if left:
-            files.note(f"{', '.join(left)} set without {', '.join(missing)}: ignored, this is one "
-                       "process; torchrun starts several")
+    of torchrun's variables alone are left over in a shell, or a cluster's: this is one process."""
+    needed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if not needed <= os.environ.keys():
         return config
     backend, device = "gloo", None
     if config.device.type == "cuda":  # torchrun may start more processes than there are GPUs

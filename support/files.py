@@ -22,12 +22,11 @@ class Damaged(ValueError):
     """A file of this project's own, or an archive, that is not as it was written."""
 
 def speaks():
-    """Whether this process says what it does: under torchrun rank 0 alone."""
-    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+    """Whether this process says what it does: of torchrun's rank 0 alone."""
+    return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 def note(text):
-    """Say a fall-back, a guess, what is left out: one line on stderr, once a process for each text
-    (`note.said` has them, which tests clear)."""
+    """Say a fall-back, a guess, what is left out: one line on stderr, once for each text."""
     if speaks() and text not in note.said:
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
         print(clear + " ".join(text.splitlines()), file=sys.stderr)
@@ -47,19 +46,13 @@ def cache_folder(cache_dir=None):
         raise ValueError(f"{folder}: no home folder is known; set RICHKD_CACHE or --cache-dir")
     return Path(folder)
 
-def check_folder(path):
-    """Raises NotADirectoryError where `path` neither is a folder nor can become one."""
-    if any(folder.is_file() for folder in (path, *path.parents)):
-        raise NotADirectoryError(f"{path} is no folder; expected one, or a name for a new one")
-
 # Written and read ---------------------------------------------------------------------------------
-def write_atomically(path, data):
-    """Write `data`, bytes or a function that is given the open file. Whatever happens, kill -9 and
-    a full disk included, `path` holds all of it or what it held before. OSError names the file."""
+def write_atomically(path, write):
+    """A file by write(open file). Whatever happens, kill -9 and a full disk included, `path` holds
+    all of it or what it held before. OSError names the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    write = data if callable(data) else lambda file: file.write(data)
     try:
         with open(temporary, "xb") as file:
             write(file)
@@ -67,9 +60,7 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # of a full disk torch makes a RuntimeError
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
+        reason = error if isinstance(error, OSError) else error.__context__ or error
         reason.filename = str(path)
         raise reason from None
     finally:
@@ -82,7 +73,7 @@ def save(path, content):
 def write_json(path, content):
     """A dict of JSON values, atomically, with a digest by which `read_json` notices a change."""
     text = json.dumps({"format": FORMAT, **content, "digest": json_digest(content)}, indent=1)
-    write_atomically(path, text.encode())
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 def read_json(path, advice):
     """The dict that `write_json` wrote. Raises FileNotFoundError; `Damaged`, ending in `advice`."""
@@ -108,11 +99,9 @@ def read_text(path):
         return Path(path).read_text("utf-8-sig")
 
 def json_digest(content):
-    """The SHA-256 of JSON values, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 def file_digest(path, algorithm="sha256"):
-    """The digest of a file's bytes, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
@@ -158,7 +147,7 @@ def receive(url, part):
             file.seek(done)  # not appended: another process may be writing the same
             for chunk in iter(lambda: answer.read(2**16), b""):
                 done += file.write(chunk)
-                progress.update(done / 1e3, keep=done == total)
+                progress.update(done / 1e3)
     if done < total:
         raise OSError(f"the connection ended at {done} of {total} bytes")
 
@@ -190,12 +179,13 @@ class Progress:
         if not speaks() or not (keep or late or done >= self.total):
             return
         self.shown, spent = now, max(now - self.began, 1e-9)
-        left = (self.total - done) * spent / max(done - self.start, 1)
-        seconds = timedelta(seconds=round(left if done < self.total else spent))
-        parts = [f"{self.label} {done:.0f}/{self.total:.0f}", note,
-                 f"{(done - self.start) / spent:.0f} {self.unit}/s",
-                 f"{seconds}{' left' * (done < self.total)}"]
-        line = " | ".join(filter(None, parts))
+        rate, time_left = (done - self.start) / spent, timedelta(seconds=round(spent))
+        if done < self.total:
+            time_left = f"{timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))} left"
+        parts = (f"{self.label} {done:.0f}/{self.total:.0f}", note, f"{rate:.0f} {self.unit}/s",
+                 str(time_left))
+        line, end = " | ".join(filter(None, parts)), "\n"
         if terminal:  # a line that wraps could not be rewritten
             line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
-        print(line, end="" if terminal and done < self.total else "\n", file=sys.stderr, flush=True)
+            end = "" if done < self.total else end
+        print(line, end=end, file=sys.stderr, flush=True)

@@ -122,7 +122,8 @@ def open_run(config, inputs):
     teacher = "+".join(config.teacher) or "none"
     name = f"{config.dataset}-{config.method}-{teacher}-{config.student}-s{config.seed}"
     folder = Path(config.out or Path("runs") / name)
-    files.check_folder(folder)
+    if any(part.is_file() for part in (folder, *folder.parents)):
+        raise NotADirectoryError(f"{folder} is no folder; --out names one")
     names = os.listdir(folder) if folder.is_dir() else []
     if "config.json" not in names and any(name[0] != "." for name in names):
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names "
@@ -181,8 +182,8 @@ def restore(path, stateful):
 
 def keep_epoch(folder, log, stateful):
     """log.csv and last.pt as they stand after an epoch, each row of `log` a dict."""
-    lines = [",".join(log[0])] + [",".join(map(str, row.values())) for row in log]
-    files.write_atomically(folder / "log.csv", "".join(line + "\n" for line in lines).encode())
+    lines = [",".join(map(str, row)) + "\n" for row in (log[0], *map(dict.values, log))]
+    files.write_atomically(folder / "log.csv", lambda file: file.write("".join(lines).encode()))
     files.save(folder / "last.pt", {"log": log, **{
         name: part.state_dict() for name, part in stateful.items()}})
 

@@ -109,17 +109,12 @@ def environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     return lambda **values: [monkeypatch.setenv(*pair) for pair in values.items()]
 
-@pytest.mark.parametrize("left, said", [
-    ("WORLD_SIZE", True), ("RANK LOCAL_RANK WORLD_SIZE MASTER_PORT", True),
-    ("MASTER_ADDR MASTER_PORT", False), ("SLURM_PROCID SLURM_NTASKS SLURM_LOCALID", False)])
-def test_join_ranks_without_torchrun(left, said, environment, capsys):
-    """What is left over is said once, by any rank that it names, and then there is none."""
+@pytest.mark.parametrize("left", [
+    "WORLD_SIZE", "RANK LOCAL_RANK WORLD_SIZE MASTER_PORT", "SLURM_PROCID SLURM_LOCALID"])
+def test_join_ranks_without_torchrun(left, environment):
+    """What is left over in a shell starts nothing."""
     environment(**{name: "3" for name in left.split()})
-    for _ in range(2):
-        assert command.join_ranks(Config()) == Config()
-    assert capsys.readouterr().err.count("\n") == said
-    assert not command.dist.is_initialized()
-    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & {*os.environ}
+    assert command.join_ranks(Config()) == Config() and not command.dist.is_initialized()
 
 def test_join_ranks_as_torchrun_starts_one(environment, capsys):
     with socket.socket() as free:

@@ -15,9 +15,11 @@ from support import checkpoints, files
 from support.files import fetch, write_atomically
 
 # Written and read ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("data", [b"new", lambda file: file.write(b"new")])
-def test_write_atomically(tmp_path, data):
-    write_atomically(str(tmp_path / "deep/file"), data)
+def new(file):
+    file.write(b"new")
+
+def test_write_atomically(tmp_path):
+    write_atomically(str(tmp_path / "deep/file"), new)
     assert (tmp_path / "deep/file").read_bytes() == b"new"
     assert os.listdir(tmp_path / "deep") == ["file"]
 
@@ -28,16 +30,16 @@ def half(file):
     file.write(b"half of the new content")
     raise KeyboardInterrupt
 
-@pytest.mark.parametrize("data, function, kind", [
-    (fail, None, OSError), (b"new", "fsync", OSError), (b"new", "replace", OSError),
+@pytest.mark.parametrize("write, function, kind", [
+    (fail, None, OSError), (new, "fsync", OSError), (new, "replace", OSError),
     (half, None, KeyboardInterrupt)])
-def test_write_atomically_keeps_the_old_content(tmp_path, data, function, kind, monkeypatch):
+def test_write_atomically_keeps_the_old_content(tmp_path, write, function, kind, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     if function:
         monkeypatch.setattr(os, function, fail)
     with pytest.raises(kind) as error:
-        write_atomically(path, data)
+        write_atomically(path, write)
     assert kind is KeyboardInterrupt or error.value.filename == str(path)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
@@ -98,12 +100,6 @@ def test_cache_folder(monkeypatch):
     assert files.cache_folder("here") == Path("here")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where no home is known
     assert "--cache-dir" in refused(files.cache_folder)
-
-def test_check_folder(tmp_path):
-    files.check_folder(tmp_path / "new/one")
-    (tmp_path / "file").write_bytes(b"")
-    assert str(tmp_path / "file") in refused(files.check_folder, tmp_path / "file/one")
-    assert os.listdir(tmp_path) == ["file"]
 
 # Downloads ----------------------------------------------------------------------------------------
 CONTENT = bytes(range(256)) * 100
@@ -190,7 +186,7 @@ def test_is_web_page():
 def test_note_once_and_by_rank_0(capsys, monkeypatch):
     for _ in range(2):
         files.note("two\nlines")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("RANK", "1")
     files.note("another")
     files.Progress("x", 1).update(1, keep=True)
