@@ -89,7 +89,9 @@ def undamaged(path, advice):
     """What reading a file of another shape raises becomes one `Damaged` that names it."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
+    except OSError:
+        raise
+    except Exception:  # damaged bytes can raise anything
         raise Damaged(f"{path} is damaged, or of another version; {advice}") from None
 
 def read_text(path):
