@@ -10,17 +10,16 @@ Radford et al. 2021, Learning Transferable Visual Models From Natural Language S
 Only `load_clip` needs this project's other files; for the rest, this one can be copied alone.
 """
 
+import ftfy
 import gzip
 import html
 import math
-import warnings
-from collections import Counter, OrderedDict
-from pathlib import Path
-
-import ftfy
 import regex
 import torch
 import torch.nn.functional as F
+import warnings
+from collections import Counter, OrderedDict
+from pathlib import Path
 from torch import nn
 
 # Transformer: the text tower, and the body of the ViT ---------------------------------------------

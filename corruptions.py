@@ -8,7 +8,6 @@ torchvision alone; a function can be copied together with the few helpers that i
 """
 
 import math
-
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor

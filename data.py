@@ -11,16 +11,14 @@ Errors are ValueError and OSError of one line that names the file."""
 import dataclasses
 import os
 import signal
-from pathlib import Path
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from torchvision.transforms import v2
-
+from pathlib import Path
 from support import files, folders, runs, shapes
+from torchvision.transforms import v2
+from typing import NamedTuple
 
 class Split(NamedTuple):
     """One split of a data set."""

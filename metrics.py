@@ -12,7 +12,6 @@ References: Brier 1950; Efron 1979; Guo 2017, arXiv 1706.04599; Hendrycks and Di
 """
 
 import math
-
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor

@@ -20,14 +20,13 @@ References: He et al. 2016 (ResNet), Zagoruyko & Komodakis 2016 (WRN), Simonyan 
 """
 
 import copy
-from collections import OrderedDict
-from functools import partial
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # Parts that several networks share ----------------------------------------------------------------

@@ -23,7 +23,6 @@ its place in this table; the paper numbers its own otherwise.
 """
 
 import math
-
 import torch
 import torch.nn.functional as F
 

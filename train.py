@@ -11,25 +11,23 @@ its last finished epoch, however it ended, on a CPU to the same bits. Accuracies
 percent; the one reported is the last epoch's.
 """
 
+import clip_model
+import data
 import dataclasses
 import functools
 import hashlib
-import time
-from math import inf, isfinite
-from pathlib import Path
-from typing import NamedTuple
-
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-
-import clip_model
-import data
 import metrics
 import models
 import richkd
+import time
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from math import inf, isfinite
+from pathlib import Path
 from support import checkpoints, clip_files, command, files, folders, runs, shapes
 from support.command import autocast, flag, rank, rank_zero_first, setting, world
+from typing import NamedTuple
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # the authors' templates
 

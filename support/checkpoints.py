@@ -5,11 +5,9 @@ import functools
 import json
 import pickle
 import textwrap
+import torch
 import zipfile
 from collections import OrderedDict
-
-import torch
-
 from support import files
 
 class Inert(dict):
@@ -138,7 +136,6 @@ def read_own(path, advice):
             raise ValueError
     return content
 
-# The network in it --------------------------------------------------------------------------------
 # Under which names programs keep a network, in the order in which one of several is taken: what was
 # trained before its running average and its teacher.
 KEYS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "student", "weights",

@@ -7,13 +7,10 @@ The layout is OpenAI's; said are arguments of CLIP by name: what the tensors' sh
 
 import json
 import os
-from pathlib import Path
-
 import torch
-
+from pathlib import Path
 from support import checkpoints, files
 
-# Addresses ----------------------------------------------------------------------------------------
 HOSTS = ("https://openaipublic.blob.core.windows.net/clip",  # OpenAI's storage
          "https://openaipublic.azureedge.net/clip")  # the one in its own code, which often fails
 PUBLIC_CLIPS = {  # name: SHA-256 of OpenAI's archive (openai/CLIP, clip/clip.py)
@@ -57,7 +54,6 @@ def sources(name):
                     for public, repository, revision, file, digest in MIRRORS
                     if name in (public, repository)]
 
-# What lies beside the weights ---------------------------------------------------------------------
 ACTIVATIONS = ("quickgelu", "gelu")
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
            "open_clip_pytorch_model.bin")  # of a folder as Hugging Face has it, in order of choice
@@ -103,7 +99,6 @@ def read_listing(path):
                              f"{' or '.join(map(str, PLAIN[key])) or 'none'}, as in OpenAI's CLIP")
     return said
 
-# Other programs' names of tensors -----------------------------------------------------------------
 NAMES = (  # transformers' and OpenAI's
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
@@ -138,7 +133,6 @@ def to_openai_layout(state):
         renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
     return renamed
 
-# From a name to tensors ---------------------------------------------------------------------------
 def find(name, cache_dir=None):
     """-> (path of the weights, what is said of them: arguments of CLIP by name). name: one of
     PUBLIC_CLIPS, a file, a folder that holds one of WEIGHTS, or a name on Hugging Face: from its

@@ -26,10 +26,8 @@ if sys.version_info < (3, 11):  # met before a module that an older one cannot e
 
 import torch
 import torch.distributed as dist
-
 from support import files
 
-# Settings and the command line --------------------------------------------------------------------
 def setting(default, text, **metadata):
     """A dataclass field with its line of help. metadata: argparse's nargs, metavar, const, choices;
     `within`, the bounds of a number; `above`, what it must exceed."""
@@ -105,7 +103,6 @@ def main(job):
             print(f"{clear}interrupted; the same command goes on", file=sys.stderr)
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])
 
-# Device -------------------------------------------------------------------------------------------
 def use_device(name, deterministic=False):
     """-> the torch.device, a GPU told how to compute. ValueError where torch cannot use it."""
     try:
@@ -177,7 +174,6 @@ class CudaGraph:
         self.graph.replay()
         return self.result
 
-# Processes ----------------------------------------------------------------------------------------
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -10,11 +10,10 @@ import os
 import shutil
 import sys
 import time
+import torch
 import urllib.request
 from datetime import timedelta
 from pathlib import Path
-
-import torch
 
 FORMAT = 3  # of every file that this project writes for itself; a file of another one is refused
 
@@ -46,7 +45,6 @@ def cache_folder(cache_dir=None):
         raise ValueError(f"{folder}: no home folder is known; set RICHKD_CACHE or --cache-dir")
     return Path(folder)
 
-# Written and read ---------------------------------------------------------------------------------
 def write_atomically(path, write):
     """A file by write(open file). Whatever happens, kill -9 and a full disk included, `path` holds
     all of it or what it held before. OSError names the file."""
@@ -107,7 +105,6 @@ def file_digest(path, algorithm="sha256"):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
-# Downloads ----------------------------------------------------------------------------------------
 def fetch(urls, path, digest, advice):
     """The file `path`; where it is absent, from the first of `urls` that has it. What came before a
     connection ended is kept as NAME.part, and gone on with. digest: "md5:" or "sha256:" and the

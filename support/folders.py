@@ -7,20 +7,17 @@ leave out or guess they say in one line (`files.note`), and what they cannot kno
 import os
 import re
 import tempfile
+import torchvision
 import unicodedata
 import warnings
 import zipfile
 import zlib
 from pathlib import Path
-
-import torchvision
 from PIL import Image
-
 from support import files
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-# Files --------------------------------------------------------------------------------------------
 def is_data(name):
     """Whether a file's posix name is none that systems add: .DS_Store, ._cat.png, __MACOSX/..."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
@@ -90,7 +87,6 @@ def class_words(root, ids):
         return dict(zip(ids, torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]))
     return {}
 
-# Pictures -----------------------------------------------------------------------------------------
 def open_image(path):
     """An image file -> a PIL image, RGB with 8 bits, as torchvision opens it. Raises ValueError for
     what is no image, damaged, of more than 8 bits in one channel, which PIL would clip, or above
@@ -130,7 +126,6 @@ def class_folders(root):
     return sorted(folder.name for folder in Path(root).glob("*") if folder.is_dir() and any(
         is_picture(f"{folder.name}/{name}") for name in list_files(folder)))
 
-# Two listings of the classes ----------------------------------------------------------------------
 def alike(name):
     """A class's name without what people write in different ways; of synonyms the first."""
     name = unicodedata.normalize("NFC", name.split(",")[0])

@@ -10,10 +10,8 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from pathlib import Path
-
 import torch
-
+from pathlib import Path
 from support import checkpoints, files
 from support.command import flag
 
@@ -24,7 +22,6 @@ PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "over
 FILES = ("teacher_weights", "clip", "bpe", "prompts", "class_names")
 ANEW = "--overwrite starts the run anew"
 
-# Data ---------------------------------------------------------------------------------------------
 def digest_files(paths):
     """SHA-256 of files: of each the last two parts of its name and its size; of a JPEG or PNG the
     last 256 bytes, in which the one ends its pixels and the other has its checksum; of any other
@@ -90,7 +87,6 @@ def cached(path, key, make):
     files.save(path, {"key": digest, "content": make()})
     return torch.load(path, mmap=True, weights_only=True)["content"]
 
-# Checkpoints of classifiers -----------------------------------------------------------------------
 def input_size(path, about, split, info):
     """The side of the images that a checkpoint reads: what it says of itself, `about` (as
     `checkpoints.read_about` has it), else that of `info`, a data set's. Raises ValueError where its
@@ -109,7 +105,6 @@ def input_size(path, about, split, info):
                          f"normalised with {[list(info.mean), list(info.std)]}: expected the same")
     return size
 
-# A run's folder -----------------------------------------------------------------------------------
 def settings(config):
     """The settings that decide the result, as JSON has them."""
     return {name: list(value) if isinstance(value, tuple) else value

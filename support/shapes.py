@@ -10,7 +10,6 @@ captions tell of a wider world: more colours, more shapes, every style. A mirror
 that shape again, so a flip keeps the label."""
 
 import math
-
 import torch
 import torch.nn.functional as F
 
@@ -32,7 +31,6 @@ CAPTIONS = [f"a {manner}{medium} of a {{}}{place}"
             for manner in MANNERS
             for place in ("", " in the wild")]
 
-# Pictures -----------------------------------------------------------------------------------------
 def turn(angle, x, y):
     """The coordinates of (x, y) on axes turned by `angle` radians."""
     return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
@@ -133,7 +131,6 @@ def render_captions(n, seed=0):
               for i in range(0, n, 1000)]  # blocks bound the memory
     return torch.cat(images), phrases
 
-# The tiny CLIP ------------------------------------------------------------------------------------
 TINY_CLIP = {  # the arguments of clip_model.CLIP: 514 token ids are those of bytes alone
     "embed_dim": 64, "image_resolution": SIDE, "vision_layers": (1, 1, 1, 1), "vision_width": 16,
     "vision_patch_size": None, "context_length": 56, "vocab_size": 514, "transformer_width": 64,

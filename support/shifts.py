@@ -5,11 +5,9 @@
 Errors are ValueError and OSError of one line that names the file."""
 
 import json
-from pathlib import Path
-
 import numpy as np
 import torch
-
+from pathlib import Path
 from support import files, folders
 
 def read_arrays(images_path, labels_path):
