@@ -5,27 +5,17 @@ open_clip_torch 3.3.0, what these programs say of them in a config, and what the
 their tensors `filled`; `python bench/bench_clip.py --layouts` wrote it.
 """
 
+import clip_model
 import hashlib
 import json
-
 import pytest
 import torch
-from helpers import (
-    ROOT,
-    filled,
-    noise,
-    relative,
-    safetensors,
-    small_clip_state,
-    small_tokens,
-    web_server,
-)
-
-import clip_model
 from clip_model import build_clip, load_clip
+from helpers import assert_golden, filled, refused, safetensors, small_clip_state, web_server
+from pathlib import Path
 from support import clip_files, files
 
-GOLDEN = json.loads((ROOT / "tests/golden_clip_layout.json").read_text())
+GOLDEN = json.loads(Path(__file__).with_name("golden_clip_layout.json").read_text())
 L14 = "openai/clip-vit-large-patch14"
 
 @pytest.fixture(autouse=True)
@@ -61,20 +51,11 @@ def write_snapshot(folder, kind, listing=None, suffix=".bin", **tensors):
     torch.save(state, folder / f"{program}pytorch_model.bin")
     return folder / f"{program}pytorch_model.bin"
 
-@torch.no_grad()
-def assert_golden(clip, kind):
-    side = clip.visual.input_resolution
-    image = clip.encode_image(4 * noise((3, 3, side, side), 1))
-    assert relative(image, GOLDEN[kind]["image"]) < 1e-5
-    assert relative(clip.encode_text(small_tokens()), GOLDEN[kind]["text"]) < 1e-5
-
 # Addresses ----------------------------------------------------------------------------------------
 def test_find_public_names_lead_to_openai_then_to_hugging_face(attempts, tmp_path):
     for name in clip_files.PUBLIC_CLIPS:
-        with pytest.raises(FileNotFoundError, match="pass --clip PATH") as error:
-            clip_files.find(name, tmp_path)
-        assert "\n" not in str(error.value)
-        assert all(url in str(error.value) for url in attempts[-1][0])
+        message = refused(clip_files.find, name, tmp_path)
+        assert "pass --clip PATH" in message and all(url in message for url in attempts[-1][0])
     assert [path.relative_to(tmp_path).name for _, path, _ in attempts] == [
         "RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt", "ViT-B-32.pt",
         "vit_base_patch32_clip_224.openai.safetensors", "clip-vit-base-patch32.bin", "ViT-B-16.pt",
@@ -91,10 +72,13 @@ def test_find_public_names_lead_to_openai_then_to_hugging_face(attempts, tmp_pat
         f"https://huggingface.co/{L14}/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41/"
         "model.safetensors"]
 
-def test_find_of_a_repository_tries_its_own_file_alone(attempts, tmp_path):
-    with pytest.raises(FileNotFoundError, match="huggingface.co/openai/clip-vit-base-patch32/"):
-        clip_files.find("openai/clip-vit-base-patch32", tmp_path)
-    assert len(attempts) == 1
+def test_find_of_a_repository_and_fetch_bpe_try_their_own_file_alone(attempts, tmp_path):
+    name = "openai/clip-vit-base-patch32"
+    assert f"huggingface.co/{name}/" in refused(clip_files.find, name, tmp_path)
+    assert "--bpe" in refused(clip_files.fetch_bpe, tmp_path)
+    _, (urls, path, digest) = attempts
+    assert path == tmp_path / clip_files.BPE_FILE and digest.startswith("sha256:924691ac288e54")
+    assert len(urls) == 2 and all(url.endswith(f"/clip/{path.name}") for url in urls)
 
 def test_find_takes_what_is_in_the_cache_first(attempts, monkeypatch, tmp_path):
     there = tmp_path / "clip-vit-large-patch14.bin"
@@ -104,13 +88,6 @@ def test_find_takes_what_is_in_the_cache_first(attempts, monkeypatch, tmp_path):
     for name in ("ViT-L/14", L14):
         assert clip_files.find(name, tmp_path) == (there, {"activation": "quickgelu"})
     assert attempts == [there, there]  # whose digest is checked
-
-def test_fetch_bpe(attempts, tmp_path):
-    with pytest.raises(FileNotFoundError, match="--bpe"):
-        clip_files.fetch_bpe(tmp_path)
-    (urls, path, digest), = attempts
-    assert path == tmp_path / clip_files.BPE_FILE and digest.startswith("sha256:924691ac288e54")
-    assert len(urls) == 2 and all(url.endswith(f"/clip/{path.name}") for url in urls)
 
 def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path):
     """OpenAI's host has nothing; at $HF_ENDPOINT lie the weights in transformers' layout. They are
@@ -123,7 +100,7 @@ def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path):
         monkeypatch.setattr(clip_files, "HOSTS", (f"{server.url}/clip",))
         clip = load_clip("ViT-L/14", tmp_path / "cache")
         assert server.asked[-1] == f"/good/{L14}/resolve/abc/model.safetensors"
-    assert_golden(clip, "transformers")
+    assert_golden(clip, GOLDEN["transformers"])
     assert not [line for line in files.note.said if "activation" in line]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [
         "clip-vit-large-patch14.safetensors"]
@@ -131,27 +108,24 @@ def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path):
 # Files and folders --------------------------------------------------------------------------------
 def test_find_takes_a_folders_files_in_order(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*pytorch_model.bin"):
-        clip_files.find(str(tmp_path))
+    assert str(tmp_path) in refused(clip_files.find, str(tmp_path))
     for name in reversed(clip_files.WEIGHTS):
         (tmp_path / name).write_bytes(b"")
         assert clip_files.find(str(tmp_path)) == (tmp_path / name, {})
     assert clip_files.find(str(tmp_path / "pytorch_model.bin"))[0].name == "pytorch_model.bin"
 
-@pytest.mark.parametrize("name", ["ViT-B/33", "org/name", "absent.pt"])
-def test_find_without_a_file(name):
-    with pytest.raises(FileNotFoundError, match=f"'{name}' .*RN50x64, ViT-B/32"):
-        clip_files.find(name)
+def test_find_without_a_file():
+    for name in ("ViT-B/33", "org/name", "absent.pt"):
+        message = refused(clip_files.find, name)
+        assert f"'{name}'" in message and "RN50x64, ViT-B/32" in message
 
 def snapshot_in(hub, repository, revision="0123abcd"):
     """The layout of huggingface_hub: snapshots link to blobs, refs/main names one of them."""
     folder = hub / f"models--{repository.replace('/', '--')}"
     weights = write_snapshot(folder / "snapshots" / revision, "transformers")
-    (folder / "blobs").mkdir(exist_ok=True)
-    blob = folder / "blobs" / hashlib.sha256(weights.read_bytes()).hexdigest()
-    weights.rename(blob)
-    weights.symlink_to(blob)
-    (folder / "refs").mkdir(exist_ok=True)
+    for part in ("blobs", "refs"):
+        (folder / part).mkdir(exist_ok=True)
+    weights.symlink_to(weights.rename(folder / "blobs" / revision))
     (folder / "refs" / "main").write_text(revision)
     return weights
 
@@ -166,17 +140,15 @@ def test_load_clip_finds_a_snapshot_in_the_hugging_face_cache(variable, monkeypa
     weights = snapshot_in(hub, L14, revision="new")
     path, said = clip_files.find(L14)
     assert path == weights and said["vision_layers"] == 2
-    assert_golden(load_clip(L14), "transformers")
+    assert_golden(load_clip(L14), GOLDEN["transformers"])
 
 def test_find_passes_over_a_snapshot_without_weights(attempts, tmp_path):
     """As who has loaded a tokenizer alone has it, or has deleted the blob."""
     hub = tmp_path / "home/.cache/huggingface/hub"
     snapshot_in(hub, L14).resolve().unlink()
-    with pytest.raises(FileNotFoundError, match="could not download"):
-        clip_files.find(L14, tmp_path)
+    assert "could not download" in refused(clip_files.find, L14, tmp_path)
     snapshot_in(hub, "org/name").unlink()
-    with pytest.raises(FileNotFoundError, match="'org/name'"):
-        clip_files.find("org/name", tmp_path)
+    assert "'org/name'" in refused(clip_files.find, "org/name", tmp_path)
 
 # Layouts ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
@@ -184,13 +156,13 @@ def test_find_passes_over_a_snapshot_without_weights(attempts, tmp_path):
 def test_load_clip_of_a_snapshot_equals_the_program_that_wrote_it(kind, suffix, tmp_path):
     """Layouts, activations, heads of 16, 32 and 64 numbers: nothing has to be guessed."""
     write_snapshot(tmp_path / "snapshot", kind, suffix=suffix)
-    assert_golden(load_clip(tmp_path / "snapshot"), kind)
+    assert_golden(load_clip(tmp_path / "snapshot"), GOLDEN[kind])
     assert not files.note.said
 
 @pytest.mark.parametrize("kind", ["open_clip, ViT-H", "open_clip, ViT-g"])
 def test_build_clip_knows_the_heads_of_the_giants(kind, tmp_path):
     """Heads of 80 and 88, without a listing as with one."""
-    assert_golden(build_clip(filled(GOLDEN[kind]["tensors"]), {"activation": "gelu"}), kind)
+    assert_golden(build_clip(filled(GOLDEN[kind]["tensors"]), {"activation": "gelu"}), GOLDEN[kind])
     (tmp_path / "open_clip_config.json").write_text(json.dumps(GOLDEN[kind]["listing"]))
     said = clip_files.read_listing(tmp_path / "open_clip_pytorch_model.bin")
     assert (said["vision_heads"], said["activation"]) == (16, "gelu")
@@ -209,7 +181,7 @@ def test_to_openai_layout_keeps_every_tensor():
     same = clip_files.to_openai_layout(own)
     assert same.keys() == own.keys() and all(same[name] is own[name] for name in own)
 
-@pytest.mark.parametrize("kind, changed, value, message", [
+@pytest.mark.parametrize("kind, changed, value, named", [
     ("transformers", "vision_model.encoder.layers.1.self_attn.k_proj.bias", None,
      "visual.transformer.resblocks.1.attn.in_proj_bias"),
     ("transformers", "vision_model.pre_layrnorm.weight", None, "visual.ln_pre.weight"),
@@ -217,20 +189,18 @@ def test_to_openai_layout_keeps_every_tensor():
     ("transformers", "vision_model.head.bias", torch.zeros(1), "vision_model.head.bias"),
     ("open_clip, CustomTextCLIP", "logit_bias", torch.zeros(1), "logit_bias"),  # a SigLIP's
     ("open_clip", "visual.ln_pre.weight", None, "visual.ln_pre.weight"),
-    ("open_clip", "transformer.resblocks.0.ls_1.gamma", torch.zeros(1), "resblocks.0.ls_1.gamma"),
-])
-def test_load_clip_names_what_is_no_clip(kind, changed, value, message, tmp_path):
+    ("open_clip", "transformer.resblocks.0.ls_1.gamma", torch.zeros(1), "resblocks.0.ls_1.gamma")])
+def test_load_clip_names_what_is_no_clip(kind, changed, value, named, tmp_path):
     path = write_snapshot(tmp_path, kind, **{changed: value})
-    with pytest.raises(ValueError, match=message) as error:
-        load_clip(path)
-    assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: ")
+    message = refused(load_clip, path)
+    assert message.startswith(f"{path}: ") and named in message
 
 # Activation ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("asked, kind", [(None, "open_clip"), ("quickgelu", "open_clip"),
                                          ("gelu", "open_clip, CustomTextCLIP")])
 def test_load_clip_of_a_bare_file_assumes_quickgelu_or_is_told(asked, kind, tmp_path):
     torch.save(filled(GOLDEN[kind]["tensors"]), tmp_path / "model.pt")
-    assert_golden(load_clip(tmp_path / "model.pt", activation=asked), kind)
+    assert_golden(load_clip(tmp_path / "model.pt", activation=asked), GOLDEN[kind])
     assert len(files.note.said) == (asked is None)
     assert all("model.pt" in line and "--clip-activation" in line for line in files.note.said)
 
@@ -242,43 +212,37 @@ def test_load_knows_the_activation_of_openais_archives(tmp_path):
     assert clip_files.load(path, activation="gelu")[2] == {"activation": "gelu"}
     (line,) = files.note.said
     assert str(path) in line and "quickgelu" in line
-    with pytest.raises(ValueError, match="clip.pt.*'relu'"):
-        load_clip(path, activation="relu")
+    assert "'relu'" in refused(load_clip, path, None, "relu")
 
 # Listings -----------------------------------------------------------------------------------------
 def changed(kind, place, value):
     """The listing of a golden model with another value; place: "key" or "part/key"."""
     listing = json.loads(json.dumps(GOLDEN[kind]["listing"]))
     *part, key = place.split("/")
-    where = listing.get("model_cfg", listing)
-    if part == ["preprocess"]:
-        where = listing.setdefault("preprocess_cfg", {})
-    elif part:
-        where = where.get(f"{part[0]}_config") or where[f"{part[0]}_cfg"]
+    where = listing if part == ["preprocess"] else listing.get("model_cfg", listing)
+    for name in part:
+        where = where.get(f"{name}_config") or where.setdefault(f"{name}_cfg", {})
     where[key] = value
     return listing
 
-@pytest.mark.parametrize("kind, place, value, message", [
+@pytest.mark.parametrize("kind, place, value, named", [
     ("transformers", "vision/num_hidden_layers", 3, "resblocks.2"),
     ("transformers", "text/hidden_size", 256, "positional_embedding"),
-    ("transformers", "vision/num_attention_heads", 3, "128 .* 3 "),
+    ("transformers", "vision/num_attention_heads", 3, "128"),
     ("transformers", "text/hidden_act", "gelu", "'gelu and quickgelu'"),
     ("transformers", "text/hidden_act", "gelu_new", "config.json: hidden_act is 'gelu_new'"),
     ("transformers", "vision/layer_norm_eps", 1e-6, "config.json: layer_norm_eps is 1e-06"),
     ("transformers", "model_type", "siglip", "config.json: model_type is 'siglip'"),
-    ("transformers", "vision/num_attention_heads", "x", "a config .*'str'"),
-    ("open_clip", "vision/layers", 4, "resblocks.2"),
-    ("open_clip", "text/heads", 3, "128 .* 3 "),
+    ("transformers", "vision/num_attention_heads", "x", "'str'"),
+    ("open_clip", "vision/layers", 4, "resblocks.2"), ("open_clip", "text/heads", 3, "128"),
     ("open_clip", "vision/pool_type", "avg", "open_clip_config.json: pool_type is 'avg'"),
-    ("open_clip", "text/no_causal_mask", True, "no_causal_mask is True .*expected none"),
+    ("open_clip", "text/no_causal_mask", True, "no_causal_mask is True"),
     ("open_clip", "text/hf_tokenizer_name", "bert", "hf_tokenizer_name is 'bert'"),
-    ("open_clip", "preprocess/mean", [0.5, 0.5, 0.5], "mean is .0.5, 0.5, 0.5. .*0.48145466"),
-])
-def test_load_clip_refuses_two_listings_that_differ(kind, place, value, message, tmp_path):
+    ("open_clip", "preprocess/mean", [0.5, 0.5, 0.5], "mean is [0.5, 0.5, 0.5]")])
+def test_load_clip_refuses_two_listings_that_differ(kind, place, value, named, tmp_path):
     write_snapshot(tmp_path, kind, changed(kind, place, value))
-    with pytest.raises(ValueError, match=message) as error:
-        load_clip(tmp_path)
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    message = refused(load_clip, tmp_path)
+    assert str(tmp_path) in message and named in message
 
 def test_read_listing_defaults_and_neighbours(tmp_path):
     """transformers' defaults where config.json is silent; the images' mean in a file of its own; a
@@ -297,14 +261,12 @@ def test_read_listing_defaults_and_neighbours(tmp_path):
     images.write_text(json.dumps({"image_mean": clip_model.MEAN, "image_std": clip_model.STD}))
     assert clip_files.read_listing(weights) == said
     images.write_text(json.dumps({"image_std": [0.5, 0.5, 0.5]}))
-    with pytest.raises(ValueError, match="image_std is .*0.26862954"):
-        clip_files.read_listing(weights)
+    assert "image_std" in refused(clip_files.read_listing, weights)
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null", '{"model_cfg": []}', '{"model_cfg": {}}',
     '{"model_cfg": {"vision_cfg": {"head_width": 0}, "text_cfg": {}}}',
     '{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": [1]}', "[" * 100_000])
 def test_read_listing_of_damage_is_one_line(text, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(text)
-    with pytest.raises(ValueError, match="open_clip_config.json is damaged") as error:
-        clip_files.read_listing(tmp_path / "open_clip_model.safetensors")
-    assert "\n" not in str(error.value)
+    message = refused(clip_files.read_listing, tmp_path / "open_clip_model.safetensors")
+    assert "open_clip_config.json is damaged" in message

@@ -5,46 +5,35 @@ openai-clip 1.0.1 (tokenizer, with ftfy 6.3.1 and regex 2026.11.15) compute;
 `python bench/bench_clip.py --golden` wrote it. `shared` has the real vocabulary and a trained CLIP.
 """
 
+import clip_model
 import gzip
 import hashlib
-import io
 import json
-import random
-import zipfile
-
 import pytest
+import random
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import ROOT, SMALL_CLIPS, noise, relative, small_clip_state, small_tokens
+import zipfile
+from clip_model import CLIP, Tokenizer, build_clip, load_clip, load_merges, load_templates
+from helpers import ROOT, assert_golden, noise, refused, relative, small_clip_state, small_images
 from PIL import Image
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
-import clip_model
-from clip_model import CLIP, Tokenizer, build_clip, load_clip, load_merges, load_templates
-
 GOLDEN = json.loads((ROOT / "tests/golden_clip.json").read_text())
 
-def small_images(kind):
-    side = SMALL_CLIPS[kind][1]
-    return 4 * noise((3, 3, side, side), 1)
-
 # Towers -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", SMALL_CLIPS)
-@torch.no_grad()
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_CLIP_equals_open_clip(kind):
-    clip = build_clip(small_clip_state(kind))
-    assert relative(clip.encode_image(small_images(kind)), GOLDEN[kind]["image"]) < 1e-5
-    assert relative(clip.encode_text(small_tokens()), GOLDEN[kind]["text"]) < 1e-5
+    assert_golden(build_clip(small_clip_state(kind)), GOLDEN[kind])
 
-@pytest.mark.parametrize("kind", SMALL_CLIPS)
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_CLIP_trains_in_bfloat16(kind):
     """Every parameter gets a finite gradient."""
-    torch.manual_seed(0)
-    clip = CLIP(*SMALL_CLIPS[kind])
+    clip = build_clip(small_clip_state(kind))
     with torch.autocast("cpu", torch.bfloat16):
-        image = clip.encode_image(small_images(kind))
+        image = clip.encode_image(small_images(clip))
         text = clip.encode_text(Tokenizer()(["one", "two", "two"], 12))
     cosines = F.normalize(image.float(), dim=1) @ F.normalize(text.float(), dim=1).T
     (clip.logit_scale.exp() * cosines).square().mean().backward()
@@ -53,13 +42,14 @@ def test_CLIP_trains_in_bfloat16(kind):
 def test_CLIP_initialisation():
     """OpenAI's standard deviations (openai/CLIP, `initialize_parameters`)."""
     clip = CLIP(64, 32, (1, 1, 1, 1), 32, None, 12, 514, 128, 2, 2)
-    block = clip.transformer.resblocks[1]
-    for weight, std in ((clip.token_embedding.weight, 0.02), (clip.positional_embedding, 0.01),
-                        (clip.text_projection, 128**-0.5), (block.attn.in_proj_weight, 128**-0.5),
-                        (block.attn.out_proj.weight, 512**-0.5), (block.mlp.c_fc.weight, 256**-0.5),
-                        (block.mlp.c_proj.weight, 512**-0.5),
-                        (clip.visual.attnpool.k_proj.weight, 1024**-0.5)):
-        assert weight.std().item() == pytest.approx(std, rel=0.05)
+    for name, std in {
+            "token_embedding.weight": 0.02, "positional_embedding": 0.01,
+            "text_projection": 128**-0.5, "visual.attnpool.k_proj.weight": 1024**-0.5,
+            "transformer.resblocks.1.attn.in_proj_weight": 128**-0.5,
+            "transformer.resblocks.1.attn.out_proj.weight": 512**-0.5,
+            "transformer.resblocks.1.mlp.c_fc.weight": 256**-0.5,
+            "transformer.resblocks.1.mlp.c_proj.weight": 512**-0.5}.items():
+        assert clip.get_parameter(name).std().item() == pytest.approx(std, rel=0.05)
     assert not clip.visual.layer2[0].bn3.weight.any()
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -92,63 +82,52 @@ def test_encode_text_ignores_what_stands_behind_the_end_token():
 def test_encode_image_refuses_another_size():
     clip = build_clip(small_clip_state("vit"))
     for shape in ((1, 3, 64, 64), (1, 3, 39, 39), (3, 32, 32)):  # of 39 pixels the ViT cuts 7
-        with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\)"):
-            clip.encode_image(torch.zeros(shape))
+        assert "(B, 3, 32, 32)" in refused(clip.encode_image, torch.zeros(shape))
 
 # Weights ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", SMALL_CLIPS)
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_build_clip_copies_and_converts(kind):
-    state = {name: tensor.half() if tensor.is_floating_point() else tensor
-             for name, tensor in small_clip_state(kind).items()
-             if not name.endswith("num_batches_tracked")}
-    state |= {"input_resolution": torch.tensor(64), "vocab_size": 514}
-    before = {name: torch.as_tensor(value).clone() for name, value in state.items()}
+    whole = small_clip_state(kind)
+    state = {name: tensor.half() for name, tensor in whole.items() if "num_batches" not in name}
+    state |= {"input_resolution": torch.tensor(64), "vocab_size": torch.tensor(514)}
+    before = {name: value.clone() for name, value in state.items()}
     clip = build_clip(state)
     assert not clip.training and clip.context_length == 12 and clip.embed_dim == 32
-    assert clip.visual.input_resolution == SMALL_CLIPS[kind][1]  # not what the file has beside it
+    assert clip.visual.input_resolution == {"vit": 32, "resnet": 64}[kind]  # not the file's 64
     assert {p.dtype for p in clip.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in clip.parameters())
-    with torch.no_grad():
-        for parameter in clip.parameters():
-            parameter.zero_()
-    assert state.keys() == before.keys()
-    assert all(torch.equal(torch.as_tensor(state[name]), before[name]) for name in before)
-    state = small_clip_state(kind)  # of the right dtype, it is copied, too
-    build_clip(state).text_projection.data.zero_()
-    assert state["text_projection"].any()
+    build_clip(whole).text_projection.data.zero_()  # of the right dtype, it is copied, too
+    assert all(torch.equal(state[name], before[name]) for name in before)
+    assert whole["text_projection"].any()
 
 @pytest.mark.parametrize("missing, changed, name", [
     ("ln_final.weight", {}, "ln_final.weight"), ("text_projection", {}, "text_projection"),
     ("visual.positional_embedding", {}, "visual.positional_embedding"),
     ("transformer.", {}, "transformer.resblocks.0"),
     ("visual.proj", {}, "visual.layer1.0.conv1.weight"),
-    (None, {"foo.bar": torch.zeros(1)}, "foo.bar"),
-    (None, {"ln_final.bias": torch.zeros(7)}, "ln_final.bias"),
-    (None, {"text_projection": torch.zeros(7)}, "Dimension"),
-    (None, {"visual.conv1.weight": torch.zeros(128, 3, 0, 0)}, "zero"),
-    (None, {"visual.conv1.weight": torch.zeros(128, 3, 8, 16)}, "visual.conv1.weight"),
-    (None, {"visual.positional_embedding": torch.zeros(16, 128)}, "visual.positional_embedding"),
-    (None, {"token_embedding.weight": torch.ones(514, 128).int()}, "floating point"),
-    (None, {"positional_embedding": torch.zeros(12, 96)}, "a width of 96 .* 64"),
-])
+    ("?", {"foo.bar": torch.zeros(1)}, "foo.bar"),
+    ("?", {"ln_final.bias": torch.zeros(7)}, "ln_final.bias"),
+    ("?", {"text_projection": torch.zeros(7)}, "Dimension"),
+    ("?", {"visual.conv1.weight": torch.zeros(128, 3, 0, 0)}, "zero"),
+    ("?", {"visual.conv1.weight": torch.zeros(128, 3, 8, 16)}, "visual.conv1.weight"),
+    ("?", {"token_embedding.weight": torch.ones(514, 128).int()}, "floating point"),
+    ("?", {"positional_embedding": torch.zeros(12, 96)}, "a width of 96")])
 def test_load_clip_names_what_does_not_fit(missing, changed, name, tmp_path):
     state = {key: tensor for key, tensor in small_clip_state("vit").items()
-             if not (missing and key.startswith(missing))}
+             if not key.startswith(missing)}
     torch.save({**state, **changed}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=f"bad.pt: .*{name}") as error:
-        load_clip(tmp_path / "bad.pt")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    message = refused(load_clip, tmp_path / "bad.pt")
+    assert "bad.pt: " in message and name in message and len(message) < 600
 
 @pytest.mark.parametrize("said, name", [
     ({"vision_layers": 3}, "visual.transformer.resblocks.2"), ({"embed_dim": 64}, "visual.proj"),
-    ({"vision_width": 64}, "visual.class_embedding"), ({"transformer_heads": 3}, "128.* 3 "),
-    ({"transformer_layers": 1}, "transformer.resblocks.1"), ({"vision_heads": 3}, "128.* 3 "),
+    ({"vision_width": 64}, "visual.class_embedding"), ({"transformer_heads": 3}, "128"),
+    ({"transformer_layers": 1}, "transformer.resblocks.1"), ({"vision_heads": 3}, "128"),
     ({"transformer_width": 192}, "positional_embedding"), ({"activation": "relu"}, "relu")])
 def test_build_clip_refuses_what_a_listing_says_otherwise(said, name):
-    with pytest.raises(ValueError, match=name):
-        build_clip(small_clip_state("vit"), said)
+    assert name in refused(build_clip, small_clip_state("vit"), said)
 
-@pytest.mark.parametrize("kind", SMALL_CLIPS)
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.filterwarnings("ignore")
 def test_load_clip_from_a_torchscript_archive(kind, dtype, tmp_path):
@@ -157,7 +136,7 @@ def test_load_clip_from_a_torchscript_archive(kind, dtype, tmp_path):
     del clip.vocab_size
     clip.register_buffer("vocab_size", torch.tensor(514))
     clip.register_buffer("input_resolution", torch.tensor(1))
-    images = small_images(kind).to(dtype)
+    images = small_images(clip).to(dtype)
     traced = torch.jit.trace_module(clip.to(dtype), {"encode_image": images}, check_trace=False)
     traced.save(tmp_path / "clip.pt")
     found, expected = load_clip(tmp_path / "clip.pt").state_dict(), small_clip_state(kind)
@@ -220,24 +199,19 @@ def test_Tokenizer_fills_and_refuses():
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == [[512, 64, 65 + 256, 513, 0], [512, 64, 65, 66 + 256, 513]]
     assert Tokenizer()("ab", 4).tolist() == [[512, 64, 65 + 256, 513]]
-    with pytest.raises(ValueError, match="8 tokens.* 5: 'abcdef'"):
-        Tokenizer()(["ab", "abcdef"], 5)
+    assert "'abcdef'" in refused(Tokenizer(), ["ab", "abcdef"], 5)
 
 def test_load_merges_plain_and_packed(tmp_path):
-    text = '"bpe#version: 0.2\ni n\nt h\n'
-    (tmp_path / "plain").write_text(text)
-    (tmp_path / "bare").write_text(text[text.index("\n") + 1 :])
-    (tmp_path / "packed.gz").write_bytes(gzip.compress(text.encode()))
+    text = b'"bpe#version: 0.2\ni n\nt h\n'
+    for name, content in {
+            "plain": text, "bare": text.split(b"\n", 1)[1], "packed.gz": gzip.compress(text),
+            "bad": b"i n\none two three\n", "cut.gz": gzip.compress(text)[:-9],
+            "image": b"\x80\xff"}.items():
+        (tmp_path / name).write_bytes(content)
     for name in ("plain", "bare", "packed.gz"):
         assert load_merges(tmp_path / name) == [("i", "n"), ("t", "h")]
-    (tmp_path / "bad").write_text("i n\none two three\n")
-    (tmp_path / "cut.gz").write_bytes(gzip.compress(text.encode())[:-9])
-    (tmp_path / "image").write_bytes(bytes(range(128, 256)))
-    for name in ("bad", "cut.gz", "image"):
-        with pytest.raises(ValueError, match=f"{name}: no BPE file"):
-            load_merges(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="absent"):
-        load_merges(tmp_path / "absent")
+    for name in ("bad", "cut.gz", "image", "absent"):
+        assert name in refused(load_merges, tmp_path / name)
 
 # Images -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("H, W, resolution", [
@@ -265,29 +239,26 @@ def test_preprocess_equals_pil(H, W, resolution):
     torch.zeros(3, 8, 8).byte(), torch.zeros(1, 1, 8, 8).byte(), torch.zeros(1, 3, 0, 8).byte(),
     torch.zeros(1, 3, 8, 8)])
 def test_preprocess_names_bad_images(images):
-    with pytest.raises(ValueError, match=r"uint8 \(B, 3, H, W\)"):
-        clip_model.preprocess(images, 32)
+    assert "uint8 (B, 3, H, W)" in refused(clip_model.preprocess, images, 32)
 
 # Prompts ------------------------------------------------------------------------------------------
 def test_load_templates(tmp_path):
     templates = load_templates(ROOT / "prompts.txt")
-    assert len(templates) == 12
-    assert (templates[0], templates[-1]) == ("a photo of a {}", "a high quality photo of a {}")
+    assert (len(templates), templates[0]) == (12, "a photo of a {}")
+    assert templates[-1] == "a high quality photo of a {}"
     path = tmp_path / "prompts.txt"
-    path.write_text("# comment\n\n  a {} \n#{}\nthe {}.\n")
-    assert load_templates(path) == ["a {}", "the {}."]
-    for text, found in (("a {}\n\nno place\n", "'no place'"), ("# nothing\n", "''")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=f"prompts.txt.*{found}"):
-            load_templates(path)
-    path.write_bytes(b"\xef\xbb\xbf# what Windows saves\r\na photo of a {}\r\na sketch of a {}\r\n")
-    assert load_templates(path) == ["a photo of a {}", "a sketch of a {}"]
+    for text, expected in ((b"# comment\n\n  a {} \n#{}\nthe {}.\n", ["a {}", "the {}."]),
+                           (b"\xef\xbb\xbf# Windows\r\na {}\r\nthe {}\r\n", ["a {}", "the {}"])):
+        path.write_bytes(text)
+        assert load_templates(path) == expected
+    for text, found in ((b"a {}\n\nno place\n", "'no place'"), (b"# nothing\n", "''"),
+                        (b"a \xff {}", "UTF-8")):
+        path.write_bytes(text)
+        message = refused(load_templates, path)
+        assert str(path) in message and found in message
     path.write_text("a {}\nthe {}\n\na {}\n")
     with pytest.warns(UserWarning, match="prompts.txt: 'a {}'"):
         assert load_templates(path) == ["a {}", "the {}", "a {}"]
-    path.write_bytes(b"a \xff {}")
-    with pytest.raises(ValueError, match="prompts.txt.*UTF-8"):
-        load_templates(path)
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("names, expected", [
@@ -301,14 +272,13 @@ def test_prompt_names_are_distinct(names, expected):
     assert clip_model.prompt_names(names, Tokenizer()) == expected
     assert clip_model.prompt_names(expected, Tokenizer()) == expected
 
-@pytest.mark.parametrize("names, expected, said", [
-    (["crane", "Crane_", "dog"], ["crane", "Crane", "dog"], ": crane, Crane;"),
-    (["cat", "n01443537", "12", "n0144353", "4x4"], ["cat", "n01443537", "12", "n0144353", "4x4"],
-     ": n01443537, 12;")])
-def test_prompt_names_says_what_clip_cannot_tell(names, expected, said):
+@pytest.mark.parametrize("names, said", [
+    (["crane", "Crane_", "dog"], ": crane, Crane;"),
+    (["cat", "n01443537", "12", "n0144353", "4x4"], ": n01443537, 12;")])
+def test_prompt_names_says_what_clip_cannot_tell(names, said):
     with pytest.warns(UserWarning, match=f"2 of {len(names)} .*{said} .*--class-names") as warned:
-        assert clip_model.prompt_names(names, Tokenizer()) == expected
-    assert len(warned) == 1
+        found = clip_model.prompt_names(names, Tokenizer())
+    assert found == [name.strip("_") for name in names] and len(warned) == 1
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("vocabulary", ["CLIP's", "bytes"])
@@ -331,11 +301,10 @@ def test_class_features_are_unit_prompts():
     clip, seen = build_clip(small_clip_state("vit")), []
     found = clip_model.class_features(clip, Tokenizer(), ["a_b, c", "xy"], ["{}", "a {}!", "{} {}"],
                            batch_size=4, progress=lambda done, total: seen.append((done, total)))
+    texts = ["a b", "a a b!", "a b a b", "xy", "a xy!", "xy xy"]
     with torch.no_grad():
-        for texts, rows in zip((["a b", "a a b!", "a b a b"], ["xy", "a xy!", "xy xy"]), found):
-            expected = F.normalize(clip.encode_text(Tokenizer()(texts, 12)), dim=1)
-            assert torch.allclose(rows, expected, atol=1e-6)
-    assert found.shape == (2, 3, 32)
+        expected = F.normalize(clip.encode_text(Tokenizer()(texts, 12)), dim=1)
+    assert found.shape == (2, 3, 32) and torch.allclose(found.flatten(0, 1), expected, atol=1e-6)
     assert seen == [(4, 6), (6, 6)] and not found.requires_grad
     with pytest.raises(ValueError, match="515 token ids"):
         clip_model.class_features(clip, Tokenizer([("a", "b")]), ["x"], ["{}"])
@@ -352,14 +321,12 @@ def test_load_clip_of_a_trained_checkpoint_equals_open_clip(shared):
 
     top = "tiny-imagenet-200/"
     with zipfile.ZipFile(shared / "data/tiny-imagenet-20.zip") as archive:
-        def table(name):
-            lines = archive.read(top + name).decode().splitlines()
-            return dict(line.split("\t")[:2] for line in lines)
-
-        words, classes_of = table("words.txt"), table("val/val_annotations.txt")
-        pictures = [archive.read(f"{top}val/images/{name}") for name in classes_of]
-    pictures = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
-    images = torch.stack([PILToTensor()(picture) for picture in pictures])
+        words, classes_of = (
+            dict(line.split("\t")[:2] for line in archive.read(top + name).decode().splitlines())
+            for name in ("words.txt", "val/val_annotations.txt"))
+        images = torch.stack([
+            PILToTensor()(Image.open(archive.open(f"{top}val/images/{name}")).convert("RGB"))
+            for name in classes_of])
     names = [words[wnid].split(",")[0] for wnid in classes_of.values()]
     labels = torch.tensor([expected["classes"].index(name) for name in names])
     features = torch.cat([clip.encode_image(clip_model.preprocess(part, 64))

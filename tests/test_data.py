@@ -1,25 +1,23 @@
 """data.py: augmentation and batches against their definitions; data sets as they lie on a disk,
 damaged ones among them."""
 
+import clip_model
+import data
 import itertools
 import os
 import pickle
-import tarfile
-import urllib.error
-import urllib.request
-from collections import Counter
-
 import pytest
+import tarfile
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as TF
+from collections import Counter
 from helpers import class_pictures, encoded, random_images, refused, seeded, write_files, write_zip
 from PIL import Image
-from torchvision.transforms import v2
-
-import clip_model
-import data
 from support import files
+from torchvision.transforms import v2
+from unittest.mock import Mock
+from urllib.error import URLError
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
@@ -71,12 +69,11 @@ def test_draw_epoch_is_a_function_of_its_seed():
         [86, 42, 89, 92, 3], [1, 5, 5, 7, 7], [8, 4, 7, 8, 8], [0, 1, 0, 0, 0]]
 
 def test_to_input_is_torchvisions():
-    images, mean, std = random_images(4, 3, 5, 6), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    to_float = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    out = data.to_input(images, mean, std)
+    images, numbers = random_images(4, 3, 5, 6), ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    to_float = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*numbers)])
+    out = data.to_input(images, *numbers)
     torch.testing.assert_close(out, to_float(images))
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(out, data.to_input(images, torch.tensor(mean), torch.tensor(std)))
 
 # Images of either kind ----------------------------------------------------------------------------
 def numbered_stream(tmp_path, n, size=40):
@@ -92,44 +89,32 @@ def test_take_blocks_and_size_of(kind, tmp_path):
         assert images.shape == (20, 3, 40, 40) and images.dtype == torch.uint8
     assert data.size_of(images) == 40 and data.is_in_memory(images) == (kind == "tensor")
     for index in (slice(3, None, 4), slice(5, 9), torch.tensor([7, 2, 2])):
-        expected = torch.arange(20)[index].tolist()
-        part = data.take(images, index)
-        found = list(data.blocks(part, size=2))
+        found = list(data.blocks(data.take(images, index), size=2))
         assert [len(block) for block in found][:-1] == [2] * (len(found) - 1)
-        assert torch.cat(found)[:, 0, 0, 0].tolist() == expected and len(part) == len(expected)
+        assert torch.equal(torch.cat(found)[:, 0, 0, 0].long(), torch.arange(20)[index])
 
 def test_resize_and_clip_images():
-    stream = data.Stream([str(i) for i in range(3)])
-    bicubic = v2.InterpolationMode.BICUBIC
+    stream, bicubic = data.Stream(["0", "1", "2"]), v2.InterpolationMode.BICUBIC
     clip = data.clip_images(stream, 24)
     assert clip == data.Stream(stream.paths, 24, 24, bicubic)
-    assert data.resize(clip, 12) == data.Stream(stream.paths, 12, 12, bicubic)
-    assert data.take(clip, slice(2)) == data.Stream(["0", "1"], 24, 24, bicubic)
+    assert data.take(data.resize(clip, 12), slice(2)) == data.Stream(["0", "1"], 12, 12, bicubic)
     assert data.resize(stream, 32).resize_to == 37  # of 256, for 224
     images = random_images(3, 3, 50, 40)
     expected = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(32)])(images)
     assert torch.equal(data.resize(images, 32), expected)
     assert data.resize(expected, 32) is expected and data.clip_images(images, 24) is images
 
-@pytest.mark.parametrize("kind", ["tensor", "stream"])
-def test_subset_shares_no_image_and_keeps_the_classes_balance(kind):
+@pytest.mark.parametrize("stream", [False, True])
+def test_subset_shares_no_image_and_keeps_the_classes_balance(stream):
     labels = torch.tensor([0] * 10 + [1] * 40 + [2] * 20)[torch.randperm(70, generator=seeded(1))]
-    images = torch.arange(70, dtype=torch.uint8)[:, None, None, None].expand(70, 3, 2, 2)
-    if kind == "stream":
-        images = data.Stream([str(i) for i in range(70)], 2)
-
-    def numbers(split):
-        named = split.images.paths if kind == "stream" else split.images[:, 0, 0, 0]
-        return [int(i) for i in named]
-
+    images = data.Stream(list(range(70)), 2) if stream else torch.arange(70).view(70, 1, 1, 1)
     split = data.Split(images, labels, ["a", "b", "c"])
-    few, kept, held = (data.subset(split, *part) for part in ((0, 0.9 * 0.5), (0, 0.9), (0.9, 1)))
-    assert held.labels.bincount().tolist() == [1, 4, 2]
-    assert kept.labels.bincount().tolist() == [9, 36, 18]
-    assert sorted(numbers(kept) + numbers(held)) == list(range(70))
-    assert set(numbers(few)) < set(numbers(kept))
-    for part in (few, held):
-        assert labels[numbers(part)].equal(part.labels)
+    parts = [data.subset(split, *part) for part in ((0, 0.9 * 0.5), (0, 0.9), (0.9, 1))]
+    few, kept, held = ([int(i) for i in (part.images.paths if stream else part.images.flatten())]
+                       for part in parts)
+    assert [part.labels.bincount().tolist() for part in parts[1:]] == [[9, 36, 18], [1, 4, 2]]
+    assert sorted(kept + held) == list(range(70)) and set(few) < set(kept)
+    assert labels[few].equal(parts[0].labels) and labels[held].equal(parts[2].labels)
     with pytest.raises(ValueError, match="no image"):
         data.subset(split, 0.5, 0.5)
 
@@ -146,22 +131,17 @@ def test_at_size_decodes_once_and_again_for_other_pictures(tmp_path, monkeypatch
     assert data.at_size(split, 6).images[3].eq(7).all() and torch.equal(before.images, expected)
     assert data.at_size(split, 5).images.shape == (4, 3, 5, 5)
 
-def test_at_size_of_a_tensor_and_of_imagenet(tmp_path):
-    split = coded_split(3)
-    assert torch.equal(data.at_size(split, 4).images, data.resize(split.images, 4))
+def test_at_size_streams_above_half_of_the_memory_and_imagenet(tmp_path, monkeypatch, capsys):
     class_pictures(tmp_path / "train", ["a", "b"])
-    split = data.load_dataset("imagenet", tmp_path, "train")
-    assert data.at_size(split, 32).images == data.Stream(split.images.paths, 32, 37)
-
-def test_at_size_streams_above_half_of_the_memory(tmp_path, monkeypatch, capsys):
-    class_pictures(tmp_path / "train", ["a", "b"])
-    split = data.load_dataset("folder", tmp_path, "train")
+    split, imagenet = (data.load_dataset(dataset, tmp_path, "train")
+                       for dataset in ("folder", "imagenet"))
     numbers = {"SC_PAGE_SIZE": 8, "SC_PHYS_PAGES": 107}  # two bytes short of twice 4 * 3 * 6 * 6
     monkeypatch.setattr(os, "sysconf", numbers.get)
     assert not data.is_in_memory(data.at_size(split, 6).images)
     assert "4 images of 6 x 6" in capsys.readouterr().err
     numbers["SC_PHYS_PAGES"] = 108
     assert data.is_in_memory(data.at_size(split, 6).images)
+    assert data.at_size(imagenet, 32).images == data.Stream(imagenet.images.paths, 32, 37)
 
 def test_rename_classes(tmp_path):
     split, path = coded_split(7), tmp_path / "names.txt"
@@ -176,66 +156,52 @@ def test_rename_classes(tmp_path):
         assert str(path) in refused(data.rename_classes, split, path)
 
 # Batches ------------------------------------------------------------------------------------------
-def test_epoch_keeps_image_label_index_and_rows_together():
+def test_epoch_is_what_draw_epoch_says_with_its_labels_and_rows():
     split, table = coded_split(50), torch.arange(50.0).view(50, 1)
-    seen = []
-    for images, labels, index, rows in batches(split, 8, seed=3, tables=(table,)):
-        assert torch.equal(images[:, 0].flatten(1).amax(1).long(), index)
-        assert torch.equal(labels, index % 7) and torch.equal(rows[:, 0], index.float())
-        seen += index.tolist()
-    assert sorted(seen) == list(range(50)) and seen != list(range(50))
-
-def test_epoch_is_what_draw_epoch_says():
-    split = coded_split(50)
     order, *crops = data.draw_epoch(50, 3)
-    expected = data.augment(split.images[order], *crops)
-    images, _, index = (torch.cat(column) for column in zip(*batches(split, 8, seed=3)))
-    assert torch.equal(index, order) and torch.equal(images, expected)
-    drawn = list(data.epoch(split, (), 8, seed=3))
-    assert drawn[0].shape == (4, 8) and torch.equal(torch.cat(drawn, 1)[0], order)
+    found = zip(*batches(split, 8, seed=3, tables=(table,)))
+    images, labels, index, rows = (torch.cat(column) for column in found)
+    assert torch.equal(index, order)
+    assert torch.equal(images, data.augment(split.images[order], *crops))
+    assert torch.equal(images[:, 0].flatten(1).amax(1).long(), index)
+    assert torch.equal(labels, index % 7) and torch.equal(rows[:, 0], index.float())
+    assert next(iter(data.epoch(split, (), 8, seed=3))).shape == (4, 8)
 
 @pytest.mark.parametrize("N", [21, 22, 25])
 def test_epoch_of_ranks_is_that_of_one_process(N):
     split = coded_split(N)
     whole = batches(split, 6, seed=5)
     parts = [batches(split, 6, seed=5, rank=rank, world=2) for rank in range(2)]
+    assert sum(len(labels) for _, labels, _ in whole) == N - (N == 25)  # no last image alone
     assert len(parts[0]) == len(parts[1]) == len(whole)
     for one, two, together in zip(*parts, whole):
         even = len(together[0]) // 2 * 2  # equal shares, of the last batch, too
         for a, b, all_of_it in zip(one, two, together):
             assert torch.equal(a, all_of_it[:even:2]) and torch.equal(b, all_of_it[1:even:2])
 
-def test_epoch_leaves_a_last_image_alone_out():
-    for batch_size, seen in ((8, 48), (7, 49), (1, 49)):
-        assert sum(len(index) for _, _, index in batches(coded_split(49), batch_size, 0)) == seen
-
 def image_folder(root):
     """Two classes of three noisy images, 50 x 40 pixels, in train/ and val/."""
-    for split, (k, name), i in itertools.product(
-            ("train", "val"), enumerate(("n01", "n02")), range(3)):
-        (root / split / name).mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(random_images(40, 50, 3, seed=9 * k + i).numpy())
-        image.save(root / split / name / f"{i}.png")
-    (root / "words.txt").write_text("n01\ttench, Tinca\nn02\tgoldfish\n")
-    return root
+    for part in ("train", "val"):
+        class_pictures(root / part, ["n01", "n02"], n=3)
+    for seed, path in enumerate(sorted(root.rglob("*.png"))):
+        Image.fromarray(random_images(40, 50, 3, seed=seed).numpy()).save(path)
+    return write_files(root, {"words.txt": b"n01\ttench, Tinca\nn02\tgoldfish\n"})
 
 def test_epoch_of_a_stream_is_the_same_with_any_number_of_workers(tmp_path):
     split = data.load_dataset("imagenet", image_folder(tmp_path), "train")
     split = split._replace(images=data.resize(split.images, 16))
     table = torch.arange(6.0)
-    runs = [batches(split, 4, seed=1, workers=workers, tables=(table,)) for workers in (0, 2)]
-    for one, two in zip(*runs):
-        assert all(torch.equal(a, b) for a, b in zip(one, two))
-    images, labels, index, rows = runs[0][0]
-    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8
+    one, two = (batches(split, 4, seed=1, workers=workers, tables=(table,)) for workers in (0, 2))
+    assert all(torch.equal(a, b) for parts in zip(one, two) for a, b in zip(*parts))
+    for whole, part in zip(one, batches(split, 4, seed=1, rank=1, world=2)):
+        assert all(torch.equal(a[1::2], b) for a, b in zip(whole, part))
+    images, labels, index, rows = (torch.cat(column) for column in zip(*one))
+    assert images.shape == (6, 3, 16, 16) and images.dtype == torch.uint8
     assert torch.equal(labels, split.labels[index]) and torch.equal(rows, index.float())
-    order = torch.cat([batch[2] for batch in runs[0]])
-    assert torch.equal(order, data.draw_epoch(6, 1)[0])
+    assert torch.equal(index, data.draw_epoch(6, 1)[0])
     other = {int(i): image for images, _, index in batches(split, 4, seed=2)
              for i, image in zip(index, images)}
     assert not any(torch.equal(image, other[int(i)]) for i, image in zip(index, images))
-    for whole, part in zip(runs[0], batches(split, 4, seed=1, rank=1, world=2)):
-        assert all(torch.equal(a[1::2], b) for a, b in zip(whole, part))
 
     torch.manual_seed((1 * 1_000_003 + int(index[0])) % 2**32)  # the ImageNet recipe
     with Image.open(split.images.paths[index[0]]) as file:
@@ -258,28 +224,22 @@ def test_epoch_names_a_file_that_cannot_be_read_from_the_workers_too(tmp_path, w
     assert message.startswith(f"{tmp_path}/train/n01/3.png is not a readable image (")
 
 # Data sets ----------------------------------------------------------------------------------------
-def test_load_dataset_lists_the_known_names():
+def test_load_dataset_refuses_other_names_and_makes_no_folder_of_a_path_that_is_not_there(tmp_path):
     assert "tiny-imagenet" in refused(data.load_dataset, "mnist", ".", "train")
     assert "train, test" in refused(data.load_dataset, "cifar10", ".", "shift")
-
-def test_load_dataset_never_makes_a_folder_of_a_path_that_is_not_there(tmp_path):
     for name in ("tiny-imagenet", "cifar100", "imagenet", "folder"):
         message = refused(data.load_dataset, name, tmp_path / "absent.zip", "train")
         assert f"{tmp_path}/absent.zip" in message
     assert not os.listdir(tmp_path)
 
-@pytest.mark.parametrize("name, file, addresses", [
-    ("cifar100", "cifar-100-python.tar.gz", ["zenodo.org", "www.cs.toronto.edu"]),
-    ("tiny-imagenet", "tiny-imagenet-200.zip", ["cs231n.stanford.edu"])])
-def test_load_dataset_without_a_network_names_file_addresses_place_and_flag(
-        name, file, addresses, tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+@pytest.mark.parametrize("name, file, address", [
+    ("cifar100", "cifar-100-python.tar.gz", "zenodo.org"),
+    ("tiny-imagenet", "tiny-imagenet-200.zip", "cs231n.stanford.edu")])
+def test_load_dataset_without_a_network_names_file_address_place_and_flag(
+        name, file, address, tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=URLError("no network")))
     message = refused(data.load_dataset, name, tmp_path / "new", "train")
-    assert all(part in message for part in (str(tmp_path / "new" / file), "--data-dir", *addresses))
-    assert not os.listdir(tmp_path)
+    assert all(part in message for part in (str(tmp_path / "new" / file), "--data-dir", address))
     (tmp_path / file).write_bytes(b"half a file")
     assert str(tmp_path / file) in refused(data.load_dataset, name, tmp_path, "train")
     assert os.listdir(tmp_path) == [file]
@@ -292,14 +252,13 @@ def test_cifar_unpacks_and_reads_an_archive(tmp_path, monkeypatch):
     pixels = random_images(12, 3, 32, 32)
     dataset, base = torchvision.datasets.CIFAR10, "cifar-10-batches-py"
     names = [name for name, _ in dataset.train_list + dataset.test_list]
-    content = {"batches.meta": {"label_names": ["plane", "car"]}}
-    for i, name in enumerate(names):
-        content[name] = {"data": pixels[2 * i : 2 * i + 2].flatten(1).numpy(), "labels": [0, 1]}
+    content = {name: {"data": part.flatten(1).numpy(), "labels": [0, 1]}
+               for name, part in zip(names, pixels.split(2))}
+    content["batches.meta"] = {"label_names": ["plane", "car"]}
+    write_files(tmp_path, {name: pickle.dumps(value) for name, value in content.items()})
     with tarfile.open(tmp_path / dataset.filename, "w:gz") as archive:
-        for name, value in content.items():
-            path = tmp_path / name
-            path.write_bytes(pickle.dumps(value))
-            archive.add(path, f"{base}/{name}")
+        for name in content:
+            archive.add(tmp_path / name, f"{base}/{name}")
     sums = {name: files.file_digest(tmp_path / name, "md5") for name in content}
     monkeypatch.setattr(dataset, "train_list", [[name, sums[name]] for name in names[:-1]])
     monkeypatch.setattr(dataset, "test_list", [[names[-1], sums[names[-1]]]])
@@ -313,27 +272,20 @@ def test_cifar_unpacks_and_reads_an_archive(tmp_path, monkeypatch):
         assert torch.equal(data.load_dataset("cifar10", root, "test").images, test.images)
 
 def cifar_files(above=""):
-    """Two pictures a class, the colour of which tells the class."""
+    """Two pictures a class, of which one is spelled with a capital; the colour tells the class."""
+    classes = [name.replace("truck", "Truck") for name in CIFAR10]
     return {f"cifar10/{split}/{above}{name}/{i}.png": encoded((20 * k, i, 9), (32, 32))
-            for split in ("train", "test") for k, name in enumerate(CIFAR10) for i in (1, 0)}
+            for split in ("train", "test") for k, name in enumerate(classes) for i in (1, 0)}
 
-@pytest.mark.parametrize("layout", ["zip", "in a folder", "unpacked", "its parent", "superclass",
-                                    "mac", "backslashes", "spaces"])
+@pytest.mark.parametrize("layout", ["zip", "in a folder", "unpacked", "its parent", "superclass"])
 def test_cifar_pictures_of_every_layout(layout, tmp_path):
     content, root = cifar_files("super/" if layout == "superclass" else ""), tmp_path
-    if layout == "mac":
-        content |= {f"__MACOSX/{name}": b"" for name in content} | {"cifar10/train/.DS_Store": b""}
-    if layout == "backslashes":
-        content = {name.replace("/", "\\"): value for name, value in content.items()}
-    if layout == "spaces":
-        content = {name.replace("truck", "Truck"): value for name, value in content.items()}
-    if layout in ("zip", "mac", "backslashes"):
+    if layout == "zip":
         root = write_zip(tmp_path / "pictures.zip", content)
     elif layout == "in a folder":
         write_zip(tmp_path / "cifar10.zip", content)
     else:
-        write_files(tmp_path, content)
-        root = tmp_path / "cifar10" if layout == "unpacked" else tmp_path
+        root = write_files(tmp_path, content) / ("cifar10" if layout == "unpacked" else "")
     for name in ("train", "test"):
         split = data.load_dataset("cifar10", root, name)
         assert split.images.shape == (20, 3, 32, 32) and split.class_names == CIFAR10
@@ -343,9 +295,7 @@ def test_cifar_pictures_of_every_layout(layout, tmp_path):
 @pytest.mark.parametrize("change, named", [
     (lambda content: content | {"cifar10/train/whale/0.png": b""}, "'whale'"),
     (lambda content: content | {"cifar10/train/frog/9.png": encoded(size=(33, 32))}, "frog/9.png"),
-    (lambda content: content | {"cifar10/train/frog/9.png": b"no image"}, "frog/9.png"),
-    (lambda content: {"cifar10/x.txt": b""}, "train"),
-])
+    (lambda content: {"cifar10/x.txt": b""}, "train")])
 def test_cifar_pictures_refuses(change, named, tmp_path):
     archive = write_zip(tmp_path / "x.zip", change(cifar_files()))
     assert named in refused(data.load_dataset, "cifar10", archive, "train")
@@ -353,7 +303,7 @@ def test_cifar_pictures_refuses(change, named, tmp_path):
 
 def test_cifar_pictures_says_what_lacks(tmp_path, capsys):
     content = {name: value for name, value in cifar_files().items() if "/frog/" not in name}
-    split = data.load_dataset("cifar10", write_zip(tmp_path / "x.zip", content), "test")
+    split = data.load_dataset("cifar10", write_files(tmp_path, content), "test")
     assert split.class_names == CIFAR10 and set(split.labels.tolist()) == {*range(10)} - {6}
     assert "frog" in capsys.readouterr().err
 
@@ -371,23 +321,21 @@ def test_cifar_of_the_shared_zip_is_the_published_one(shared):
 # Tiny-ImageNet ------------------------------------------------------------------------------------
 TOP = "tiny-imagenet-200/"
 
-def tiny_imagenet_files(size=(8, 8)):
+def tiny_imagenet_files():
     """Two classes, three training and two validation images in Tiny-ImageNet's layout, each of one
-    grey; the first image has another size if that is asked for."""
+    grey."""
     images = {"train/n01/images/n01_0.JPEG": 10, "train/n02/images/n02_0.JPEG": 20,
               "train/n02/images/n02_1.JPEG": 30, "val/images/val_0.JPEG": 40,
               "val/images/val_1.JPEG": 50}
     content = {name: encoded((grey,) * 3, form="JPEG") for name, grey in images.items()}
-    content["train/n01/images/n01_0.JPEG"] = encoded((10,) * 3, size, "JPEG")
-    content["train/n01/n01_boxes.txt"] = b"n01_0.JPEG\t0\t0\t1\t1\n"
-    content["wnids.txt"] = b"n02\nn01\n"
-    content["words.txt"] = b"n01\tgoldfish, Carassius\nn02\tlion\nn03\tunused\n"
-    content["val/val_annotations.txt"] = (b"val_0.JPEG\tn02\t0\t0\t1\t1\n"
-                                          b"val_1.JPEG\tn01\t0\t0\t1\t1\n")
+    content |= {"train/n01/n01_boxes.txt": b"n01_0.JPEG\t0\t0\t1\t1\n", "wnids.txt": b"n02\nn01\n",
+                "words.txt": b"n01\tgoldfish, Carassius\nn02\tlion\nn03\tunused\n",
+                "val/val_annotations.txt": b"val_0.JPEG\tn02\t0\t0\t1\t1\n"
+                                           b"val_1.JPEG\tn01\t0\t0\t1\t1\n"}
     return {TOP + name: value for name, value in content.items()}
 
 @pytest.mark.parametrize("layout", ["zip", "folder", "its parent", "val/<wnid>",
-                                    "val/<wnid> alone", "val/<wnid>/images", "Mac"])
+                                    "val/<wnid> alone", "val/<wnid>/images", "Windows"])
 def test_tiny_imagenet_of_every_layout(layout, tmp_path, capsys):
     content = tiny_imagenet_files()
     for file, wnid in {"val_0.JPEG": "n02", "val_1.JPEG": "n01"}.items():
@@ -396,11 +344,9 @@ def test_tiny_imagenet_of_every_layout(layout, tmp_path, capsys):
             content[f"{TOP}val/{place}/{file}"] = content.pop(f"{TOP}val/images/{file}")
     if "alone" in layout:
         del content[f"{TOP}val/val_annotations.txt"]
-    if layout == "Mac":
-        content |= {f"__MACOSX/{name}": b"" for name in content} | {f"{TOP}val/.DS_Store": b""}
-        for name in ("wnids.txt", "words.txt", "val/val_annotations.txt"):
-            lines = content[TOP + name].replace(b"\n", b"\r\n")
-            content[TOP + name] = b"\xef\xbb\xbf" + lines + b"\r\n\r\n"
+    if layout == "Windows":
+        content |= {name: b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n") + b"\r\n\r\n"
+                    for name, text in content.items() if name.endswith(".txt")}
     root = write_zip(tmp_path / "t.zip", content)
     if layout in ("folder", "its parent"):
         root = write_files(tmp_path, content) / (TOP if layout == "folder" else "")
@@ -409,22 +355,19 @@ def test_tiny_imagenet_of_every_layout(layout, tmp_path, capsys):
     assert train.images[:, 0, 0, 0].tolist() == [10, 20, 30] and train.labels.tolist() == [0, 1, 1]
     by_label = dict(zip(test.labels.tolist(), test.images[:, 0, 0, 0].tolist()))
     assert by_label == {1: 40, 0: 50} and test.ids == ["n01", "n02"]
-    if "alone" not in layout:
-        assert test.labels.tolist() == [1, 0]  # in the order of the list
+    assert "alone" in layout or test.labels.tolist() == [1, 0]  # in the order of the list
     assert "left out" not in capsys.readouterr().err
 
 VAL, LISTING = f"{TOP}val/", "val_annotations.txt"
 
 @pytest.mark.parametrize("change, split, named", [
     ({f"{TOP}train/n01/images/n01_0.JPEG": encoded(size=(12, 9))}, "train", "n01_0.JPEG"),
-    ({f"{TOP}train/n01/images/n01_1.JPEG": b"no image"}, "train", "n01_1.JPEG"),
     ({f"{TOP}train/n09/images/z.JPEG": encoded()}, "train", "'n09'"),
     ({f"{TOP}wnids.txt": None}, "train", "wnids.txt"),
     ({f"{VAL}images/val_0.JPEG": None, f"{VAL}n01/val_0.JPEG": encoded()}, "test", LISTING),
     ({f"{VAL}images/val_0.JPEG": None}, "test", LISTING),
     ({f"{VAL}{LISTING}": b"val_0.JPEG\tn02\t0\t0\t1\t1\n"}, "test", LISTING),
-    ({f"{VAL}{LISTING}": b"no columns\nhere\n"}, "test", LISTING),
-])
+    ({f"{VAL}{LISTING}": b"no columns\nhere\n"}, "test", LISTING)])
 def test_tiny_imagenet_refuses(change, split, named, tmp_path):
     content = {**tiny_imagenet_files(), **change}
     archive = write_zip(tmp_path / "t.zip", {k: v for k, v in content.items() if v is not None})
@@ -443,9 +386,7 @@ def shown(split):
 @pytest.mark.parametrize("dataset", ["imagenet", "folder"])
 @pytest.mark.parametrize("test, line", [
     (["b", "c"], "val has no image of 1 of the 3 classes of train/: a"),
-    (["B", "c_"], "val: 2 classes are spelled otherwise: B for b"),
-    (["a", "b", "c"], ""),
-])
+    (["B", "c_"], "val: 2 classes are spelled otherwise: B for b"), (["a", "b", "c"], "")])
 def test_image_folders_gives_test_images_trains_labels(dataset, test, line, tmp_path, capsys):
     class_pictures(tmp_path / "train", ["c", "a", "b"])
     class_pictures(tmp_path / "val", test)
@@ -457,47 +398,37 @@ def test_image_folders_gives_test_images_trains_labels(dataset, test, line, tmp_
     said = capsys.readouterr().err
     assert f"{tmp_path}/{line}" in said if line else "val" not in said
 
-@pytest.mark.parametrize("test, named", [
-    (["a", "d"], "'d'"), (["1", "2", "3"], "'1'"), (["a", "A"], "'A'")])
-def test_image_folders_refuses_what_has_no_certain_class(test, named, tmp_path):
+@pytest.mark.parametrize("test", [["a", "d"], ["1", "2", "3"], ["a", "A"]])
+def test_image_folders_refuses_what_has_no_certain_class(test, tmp_path):
     class_pictures(tmp_path / "train", ["a", "b", "c"])
     class_pictures(tmp_path / "val", test)
-    message = refused(data.load_dataset, "folder", tmp_path, "test")
-    assert f"{tmp_path}/val" in message and named in message
+    assert f"{tmp_path}/val" in refused(data.load_dataset, "folder", tmp_path, "test")
 
-def test_image_folders_says_which_of_val_and_test_it_takes(tmp_path, capsys):
-    class_pictures(tmp_path / "train", ["a"])
-    class_pictures(tmp_path / "test", ["a"], n=3)
-    assert len(data.load_dataset("folder", tmp_path, "test").labels) == 3
-    class_pictures(tmp_path / "val", ["a"])
-    assert len(data.load_dataset("folder", tmp_path, "test").labels) == 2
-    assert "val/ is the test split" in capsys.readouterr().err
-
-def test_image_folders_without_train_has_vals_classes_and_says_so(tmp_path, capsys):
+def test_image_folders_says_which_split_it_takes_for_which(tmp_path, capsys):
+    class_pictures(tmp_path / "test", ["b", "a"], n=3)
+    split = data.load_dataset("folder", tmp_path, "test")
+    assert len(split.labels) == 6 and split.class_names == ["a", "b"]
+    assert "has no train/: the classes are those of test/" in capsys.readouterr().err
     class_pictures(tmp_path / "val", ["b", "a"])
-    assert data.load_dataset("imagenet", tmp_path, "test").class_names == ["a", "b"]
-    assert "has no train/: the classes are those of val/" in capsys.readouterr().err
+    assert len(data.load_dataset("folder", tmp_path, "test").labels) == 4
+    assert "val/ is the test split" in capsys.readouterr().err
     assert str(tmp_path / "train") in refused(data.load_dataset, "imagenet", tmp_path, "train")
     for root in (tmp_path / "absent", tmp_path / "val/a/0.png"):
         assert str(root) in refused(data.load_dataset, "folder", root, "train")
 
 def test_image_folders_names_classes(tmp_path):
-    image_folder(tmp_path)
-    split = data.load_dataset("imagenet", tmp_path, "train")
+    split = data.load_dataset("imagenet", image_folder(tmp_path), "train")
     assert split.class_names == ["tench, Tinca", "goldfish"] and split.ids == ["n01", "n02"]
     assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
     (tmp_path / "words.txt").write_text("n01\ttench\n")
     assert data.load_dataset("imagenet", tmp_path, "test").class_names == ["tench", "n02"]
 
 def test_image_folders_of_imagenet_have_names_that_prompts_tell_apart(tmp_path):
-    """torchvision's names, of which two are the same, with the byte tokenizer."""
-    meta = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
-    ids = [f"n9{k:07d}" for k in range(1000)]
-    for k, id in ((134, "n02012849"), (517, "n03126707"), (264, "n02113186")):
-        ids[k] = id  # their places among the thousand
-    class_pictures(tmp_path / "train", ["n02012849", "n03126707", "n02113186", ids[474]])
-    lines = "".join(f"{id}\t{name}\n" for id, name in zip(ids, meta))
-    (tmp_path / "words.txt").write_text(lines)
+    """torchvision's, which are the same, with the byte tokenizer."""
+    words = {"n02012849": "crane", "n03126707": "crane",
+             "n02113186": "Cardigan", "n02963159": "cardigan"}
+    class_pictures(tmp_path / "train", words)
+    (tmp_path / "words.txt").write_text("".join(f"{id}\t{words[id]}\n" for id in words))
     split = data.load_dataset("imagenet", tmp_path, "train")
     names = clip_model.prompt_names(split.class_names, clip_model.Tokenizer())
     assert len({name.lower() for name in names}) == 4
