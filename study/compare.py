@@ -11,10 +11,9 @@ import functools
 import json
 import math
 import sys
+import torch
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

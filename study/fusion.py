@@ -11,9 +11,8 @@ temperature 1. RUN/fusion.json keeps what is printed; study/plot.py draws it.
 import dataclasses
 import math
 import sys
-from pathlib import Path
-
 import torch
+from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -142,7 +141,7 @@ def analyse(config):
     names = student.classes().float().cpu()                                        # (K, D)
     groups = superclasses(config.dataset, test.ids, test.class_ids,
                           Path(config.data_dir) / "wordnet.is_a.txt")
-    table = fusion_table(logits["teacher"], student.clip_targets("test", test), test.labels,
+    table = fusion_table(logits["teacher"], student.clip_logits("test", test), test.labels,
                          student.alpha, names @ names.T, groups,
                          torch.Generator().manual_seed(config.seed))
     table = {"weights": student.about["weights"], "clip_scale": student.clip_scale, **table}

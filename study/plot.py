@@ -10,10 +10,9 @@ import importlib.util
 import io
 import math
 import sys
-from pathlib import Path
-
 import torch
 import torchvision
+from pathlib import Path
 from PIL import Image
 
 if __name__ == "__main__":
@@ -21,6 +20,7 @@ if __name__ == "__main__":
 
 import data
 import evaluate
+import metrics
 from support import command, files
 
 def draw(config):
@@ -67,12 +67,13 @@ def pictures(sets, fusion, title):
 
 def reliability(axes, sets):
     table = sets["test"]["student"]["calibration"]
+    bound = {metrics.LEAST_TEMPERATURE: "≤", metrics.MOST_TEMPERATURE: "≥"}  # the best is beyond
+    T = f"{table['temperature']:.3g}"
     axes.plot([0, 100], [0, 100], color="0.7", label="calibrated")
     for part, style, shade, label in (("before", "o-", "k", "T = 1"),
-                                      ("after", "s--", "0.5", f"T = {table['temperature']:.3g}")):
-        bins = table[part]["bins"]
-        points = [(100 * confidence, 100 * accuracy) for confidence, accuracy, count
-                  in zip(bins["confidence"], bins["accuracy"], bins["count"]) if count]
+                                      ("after", "s--", "0.5", f"T {bound.get(float(T), '=')} {T}")):
+        points = [(100 * confidence, 100 * accuracy)
+                  for confidence, accuracy, count in zip(*table[part]["bins"]) if count]
         axes.plot(*zip(*points), style, color=shade,
                   label=f"{label}: ECE {table[part]['ece']:.1f} %, NLL {table[part]['nll']:.2f}")
     axes.set(xlabel="confidence, % (mean of a bin)", ylabel="accuracy, %", xlim=(0, 100),
