@@ -1,12 +1,11 @@
 """Fixtures that several test files use."""
 
+import clip_model
 import os
-from pathlib import Path
-
 import pytest
 import torch
-
-import clip_model
+from helpers import BYTES_CLIP
+from pathlib import Path
 from support import files, shapes
 
 torch.set_num_threads(1)  # of small tensors one thread is as fast as two, and gives the same bits
@@ -29,7 +28,7 @@ def shared():
 def clip_file(tmp_path_factory):
     """The path of a byte-level CLIP of random weights: 16x16 patches of 32x32 images, width 64."""
     torch.manual_seed(0)
-    clip = clip_model.CLIP(32, 32, 1, 64, 16, 64, 514, 64, 1, 1)
+    clip = clip_model.CLIP(*BYTES_CLIP)
     path = tmp_path_factory.mktemp("clip") / "clip.pt"
     files.save(path, {"model": clip.state_dict()})
     return str(path)

@@ -143,6 +143,7 @@ SMALL_CLIPS = {  # CLIP's arguments: embedding, resolution, image tower, context
     "vit": (32, 32, 2, 128, 8, 12, 514, 128, 2, 2),
     "resnet": (32, 64, (1, 2, 1, 1), 16, None, 12, 514, 128, 2, 2),
 }
+BYTES_CLIP = (32, 32, 1, 64, 16, 64, 514, 64, 1, 1)  # of 64 tokens: for whole prompts in bytes
 
 def noise(shape, seed):
     """Reproducible numbers in (-1/2, 1/2) from integer arithmetic, the same everywhere."""

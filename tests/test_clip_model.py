@@ -264,13 +264,12 @@ def test_load_templates(tmp_path):
 @pytest.mark.parametrize("names, expected", [
     (["aquarium_fish", "goldfish, Carassius auratus", " T-shirt ", ", ,_,x", "_"],
      ["aquarium fish", "goldfish", "T-shirt", "x", "_"]),
-    (["missile, rocket", "projectile, missile"], ["missile", "projectile"]),
     (["bank, river bank", "bank, savings bank"], ["river bank", "savings bank"]),
     (["Crane, x", "crane,  x, hoist", "x"], ["Crane", "hoist", "x"]),
     (["missile", "projectile, missile"], ["missile", "projectile"])])
 def test_prompt_names_are_distinct(names, expected):
-    assert clip_model.prompt_names(names, Tokenizer()) == expected
-    assert clip_model.prompt_names(expected, Tokenizer()) == expected
+    for given in (names, expected):
+        assert clip_model.prompt_names(given, Tokenizer()) == expected
 
 @pytest.mark.parametrize("names, said", [
     (["crane", "Crane_", "dog"], ": crane, Crane;"),
@@ -300,12 +299,12 @@ def test_prompt_names_of_imagenet_make_different_prompts(vocabulary, request):
 def test_class_features_are_unit_prompts():
     clip, seen = build_clip(small_clip_state("vit")), []
     found = clip_model.class_features(clip, Tokenizer(), ["a_b, c", "xy"], ["{}", "a {}!", "{} {}"],
-                           batch_size=4, progress=lambda done, total: seen.append((done, total)))
+                                      batch_size=4, progress=lambda *done: seen.append(done[0]))
     texts = ["a b", "a a b!", "a b a b", "xy", "a xy!", "xy xy"]
     with torch.no_grad():
         expected = F.normalize(clip.encode_text(Tokenizer()(texts, 12)), dim=1)
     assert found.shape == (2, 3, 32) and torch.allclose(found.flatten(0, 1), expected, atol=1e-6)
-    assert seen == [(4, 6), (6, 6)] and not found.requires_grad
+    assert seen == [4, 6] and not found.requires_grad
     with pytest.raises(ValueError, match="515 token ids"):
         clip_model.class_features(clip, Tokenizer([("a", "b")]), ["x"], ["{}"])
 

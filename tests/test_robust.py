@@ -5,30 +5,23 @@ import contextlib
 import errno
 import json
 import os
+import pytest
 import random
 import signal
 import stat
-import struct
 import sys
 import time
+import torch
 from pathlib import Path
 
-import pytest
-import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import clip_model  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
+from helpers import BYTES_CLIP, python, safetensors  # noqa: E402
 from support import checkpoints, command, files, runs, shapes  # noqa: E402
 
 SIZES = {"train": 100, "test": 25, "shift": 25}
-
-def tiny_clip(path):
-    torch.manual_seed(0)
-    clip = clip_model.CLIP(32, 32, 1, 64, 16, 64, 514, 64, 1, 1)
-    files.save(path, {"model": clip.state_dict()})
 
 def config(folder, **changes):
     """RichKD (L+F), two epochs of five steps, below a folder; its teacher is trained there, too."""
@@ -94,7 +87,8 @@ def main(folder):
     torch.set_num_threads(1)
     shapes.SIZES = SIZES
     draw, counts = random.Random(0), {}
-    tiny_clip(folder / "clip.pt")
+    torch.manual_seed(0)
+    files.save(folder / "clip.pt", {"model": clip_model.CLIP(*BYTES_CLIP).state_dict()})
     for name in ("whole", "times", "writes", "signals"):
         (folder / name).mkdir()
     began = time.time()
@@ -138,7 +132,6 @@ def main(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_run_killed_and_interrupted_ends_in_the_uninterrupted_ones_bits(tmp_path):
-    from helpers import python
     done = python(__file__, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
@@ -175,10 +168,8 @@ def mutated(content, draw):
         del content[i:]
     elif way == 1:
         del content[i : min(j, i + 64)]
-    elif way == 2:
-        content[i:i] = content[i:j][:4096]
-    elif way == 3:
-        content[i:i] = draw.randbytes(draw.randrange(1, 64))
+    elif way < 4:
+        content[i:i] = content[i:j][:4096] if way == 2 else draw.randbytes(draw.randrange(1, 64))
     else:
         for _ in range(draw.choice((1, 1, 2, 8, 64))):
             content[draw.randrange(len(content))] = draw.choice((0, 10, 255, draw.randrange(256)))
@@ -190,7 +181,7 @@ def test_readers_of_mutated_files_read_or_refuse_in_one_line(tmp_path, monkeypat
     monkeypatch.setattr(shapes, "SIZES", SIZES)
     torch.set_num_threads(1)
     draw = random.Random(0)
-    tiny_clip(tmp_path / "clip.pt")
+    files.save("clip.pt", {"model": clip_model.CLIP(*BYTES_CLIP).state_dict()})
     scratch = config(tmp_path, method="scratch", epochs=1, out="run")
     train.run(scratch)
     student = models.build_model("resnet8", 25)
@@ -198,10 +189,8 @@ def test_readers_of_mutated_files_read_or_refuse_in_one_line(tmp_path, monkeypat
              "criterion": train.richkd.RichKD(64, 0, 0, 100, logit_weight=0, feature_weight=0)}
     torch.save(checkpoints.read_own("run/student.pt", "")["model"], "legacy.pt",
                _use_new_zipfile_serialization=False)
-    header = json.dumps({"__metadata__": {"format": "pt"},
-                         "a.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
-                         "a.n": {"dtype": "I64", "shape": [], "data_offsets": [24, 32]}}).encode()
-    Path("a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
+    tensors = {"a.weight": torch.zeros(2, 3), "a.n": torch.tensor(0)}
+    Path("a.safetensors").write_bytes(safetensors(tensors))
     Path("prompts.txt").write_text("# no\na photo of a {}\nä sketch of a {}\n", encoding="utf-8")
     Path("bpe.txt").write_text("#version: 0.2\na b\nc d</w>\né f\n", encoding="utf-8")
     runs.cached("cached", {"a": 1}, lambda: torch.rand(40, 5))

@@ -1,22 +1,20 @@
 """runs.py: what two runs must not share, and what another place does not change."""
 
-import dataclasses
+import data
+import models
 import os
+import pytest
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-import pytest
 import torch
-from helpers import ROOT, WNIDS, class_folders, equal, small, weights
-from PIL import Image
-
-import data
-import models
 import train
+from dataclasses import replace as with_
+from helpers import ROOT, WNIDS, class_folders, equal, small, weights
+from pathlib import Path
+from PIL import Image
 from support import checkpoints, files, folders, runs
 
 # Identity -----------------------------------------------------------------------------------------
@@ -24,10 +22,10 @@ def some_split(**change):
     images = torch.arange(4 * 3 * 6 * 8).view(4, 3, 6, 8).to(torch.uint8)
     return data.Split(images, torch.tensor([0, 1, 1, 0]), ["cat", "dog"])._replace(**change)
 
-def stream_split(folder, n=6):
-    class_folders(folder, WNIDS[:2], n=n // 2, parts=["train"])
-    paths = sorted(map(str, Path(folder).rglob("*.png")))
-    return data.Split(data.Stream(paths), torch.arange(n) % 2, ["cat", "dog"])
+def stream_split(folder):
+    class_folders(folder, n=3, parts=["train"])
+    paths = sorted(map(str, folder.rglob("*.png")))
+    return data.Split(data.Stream(paths), torch.arange(6) % 2, ["cat", "dog"])
 
 def test_identity_of_tensors_tells_them_apart():
     images = some_split().images
@@ -69,8 +67,7 @@ def test_identity_of_a_stream_is_its_pictures(change, tmp_path):
         image.putpixel((16, 16), (255, 0, 0))
         image.save(first)
     after = runs.identity(split._replace(images=data.Stream(paths)))
-    assert (before == after) == (change == "moved")
-    assert bool(runs.difference(before, after)) == (change != "moved")
+    assert (before == after) == (change == "moved") == (not runs.difference(before, after))
 
 @pytest.mark.parametrize("suffix", folders.SUFFIXES)
 def test_digest_files_notices_a_pixel_in_a_picture_of_every_format(suffix, tmp_path):
@@ -91,12 +88,9 @@ def test_digest_files_of_names_that_are_no_utf8(tmp_path):
 def test_cached_is_made_once_and_anew_for_another_key_or_damage(tmp_path, capsys):
     made = []
 
-    def make():
-        made.append(1)
-        return torch.arange(6).view(3, 2).half(), torch.ones(3)
-
     def read(key):
-        numbers, ones = runs.cached(tmp_path / "deep/numbers", key, make)
+        numbers, ones = runs.cached(tmp_path / "deep/numbers", key, lambda: made.append(1) or (
+            torch.arange(6).view(3, 2).half(), torch.ones(3)))
         assert numbers.tolist() == [[0, 1], [2, 3], [4, 5]] and ones.tolist() == [1, 1, 1]
         return len(made)
 
@@ -152,8 +146,7 @@ def test_trained_teacher_is_the_same_by_whatever_names(place, clip_file):
     assert len(teacher_folders(place)) == 1
     student = checkpoints.read_own(place / "named/student.pt", "")
     assert student["class_names"] == ["tench", "goldfish"] and student["class_ids"] == WNIDS[:2]
-    asked = dataclasses.replace(named, method="richkd", clip=clip_file, num_negatives=16,
-                                out=str(place / "asked"))
+    asked = with_(named, method="richkd", clip=clip_file, num_negatives=9, out=str(place / "asked"))
     train.run(asked)
     (place / "names.txt").write_text("tench\nshark\n")
     train.run(named)  # finished: a run without CLIP depends on no names
@@ -165,24 +158,24 @@ def test_open_run_refuses_other_data(place, finished):
     whole = train.run(config)
     if not finished:
         (place / "run/summary.json").unlink()
-    assert f"{place}/run" in refused(dataclasses.replace(config, data_dir=str(place / "b")))
+    assert f"{place}/run" in refused(with_(config, data_dir=str(place / "b")))
     class_folders(place / "c", WNIDS[2:])
-    assert "n01484850" in refused(dataclasses.replace(config, data_dir=str(place / "c")))
+    assert "n01484850" in refused(with_(config, data_dir=str(place / "c")))
     class_folders(place / "d", n=6)
-    assert "12" in refused(dataclasses.replace(config, data_dir=str(place / "d")))
+    assert "12" in refused(with_(config, data_dir=str(place / "d")))
     # One picture of val/ is another one, of the same name and side.
     shutil.copytree(place / "a", place / "e")
     shutil.copy(place / "b/val" / WNIDS[0] / "0.png", place / "e/val" / WNIDS[0] / "0.png")
-    assert "test split" in refused(dataclasses.replace(config, data_dir=str(place / "e")))
+    assert "test split" in refused(with_(config, data_dir=str(place / "e")))
     shutil.copytree(place / "a", place / "moved")
-    again = train.run(dataclasses.replace(config, data_dir=str(place / "moved")))
+    again = train.run(with_(config, data_dir=str(place / "moved")))
     assert again["accuracies"] == whole["accuracies"]
-    anew = dataclasses.replace(config, data_dir=str(place / "b"), overwrite=True)
+    anew = with_(config, data_dir=str(place / "b"), overwrite=True)
     assert train.run(anew)["epochs"] == 2
     there = files.read_json(place / "run/config.json", "")["inputs"]["data"]["train"]
     assert there == runs.identity(data.load_dataset("imagenet", place / "b", "train"))
     shutil.move(place / "b", place / "gone")
-    assert f"{place}/b" in refused(dataclasses.replace(anew, overwrite=False))
+    assert f"{place}/b" in refused(with_(anew, overwrite=False))
 
 # Other files --------------------------------------------------------------------------------------
 @pytest.fixture
@@ -202,9 +195,9 @@ def test_open_run_refuses_other_files_of_the_same_name(rich, place):
     (place / "elsewhere").mkdir()
     for name in ("teacher.pt", "clip.pt", "prompts.txt"):
         shutil.copy(place / name, place / "elsewhere" / name)
-    elsewhere = dataclasses.replace(
-        rich, teacher_weights=(str(place / "elsewhere/teacher.pt"),),
-        clip=str(place / "elsewhere/clip.pt"), prompts=str(place / "elsewhere/prompts.txt"))
+    away = str(place / "elsewhere/")
+    elsewhere = with_(rich, teacher_weights=(f"{away}/teacher.pt",), clip=f"{away}/clip.pt",
+                      prompts=f"{away}/prompts.txt")
     summary = files.read_json(place / "run/summary.json", "")
     assert train.run(elsewhere) == summary
     with open(place / "prompts.txt", "a") as file:
@@ -214,23 +207,23 @@ def test_open_run_refuses_other_files_of_the_same_name(rich, place):
     with open(place / "prompts.txt", "a") as file:
         file.write("a sketch of a {}\n")
     assert "--prompts" in refused(rich)
-    assert "--prompts" in refused(dataclasses.replace(elsewhere, prompts=None))
+    assert "--prompts" in refused(with_(elsewhere, prompts=None))
     state = torch.load(place / "teacher.pt", weights_only=True)
     state["fc.bias"] += 1
     torch.save(state, place / "teacher.pt")
-    other = dataclasses.replace(elsewhere, teacher_weights=rich.teacher_weights)
+    other = with_(elsewhere, teacher_weights=rich.teacher_weights)
     assert f"--teacher-weights ('{place}/teacher.pt'" in refused(other)
     content = checkpoints.read_own(place / "clip.pt", "")["model"]
     content["logit_scale"] = content["logit_scale"] + 1
     files.save(place / "clip.pt", {"model": content})
-    other = dataclasses.replace(elsewhere, clip=rich.clip)
+    other = with_(elsewhere, clip=rich.clip)
     assert f"--clip {place}/clip.pt" in refused(other)
     (place / "bpe.txt").write_text("a b\n")
-    assert "--bpe" in refused(dataclasses.replace(elsewhere, bpe=str(place / "bpe.txt")))
+    assert "--bpe" in refused(with_(elsewhere, bpe=str(place / "bpe.txt")))
 
 def test_inputs_are_those_that_a_method_reads(rich):
     def names(**changes):
-        config = train.resolve(dataclasses.replace(rich, **changes))
+        config = train.resolve(with_(rich, **changes))
         return train.inputs(config, {})["files"].keys()
 
     assert names() == {"teacher_weights", "clip", "prompts", "bpe"}
@@ -238,7 +231,7 @@ def test_inputs_are_those_that_a_method_reads(rich):
     assert names(teacher_weights=None) == {"clip", "prompts", "bpe"}
     assert names(method="kd", prompts="missing", bpe="missing") == {"teacher_weights"}
     assert names(method="scratch", teacher_weights=("missing",)) == set()
-    tiny = train.resolve(dataclasses.replace(rich, clip="tiny"))
+    tiny = train.resolve(with_(rich, clip="tiny"))
     assert train.inputs(tiny, {})["files"]["clip"] == "tiny"
 
 # What a checkpoint says of itself -----------------------------------------------------------------
@@ -248,11 +241,11 @@ def test_load_teachers_compares_what_a_checkpoint_says_of_itself(place):
     config = small(place, teacher_weights=(str(student),))
     train.run(config)
     class_folders(place / "c", WNIDS[2:])
-    other = dataclasses.replace(config, data_dir=str(place / "c"), out=str(place / "c-run"))
+    other = with_(config, data_dir=str(place / "c"), out=str(place / "c-run"))
     assert str(student) in refused(other) and not (place / "c-run").exists()
     # In another order, too; and where a file has the names alone.
     about = checkpoints.read_own(student, "")
-    again = dataclasses.replace(config, overwrite=True)
+    again = with_(config, overwrite=True)
     files.save(student, {**about, "class_ids": about["class_ids"][::-1]})
     assert "'n01443537' there" in refused(again)
     del about["class_ids"]
@@ -271,23 +264,16 @@ def test_load_teachers_compares_what_a_checkpoint_says_of_itself(place):
 
 # What is refused leaves nothing behind ------------------------------------------------------------
 @pytest.mark.parametrize("changes, named", [
-    ({"data_dir": "nowhere"}, "nowhere"),
+    ({"data_dir": "nowhere"}, "nowhere"), ({"data_dir": "one"}, "one: 1 training images"),
     ({"teacher_weights": ("missing.pth",)}, "missing.pth"),
     ({"teacher_weights": ("resnet14.pt",)}, "resnet14.pt does not fit resnet8"),
-    ({"prompts": "missing.txt"}, "missing.txt"),
-    ({"prompts": "empty.txt"}, "empty.txt"),
-    ({"bpe": "missing.gz"}, "missing.gz"),
-    ({"clip": "missing.pt"}, "missing.pt"),
-    ({"clip": "resnet14.pt"}, "resnet14.pt"),
-    ({"class_names": "missing.txt"}, "missing.txt"),
-    ({"class_names": "empty.txt"}, "empty.txt"),
-    ({"student": "resnet9"}, "resnet9"),
-    ({"holdout": 0.01}, "0.99"),
+    ({"prompts": "missing.txt"}, "missing.txt"), ({"prompts": "empty.txt"}, "empty.txt"),
+    ({"bpe": "missing.gz"}, "missing.gz"), ({"clip": "missing.pt"}, "missing.pt"),
+    ({"clip": "resnet14.pt"}, "resnet14.pt"), ({"class_names": "missing.txt"}, "missing.txt"),
+    ({"class_names": "empty.txt"}, "empty.txt"), ({"student": "resnet9"}, "resnet9"),
+    ({"holdout": 0.01}, "0.99"), ({"out": "empty.txt/run"}, "empty.txt"),
     ({"ce_weight": 0.0, "logit_weight": 0.0, "feature_weight": 0.0}, "--feature-weight"),
-    ({"out": "empty.txt/run"}, "empty.txt"),
-    ({"data_dir": "one"}, "one: 1 training images"),
-    ({"device": "gpu"}, "--device gpu"),
-])
+    ({"device": "gpu"}, "--device gpu")])
 def test_begin_run_is_after_all_that_can_be_refused(place, clip_file, monkeypatch, changes, named):
     """No run folder, and with --overwrite nothing of the run that is there is lost."""
     monkeypatch.chdir(place)
@@ -302,7 +288,7 @@ def test_begin_run_is_after_all_that_can_be_refused(place, clip_file, monkeypatc
     Path("run").mkdir()
     for name in ("config.json", "last.pt", "student.pt", "summary.json", "log.csv"):
         Path("run", name).write_text("precious")
-    assert named in refused(dataclasses.replace(wrong, overwrite=True))
+    assert named in refused(with_(wrong, overwrite=True))
     assert {path.read_text() for path in Path("run").iterdir()} == {"precious"}
 
 def test_open_run_names_the_folder_and_leaves_what_is_no_run(place):
@@ -318,14 +304,12 @@ def test_restore_of_a_damaged_checkpoint_or_config_names_it(place):
     config = small(place, method="scratch")
     train.run(config)
     (place / "run/summary.json").unlink()
-    last = (place / "run/last.pt").read_bytes()
-    (place / "run/last.pt").write_bytes(last[:1000])
-    with pytest.raises(files.Damaged, match="run/last.pt"):
-        train.run(config)
-    (place / "run/last.pt").write_bytes(last)
-    (place / "run/config.json").write_text("{")
-    with pytest.raises(files.Damaged, match="run/config.json"):
-        train.run(config)
+    for name, damage in (("last.pt", b"PK"), ("config.json", b"{")):
+        whole = (place / "run" / name).read_bytes()
+        (place / "run" / name).write_bytes(damage)
+        with pytest.raises(files.Damaged, match=f"run/{name}"):
+            train.run(config)
+        (place / "run" / name).write_bytes(whole)
 
 # Signals ------------------------------------------------------------------------------------------
 def stream_command(place, out):
