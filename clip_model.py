@@ -26,7 +26,6 @@ from torch import nn
 class Attention(nn.Module):
     """Multi-head self-attention with the parameters of nn.MultiheadAttention. Causal: a position
     sees itself and those before it. Heads are 64 wide, as OpenAI's, where no number is given."""
-
     def __init__(self, width, heads, causal):
         super().__init__()
         if width % (heads or 64):
@@ -100,7 +99,6 @@ class VisionTransformer(nn.Module):
 # Image tower: ModifiedResNet ----------------------------------------------------------------------
 class Bottleneck(nn.Module):
     """A ResNet's, but an average pooling, not a stride, makes the image smaller."""
-
     def __init__(self, channels, planes, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, planes, 1, bias=False)
@@ -124,7 +122,6 @@ class Bottleneck(nn.Module):
 
 class AttentionPool(nn.Module):
     """One attention layer, of heads 64 wide, whose only query is the mean of the positions."""
-
     def __init__(self, side, width, embed_dim):
         super().__init__()
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side**2 + 1, width))
@@ -175,7 +172,6 @@ class CLIP(nn.Module):
     """Image and text towers, with OpenAI's names and initialisation. vision_layers: a number of
     blocks (ViT), or four (ModifiedResNet, patch size None). Heads are 64 wide where their number is
     None, but see GIANTS. `logit_scale` is the natural logarithm of the factor on the cosines."""
-
     def __init__(self, embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size,
                  context_length, vocab_size, transformer_width, transformer_heads,
                  transformer_layers, vision_heads=None, activation="quickgelu"):
@@ -277,12 +273,10 @@ LETTERS = dict(zip(PRINTABLE + OTHERS, map(chr, PRINTABLE + list(range(256, 324)
 class Tokenizer:
     """CLIP's lower-case byte-pair encoding. Ids are OpenAI's: 256 bytes, these at a word's end, the
     merges (left, right) in order of priority, start and end: without merges, 514.
-
     >>> Tokenizer()(["ab", "a b"], 5)
     tensor([[512,  64, 321, 513,   0],
             [512, 320, 321, 513,   0]])
     """
-
     def __init__(self, merges=()):
         letters, merges = list(LETTERS.values()), list(merges)
         tokens = letters + [letter + "</w>" for letter in letters] + list(map("".join, merges))
@@ -343,7 +337,6 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
     """RGB uint8 (B, 3, H, W), else ValueError, to normalised float32 (B, 3, resolution, resolution)
     on the same device, as CLIP does: the shorter side is resized, the centre cropped.
-
     >>> preprocess(torch.zeros(2, 3, 32, 48, dtype=torch.uint8), 224).shape
     torch.Size([2, 3, 224, 224])
     """
@@ -397,9 +390,10 @@ def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
     return found
 
 @torch.no_grad()
-def class_features(clip, tokenizer, class_names, templates, batch_size=256, progress=None):
+def class_features(clip, tokenizer, class_names, templates, batch_size=256,
+                   progress=lambda done: None):
     """Text features (K, M, D), float32, each of unit length, of K class names in M templates.
-    progress(done, total) follows each batch of prompts. Raises ValueError for a prompt that is too
+    progress(prompts done) follows each batch of them. Raises ValueError for a prompt that is too
     long and for another CLIP's tokenizer."""
     if tokenizer.vocab_size != clip.vocab_size:
         raise ValueError(f"{tokenizer.vocab_size} token ids, CLIP has {clip.vocab_size}: other BPE")
@@ -409,6 +403,5 @@ def class_features(clip, tokenizer, class_names, templates, batch_size=256, prog
     features = []
     for batch in tokens.split(batch_size):
         features.append(F.normalize(clip.encode_text(batch).float(), dim=1))
-        if progress:
-            progress(sum(map(len, features)), len(tokens))
+        progress(sum(map(len, features)))
     return torch.cat(features).view(len(class_names), len(templates), -1)

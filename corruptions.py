@@ -320,7 +320,6 @@ COMMON = {f.__name__: f for f in (  # the benchmark's fifteen, in its order
 
 def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
     """Corrupts images, uint8 (N, 3, H, W) to the same; name: one of COMMON, severity: 1-5.
-
     >>> images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
     >>> corrupt(images, "fog", severity=3, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3, 32, 32])

@@ -130,7 +130,7 @@ def resize(images, size):
                           for block in images.split(1000)])  # blocks bound the memory
     if size == images.size:
         return images
-    resize_to = round(size * images.resize_to / images.size)
+    resize_to = round(size * (images.resize_to or images.size) / images.size)
     return dataclasses.replace(images, size=size, resize_to=resize_to)
 
 def clip_images(images, resolution):
@@ -307,7 +307,7 @@ def cifar_pictures(name, root, cache_dir):
     """A split of CIFAR as pictures in a folder: [superclass/]<class>/*."""
     listing, known = folders.by_class(root, part=-2), CIFAR_CLASSES[name]
     matched = folders.match_classes(listing, known, known, root)
-    folders.say_absent(matched, known, root, name)
+    folders.say_absent(matched.values(), known, root, name)
     paths, labels = folders.labelled(listing, matched)
     images = decoded(Stream(paths, 32, None), cache_dir, cores())
     return Split(images, torch.tensor(labels), list(known))
@@ -329,7 +329,7 @@ def tiny_imagenet(root, split, cache_dir):
     if (where / "val_annotations.txt").is_file():
         class_of = annotated(class_of, where / "val_annotations.txt")
     matched = folders.match_classes(dict.fromkeys(class_of.values()), wnids, wnids, where)
-    folders.say_absent(matched, wnids, where, "wnids.txt")
+    folders.say_absent(matched.values(), wnids, where, "wnids.txt")
     paths, labels = list(class_of), [matched[wnid] for wnid in class_of.values()]
     size = folders.open_image(paths[0]).width
     images = decoded(Stream(paths, size, None), cache_dir, cores())
@@ -363,7 +363,7 @@ def image_folders(root, split, size, resize_to):
     # A further synonym is for `clip_model.prompt_names`, where the first one is another's, too.
     names = [", ".join([words.get(id, id), *folders.SYNONYMS.get(id, ())]) for id in ids]
     matched = folders.match_classes(listing, ids, names, folder)
-    folders.say_absent(matched, ids, folder, "train/")
+    folders.say_absent(matched.values(), ids, folder, "train/")
     paths, labels = folders.labelled(listing, matched)
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 

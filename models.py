@@ -32,7 +32,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 # Parts that several networks share ----------------------------------------------------------------
 class Head(nn.Linear):
     """The last layer of every network: returns `(logits (B, K), features (B, C))`."""
-
     def forward(self, features):
         return super().forward(features), features
 
@@ -89,7 +88,6 @@ def init_head(model, std=None):
 # ResNet -------------------------------------------------------------------------------------------
 class ZeroPadShortcut(nn.Module):
     """He's option A: subsample, and fill the new channels, half on either side, with zeros."""
-
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
         self.stride, self.new = stride, out_channels - in_channels
@@ -138,7 +136,6 @@ def resnet(block, widths, counts, head, num_classes):
 # WideResNet ---------------------------------------------------------------------------------------
 class WideBlock(nn.Module):
     """BatchNorm and ReLU stand before the convolutions, also before a shortcut that widens."""
-
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
@@ -164,7 +161,6 @@ def wrn(depth, widen, num_classes):
 # VGG ----------------------------------------------------------------------------------------------
 class PoolAt64(nn.Module):
     """The fourth max-pooling, in the public code for images of 64x64 only: here maps of 8x8."""
-
     def forward(self, x):
         return F.max_pool2d(x, 2) if x.shape[-2] == 8 else x
 
@@ -185,7 +181,6 @@ def vgg(counts, num_classes):
 # MobileNet ----------------------------------------------------------------------------------------
 class InvertedResidual(nn.Module):
     """Widen by `expansion`, filter each channel alone, narrow again without an activation."""
-
     def __init__(self, expansion, in_channels, out_channels, stride):
         super().__init__()
         mid = in_channels * expansion
@@ -232,7 +227,6 @@ def shuffle(x, groups):
 
 class ShuffleV1Block(nn.Module):
     """1x1 in groups, shuffle, 3x3 per channel, 1x1 in groups; stride 2 stacks the pooled input."""
-
     def __init__(self, in_channels, out_channels, stride, groups=3):
         super().__init__()
         new = out_channels - in_channels if stride == 2 else out_channels
@@ -254,7 +248,6 @@ class ShuffleV1Block(nn.Module):
 class ShuffleV2Block(nn.Module):
     """Half of the channels pass through (at stride 2: all of them, through two convolutions), the
     others through three; then both halves are shuffled. ReLU follows the 1x1 convolutions only."""
-
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
         half = out_channels // 2

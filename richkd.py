@@ -46,7 +46,6 @@ def alike(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def ensemble_text_features(text_features: torch.Tensor) -> torch.Tensor:
     """Equation (1): the text feature of each class, unit length. (K, M, D) -> (K, D).
     The paper's multi-prompt guidance; Radford et al. (CLIP), arXiv 2103.00020, section 3.1.4.
-
     >>> ensemble_text_features(torch.tensor([[[3.0, 0.0], [0.0, 0.5]]]))
     tensor([[0.7071, 0.7071]])
     """
@@ -55,7 +54,6 @@ def ensemble_text_features(text_features: torch.Tensor) -> torch.Tensor:
 def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
                      scale: float) -> torch.Tensor:
     """Equation (2): CLIP's logits, scale * cosine. (B, D), (K, D) -> (B, K).
-
     >>> zero_shot_logits(torch.tensor([[0.0, 9.0]]), torch.tensor([[5.0, 0.0], [0.0, 5.0]]), 100)
     tensor([[  0., 100.]])
     """
@@ -64,7 +62,6 @@ def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
 
 def fuse_teachers(logits: list[torch.Tensor], weights: list[float] | None = None) -> torch.Tensor:
     """Several conventional teachers as one: the mean of n logits (B, K), by n weights of any sum.
-
     >>> fuse_teachers([torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0, -2.0]])], [3, 1])
     tensor([[2., 1.]])
     """
@@ -82,7 +79,6 @@ def mix(teacher: torch.Tensor | None, clip: torch.Tensor | None, weight: float) 
 def fuse_logits(teacher_logits: torch.Tensor, clip_logits: torch.Tensor,
                 alpha: float = 0.7) -> torch.Tensor:
     """Equation (3): alpha * teacher + (1 - alpha) * CLIP. (B, K), (B, K) -> (B, K).
-
     >>> fuse_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[11.0, -8.0]]), alpha=0.7)
     tensor([[ 4.0000, -1.0000]])
     """
@@ -90,7 +86,6 @@ def fuse_logits(teacher_logits: torch.Tensor, clip_logits: torch.Tensor,
 
 def fuse_features(teacher: torch.Tensor, clip: torch.Tensor, lam: float = 0.7) -> torch.Tensor:
     """Equation (4): lam * teacher + (1 - lam) * CLIP, unit length. (B, d), (B, d) -> (B, d).
-
     >>> fuse_features(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), lam=0.5)
     tensor([[0.7071, 0.7071]])
     """
@@ -98,7 +93,6 @@ def fuse_features(teacher: torch.Tensor, clip: torch.Tensor, lam: float = 0.7) -
 
 class Embed(torch.nn.Module):
     """The map g of equation (4): linear, then unit length. (B, in_features) -> (B, d)."""
-
     def __init__(self, in_features: int, d: int = 128):
         super().__init__()
         self.linear = torch.nn.Linear(in_features, d)
@@ -111,7 +105,6 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
             temperature: float = 3.0) -> torch.Tensor:
     """Equation (5): T^2 KL(teacher || student), batch mean. Logits (B, K) -> ().
     Hinton et al., arXiv 1503.02531, section 2; its T^2 keeps the scale of the gradient.
-
     >>> round(kd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), temperature=1.0).item(), 4)
     0.3278
     """
@@ -122,7 +115,6 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
 def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
     """Equation (8): (z - mean z) / (1e-7 + std z) by rows, std the unbiased one. (B, K) -> (B, K).
     Sun et al., CVPR 2024: student's and teacher's logits, before the softmax.
-
     >>> standardize_logits(torch.tensor([[1.0, 3.0]]))
     tensor([[-0.7071,  0.7071]])
     """
@@ -135,7 +127,6 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target:
 
     b = (p_y, 1 - p_y), q = p without y, of sum 1; alpha: DKD's. Logits (B, K), target (B,) -> ().
     Zhao et al., CVPR 2022, equation 7; mdistiller's defaults (it ramps the weight up at first).
-
     >>> student, teacher = torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])
     >>> round(dkd_loss(student, teacher, target=torch.tensor([0])).item(), 3)
     1.248
@@ -159,7 +150,6 @@ def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
     sum_T  T^2 KL(p || q)  +  |p p^t - q q^t|^2 / B   +  |p^t p - q^t q|^2 / K     ^t: transposed
            batch mean         between images, (B, B)     between classes, (K, K)
     Jin et al., CVPR 2023; its public code's temperatures and norms, one view, no confidence masks.
-
     >>> round(mlkd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])).item(), 4)
     2.5195
     """
@@ -180,7 +170,6 @@ def scores(v: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, negatives: 
     """v . r / tau with the images' own rows r of the bank, (..., B), and with drawn ones,
     (..., B, J). v (..., B, d), bank (..., N, d), where `...` is nothing for one v and 2 for both;
     index (B,) int64, negatives (J,) for the whole batch or (B, J), both from 0 to N - 1.
-
     >>> scores(torch.eye(3)[:1], torch.eye(3), torch.tensor([0]), torch.tensor([1, 0]), tau=0.5)
     (tensor([2.]), tensor([[0., 2.]]))
     """
@@ -206,7 +195,6 @@ def nce_loss(own: torch.Tensor, drawn: torch.Tensor, Z: torch.Tensor, N: int,
     - log [P+ / (P+ + c)] = softplus(log Zc - s),  - log [c / (P_j + c)] = softplus(s_j - log Zc).
     Tian et al., "Contrastive Representation Distillation", ICLR 2020, eq. 18; RepDistiller
     `crd/criterion.py`. same: see `sum_kept`; the negatives that are kept stand for all J.
-
     >>> own, drawn = torch.tensor([2.0]), torch.tensor([[0.0, 1.0]])
     >>> round(nce_loss(own, drawn, Z=torch.tensor(2.0), N=4).item(), 4)
     2.1333
@@ -235,7 +223,6 @@ class ContrastiveMemory(torch.nn.Module):
     own class; RepDistiller draws J of the other classes instead, without replacement. `seed` draws
     the first banks. Ranks of torch.distributed update with the rows of all, so banks stay equal.
     """
-
     def __init__(self, num_images, d=128, num_negatives=16384, temperature=0.07, momentum=0.5, *,
                  labels=None, negatives="shared", seed=0):
         super().__init__()
@@ -302,7 +289,6 @@ class RichKD(torch.nn.Module):
     logit_loss: "kd", "dkd", "mlkd" (with its own temperatures); standardize: equation (8); all from
     d on: see `ContrastiveMemory`. The parameters are the maps g: give them to the optimiser.
     """
-
     def __init__(self, student_features, teacher_features, clip_features, num_images, *, alpha=0.7,
                  lam=0.7, temperature=3.0, ce_weight=1.0, logit_weight=3.0, feature_weight=0.8,
                  logit_loss="kd", standardize=False, d=128, num_negatives=16384,

@@ -5,10 +5,8 @@
     python train.py --dataset cifar100 --teacher resnet110 --student resnet20    # as in the paper
 
 What a run needs and does not find (the teacher, the tiny CLIP, CLIP's targets) is made first, and
-cached. The run folder holds config.json, log.csv (a row an epoch), last.pt (to resume from),
-student.pt (for evaluate.py) and summary.json. The same command goes on with an unfinished run from
-its last finished epoch, however it ended, on a CPU to the same bits. Accuracies are top-1 in
-percent; the one reported is the last epoch's.
+cached. The same command goes on with an unfinished run from its last finished epoch, however it
+ended, on a CPU to the same bits. Accuracies are top-1 in percent, of the last epoch.
 """
 
 import clip_model
@@ -25,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from math import inf, isfinite
 from pathlib import Path
-from support import checkpoints, clip_files, command, files, folders, runs, shapes
+from support import clip_files, command, files, folders, runs, shapes
 from support.command import autocast, flag, rank, rank_zero_first, setting, world
 from typing import NamedTuple
 
@@ -74,7 +72,7 @@ class Config:
     class_names: str = setting(None, "a file of the names that CLIP is asked for, one a line")
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint")
     clip_activation: str = setting(None, "CLIP's, where its file does not tell; default: OpenAI's "
-                                   "quickgelu", choices=clip_files.ACTIVATIONS)
+                                   "quickgelu", choices=tuple(clip_model.ACTIVATIONS))
     bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded")
     prompts: str = setting(None, "templates, {} for the name; default: the twelve")
     clip_scale: float = setting(None, "scale of CLIP's cosines; default: exp(logit_scale)", above=0)
@@ -107,10 +105,9 @@ def for_size(name, image_size):
     """`resnet18` and `resnet50` as the zoo calls them: at more than 64 pixels ImageNet's networks,
     else those that papers on CIFAR call so."""
     other = {"resnet50": "resnet50_imagenet"} if image_size > 64 else {"resnet18": "resnet18_cifar"}
-    meant = other.get(name, name)
-    if meant != name:
-        files.note(f"{name} for images of {image_size} x {image_size} is {meant} here")
-    return meant
+    if name in other:
+        files.note(f"{name} for images of {image_size} x {image_size} is {other[name]} here")
+    return other.get(name, name)
 
 def resolve(config):
     """Fill in what depends on the data set and the method; the device becomes a torch.device.
@@ -160,7 +157,7 @@ def load_splits(config):
     splits = {"train": train}
     if config.holdout:
         splits["test"] = data.subset(train, kept, 1)
-        held = {k: k for k in splits["test"].labels.tolist()}
+        held = splits["test"].labels.tolist()
         folders.say_absent(held, train.ids, "--holdout", "the training images")
     else:
         splits["test"] = load_split(config, "test")
@@ -173,13 +170,6 @@ def load_splits(config):
         raise ValueError(f"{config.data_dir}: {N} training images; expected at least {least}")
     return splits
 
-def teacher_file(name, path):
-    """The file that `path` names, which may be the word imagenet: torchvision's, downloaded."""
-    if path != "imagenet":
-        return path
-    url, place, digest = models.imagenet_file(name)
-    return files.fetch([url], place, digest, "name it with --teacher-weights PATH")
-
 def inputs(config, splits):
     """What a run depends on beside its settings, as config.json has it: {"data": {split:
     `runs.identity`}, "files": {setting: digest of what it names}}, of a method without a teacher or
@@ -187,8 +177,9 @@ def inputs(config, splits):
     be read."""
     named = {}
     if config.teacher_weights:
-        paths = map(teacher_file, config.teacher, config.teacher_weights)
-        named["teacher_weights"] = [files.file_digest(path) for path in paths]
+        named["teacher_weights"] = [
+            models.imagenet_file(name)[2] if path == "imagenet" else files.file_digest(path)
+            for name, path in zip(config.teacher, config.teacher_weights)]
     if config.clip:
         named = {**named, "clip": config.clip, "bpe": clip_files.BPE_DIGEST,
                  "prompts": clip_model.load_templates(config.prompts or PROMPTS)}
@@ -204,7 +195,6 @@ def inputs(config, splits):
 class Teachers(torch.nn.Module):
     """Frozen conventional teachers as one: mean logits, concatenated features, float32. With amp
     their weights are bfloat16 once and for all: autocast would cast them at every step."""
-
     def __init__(self, teachers, amp):
         super().__init__()
         self.dtype = torch.bfloat16 if amp else torch.float32
@@ -225,19 +215,20 @@ def load_teachers(config, splits):
     split, teachers = splits["train"], []
     info = data.DATASETS[config.dataset]._replace(image_size=config.image_size)
     for name, given in zip(config.teacher, config.teacher_weights or [None] * len(config.teacher)):
-        path = teacher_file(name, given) if given else trained_teacher(config, name, splits)
-        size = runs.input_size(path, checkpoints.read_about(path), split, info)
+        path = given or trained_teacher(config, name, splits)
+        size = info.image_size if path == "imagenet" else runs.input_size(path, split, info)
         if size != config.image_size:
             raise ValueError(f"{path} reads images of {size} x {size}, here they are of "
                              f"{config.image_size}: --image-size {size}, or another teacher")
-        teachers.append(models.freeze(models.load_weights(name, path, len(split.class_names))))
+        load = functools.partial(models.load_weights, name, path, len(split.class_names))
+        teachers.append(models.freeze(rank_zero_first(load)))  # which may download it
     return Teachers(teachers, config.amp).to(config.device) if teachers else None
 
 def trained_teacher(config, name, splits):
     """The path of a teacher in the cache, trained first where there is none of these settings and
     training images: the same one for every student, method and seed."""
     shared = ("dataset", "data_dir", "image_size", "fraction", "holdout", "epochs", "batch_size",
-              "weight_decay", "amp", "no_graph", "device", "workers", "cache_dir")
+              "weight_decay", "amp", "deterministic", "no_graph", "device", "workers", "cache_dir")
     own = resolve(Config(method="scratch", student=name,
                          **{field: getattr(config, field) for field in shared}))
     images = runs.identity(splits["train"])
@@ -252,13 +243,12 @@ def trained_teacher(config, name, splits):
 def tiny_clip(config):
     """The tensors of the tiny CLIP that reads `shapes`, trained first where the cache has none."""
     def train():
-        line = files.Progress("tiny CLIP", 1000, "steps")
         with torch.random.fork_rng(devices=[]):  # its weights draw from the global generator
             torch.manual_seed(0)
             clip = clip_model.CLIP(**shapes.TINY_CLIP).to(config.device)
         shapes.train_tiny_clip(
             clip, clip_model.Tokenizer(), clip_model.preprocess, *shapes.render_captions(24000),
-            shapes.CAPTIONS, progress=lambda done, total: line.update(done))
+            shapes.CAPTIONS, progress=files.Progress("tiny CLIP", 1000, "steps").update)
         return {name: tensor.cpu() for name, tensor in clip.state_dict().items()}
 
     path = files.cache_folder(config.cache_dir) / "clip-tiny"
@@ -287,9 +277,8 @@ def class_embeddings(config, clip, tokenizer, class_names):
     """What CLIP's cosines are taken with: (K,D), the mean over the templates, equation (1)."""
     templates = clip_model.load_templates(config.prompts or PROMPTS)
     line = files.Progress("prompts", len(class_names) * len(templates), "prompts")
-    text = clip_model.class_features(clip, tokenizer, class_names, templates,       # (K,M,D)
-                                     progress=lambda done, total: line.update(done))
-    return richkd.ensemble_text_features(text)
+    text = clip_model.class_features(clip, tokenizer, class_names, templates, progress=line.update)
+    return richkd.ensemble_text_features(text)                                      # (K,M,D)
 
 @torch.inference_mode()
 def clip_view(clip, classes, images):
@@ -430,27 +419,30 @@ def train_epoch(run, step, epoch, progress):
                          config.workers, config.device)
     for steps, drawn in enumerate(batches, 1):
         means = step(drawn)
-        if steps % every == 0 or N - steps * config.batch_size < 2:  # last: of 1 image is no batch
+        if steps % every == 0:
             loss, accuracy = means[[0, -1]].tolist()
-            if not isfinite(loss) or not isfinite(run.sums[0]):
-                raise FloatingPointError(
-                    f"epoch {epoch + 1}, step {steps}: the loss is not finite; the run folder "
-                    f"keeps epoch {epoch}; a smaller --lr may help")
+            if not isfinite(loss):
+                break
             progress.update(epoch * N + min(N - 1, steps * config.batch_size),  # N: `fit`'s line
                             f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | accuracy "
                             f"{accuracy:.1f} %")
+    if not isfinite(run.sums[0]):
+        raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: the loss is not finite; epoch "
+                                 f"{epoch} is kept; a smaller --lr may help")
     if world() > 1:
         dist.all_reduce(run.sums)
     means = (run.sums / world() / steps).tolist()
     return dict(zip(["loss", *loss_parts(config), "train_accuracy"], means, strict=True))
 
 # Evaluation ---------------------------------------------------------------------------------------
-def classifier(model, mean, std, config):
-    """A network as a function from uint8 images (B,3,H,W) on the device to logits (B,K). mean and
-    std are those of the images, in 0..1, that it reads."""
+def classifier(model, config, size):
+    """A network as a function from uint8 images (B,3,H,W) on the device, which are brought to
+    `size`, to logits (B,K)."""
+    info = data.DATASETS[config.dataset]
+
     def logits(images):
         with autocast(config):
-            return model(data.to_input(images, mean, std))[0]
+            return model(data.to_input(data.resize(images, size), info.mean, info.std))[0]
     return logits
 
 @torch.inference_mode()
@@ -470,7 +462,7 @@ def accuracies(run, splits, targets):
     classifiers' size; without a teacher, or without CLIP's targets, what needs it is empty."""
     config, table = run.config, {"clip": {}, "teacher": {}, "fused": {}, "student": {}}
     networks = {"teacher": run.teachers, "student": run.student.eval()}
-    subjects = {who: classifier(network, run.mean, run.std, config)
+    subjects = {who: classifier(network, config, config.image_size)
                 for who, network in networks.items() if network}
     for name, split in splits.items():
         blocks = data.blocks(split.images, None, config.workers, config.device)
@@ -574,16 +566,13 @@ def summarize(config, log, table):
 
 def run(config):
     """Train, unless the run folder holds the finished run. -> the summary, a dict."""
-    given, config = config, command.join_ranks(resolve(config))
+    config = command.join_ranks(resolve(config))
     splits = rank_zero_first(lambda: load_splits(config))
     depends_on = rank_zero_first(lambda: inputs(config, splits))
     folder, summary = runs.open_run(config, depends_on)
     if summary:
         command.show(f"{folder} holds this run, finished; --overwrite trains anew")
         return summary
-    if given.lr is None and given.batch_size not in (None, RECIPES[config.dataset]["batch_size"]):
-        files.note(f"--batch-size {config.batch_size}: the learning rate is that of "
-                   f"{RECIPES[config.dataset]['batch_size']}; --lr sets another")
     return fit(config, folder, splits, depends_on)
 
 if __name__ == "__main__":

@@ -17,16 +17,14 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
-
 import torch
+from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import helpers  # noqa: E402
 import test_clip_model as tests  # noqa: E402
-
 from clip_model import CLIP, build_clip  # noqa: E402
 from support import clip_files  # noqa: E402
 

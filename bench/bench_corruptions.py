@@ -11,21 +11,19 @@ tests/golden_corruptions.json` writes the public code's numbers that test_corrup
 
 import argparse
 import json
+import numpy as np
 import sys
 import time
+import torch
 import zipfile
 from pathlib import Path
-
-import numpy as np
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from test_corruptions import COMMON, FIXED, PIXELS, picture, strength  # noqa: E402
-
 import corruptions  # noqa: E402
 from support import files  # noqa: E402
+from test_corruptions import COMMON, FIXED, PIXELS, picture, strength  # noqa: E402
 
 FILES = {32: "make_cifar_c.py", 64: "make_tinyimagenet_c.py", 224: "make_imagenet_c.py"}
 RENAMED = {

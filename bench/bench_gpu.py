@@ -16,10 +16,9 @@ import dataclasses
 import gc
 import sys
 import time
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import clip_model  # noqa: E402
@@ -114,7 +113,7 @@ def measure(teacher, student, method, amp, args):
     warm(floor, [inputs] * 5, device)
     row["floor"] = ms(floor, [inputs] * args.steps, device)
 
-    subjects = {"student": train.classifier(run.student, run.mean, run.std, config)}
+    subjects = {"student": train.classifier(run.student, config, 32)}
 
     def test(images):
         train.predict(subjects, data.blocks(images, None, 0, device))

@@ -7,9 +7,8 @@ Random images in float32: batches of 32 of 32x32, of 8 of 224x224 (on a GPU 16 t
 
 import argparse
 import sys
-from pathlib import Path
-
 import torch
+from pathlib import Path
 from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

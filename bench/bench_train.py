@@ -13,15 +13,14 @@ each bank; the losses are the same.
 """
 
 import argparse
+import numpy as np
 import statistics
 import sys
 import time
-from pathlib import Path
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
+from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -43,7 +43,6 @@ KNOWN = {
 class Unpickler(pickle.Unpickler):
     """`find_class` is the only way in which a pickle comes to anything outside itself; here nothing
     is imported."""
-
     def find_class(self, module, name):
         return KNOWN.get(f"{module}.{name}", Inert)
 

@@ -54,7 +54,6 @@ def sources(name):
                     for public, repository, revision, file, digest in MIRRORS
                     if name in (public, repository)]
 
-ACTIVATIONS = ("quickgelu", "gelu")
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
            "open_clip_pytorch_model.bin")  # of a folder as Hugging Face has it, in order of choice
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # of images

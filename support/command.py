@@ -1,13 +1,6 @@
-"""A script as a command: its settings, its command line, its errors, its device, its processes.
+"""A script as a command: settings, command line, errors; its device, CUDA graphs, its processes.
 
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        epochs: int = setting(30, "passes over the training images", within=(1, 10**6))
-
-    main(lambda: show(run(parse(Config, __doc__))))
-
-What a user can mend is one line on stderr and exit status 2. torchrun starts a process a GPU.
-"""
+What a user can mend is one line on stderr and exit status 2. torchrun starts a process a GPU."""
 
 import argparse
 import contextlib
@@ -148,7 +141,6 @@ class CudaGraph:
     overwritten by the next call. An argument of another shape, an epoch's last batch, is called.
 
     The function must neither read from the device nor copy to it; a replay runs no Python."""
-
     def __init__(self, function, plain_calls=3):
         self.function, self.plain_calls = function, plain_calls
         self.argument, self.graph = None, None

@@ -157,16 +157,10 @@ def verify(path, digest, advice):
     if not there.startswith(expected):
         raise Damaged(f"{path}: {algorithm} is {there}, expected {expected}; {advice}")
 
-def is_web_page(head):
-    """Whether what begins with these bytes is HTML, or XML, in which some servers refuse."""
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:9].lower()
-    return text.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error"))
-
 class Progress:
     """One line on stderr: what, how much of it, rate, time left. On a terminal it rewrites itself;
     elsewhere (in a log) the last one and those to keep are printed. `start` was done before and
     does not count into the rate."""
-
     def __init__(self, label, total, unit="images", start=0):
         self.label, self.total, self.unit, self.start, self.done = label, total, unit, start, start
         self.began, self.shown = time.time(), 0.0

@@ -165,9 +165,10 @@ def labelled(listing, matched):
     return ([path for paths in listing.values() for path in paths],
             [matched[name] for name, paths in listing.items() for _ in paths])
 
-def say_absent(matched, class_ids, where, other):
-    """One line about the classes of `other` that the listing `where` lacks, if it lacks any."""
-    absent = sorted(set(range(len(class_ids))) - set(matched.values()))
+def say_absent(present, class_ids, where, other):
+    """One line about the classes of `other` that `where` lacks, if any; present: numbers of those
+    that it has."""
+    absent = sorted(set(range(len(class_ids))) - set(present))
     if absent:
         some = ", ".join(class_ids[k] for k in absent[:5])
         files.note(f"{where} has no image of {len(absent)} of the {len(class_ids)} classes of "

@@ -60,14 +60,12 @@ def class_difference(there, here):
 def difference(there, here, names=True):
     """What two `identity` differ in, in words; None where they are the same. Without `names` these,
     which CLIP alone is asked for, are not compared."""
-    differ = class_difference(there["class_ids"], here["class_ids"])
-    if names and not differ:
-        differ = class_difference(there["class_names"], here["class_names"])
-    if there["images"] != here["images"] and not differ:
-        differ = f"{there['images']} images there, {here['images']} here"
-    if there["content"] != here["content"] and not differ:
-        differ = "other images or labels"
-    return differ
+    for what in ("class_ids", "class_names") if names else ("class_ids",):
+        if there[what] != here[what]:
+            return class_difference(there[what], here[what])
+    if there["images"] != here["images"]:
+        return f"{there['images']} images there, {here['images']} here"
+    return "other images or labels" if there["content"] != here["content"] else None
 
 def cached(path, key, make):
     """What make() returns, tensors in a tuple or a dict, kept in a file PATH-DIGEST.pt that is
@@ -87,10 +85,11 @@ def cached(path, key, make):
     files.save(path, {"key": digest, "content": make()})
     return torch.load(path, mmap=True, weights_only=True)["content"]
 
-def input_size(path, about, split, info):
-    """The side of the images that a checkpoint reads: what it says of itself, `about` (as
-    `checkpoints.read_about` has it), else that of `info`, a data set's. Raises ValueError where its
-    classes are not the split's, or its images' mean and std not info's."""
+def input_size(path, split, info):
+    """The side of the images that a checkpoint reads: what it says of itself, else that of `info`,
+    a data set's. Raises ValueError where its classes are not the split's, or its images' mean and
+    std not info's."""
+    about = checkpoints.read_about(path)
     with files.undamaged(path, "expected what train.py leaves"):
         there = list(about.get("class_ids") or about.get("class_names") or split.ids)
         here = list(split.ids if about.get("class_ids") else split.class_names)

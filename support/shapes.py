@@ -138,10 +138,10 @@ TINY_CLIP = {  # the arguments of clip_model.CLIP: 514 token ids are those of by
 VERSION = 1  # of the tiny CLIP: raised when its pictures, captions, sizes or training change
 
 def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, seed=0, steps=1000,
-                    batch_size=128, progress=None):
+                    batch_size=128, progress=lambda done: None):
     """Trains a small CLIP on pictures uint8 (N,3,H,W) and N phrases of two words, "red star", that
     templates make captions of. -> the same CLIP in eval mode, on its device. Tokenizer and
-    preprocess are clip_model's; progress(done, total) follows every step.
+    preprocess are clip_model's; progress(steps done) follows every step.
 
     Contrastive both ways (Radford 2021, section 2.3), but for two things. Captions of a step share
     their template and repeat, so a distinct one is encoded once and stands for all its images: no
@@ -180,6 +180,5 @@ def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, see
         optimizer.step()
         schedule.step()
         clip.logit_scale.data.clamp_(max=math.log(100))
-        if progress:
-            progress(step + 1, steps)
+        progress(step + 1)
     return clip.eval()

@@ -2,16 +2,14 @@
 
 import ast
 import dataclasses
+import evaluate
 import os
+import pytest
 import signal
 import socket
-
-import pytest
 import torch
-from helpers import ROOT, python
-
-import evaluate
 import train
+from helpers import ROOT, python
 from support import command
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",

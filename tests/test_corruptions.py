@@ -7,18 +7,16 @@ NumPy 2.4.6, ImageMagick 6.9.11-60. A key is "name severity size"; its values ar
 image where nothing is random, else `strength` over many.
 """
 
+import corruptions
 import json
 import math
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import seeded
-
-import corruptions
 from corruptions import COMMON
+from helpers import seeded
+from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The image decoding and encoding capabilities:DeprecationWarning")

@@ -4,13 +4,11 @@ import errno
 import hashlib
 import json
 import os
-import time
-from pathlib import Path
-
 import pytest
+import time
 import torch
 from helpers import refused, web_server
-
+from pathlib import Path
 from support import checkpoints, files
 from support.files import fetch, write_atomically
 
@@ -176,11 +174,6 @@ def test_fetch_leaves_a_file_with_another_digest(server, tmp_path):
     message = refused(fetch, [f"{server.url}/good/file"], path, DIGEST, "pass --bpe PATH")
     assert str(path) in message and "--bpe" in message
     assert path.read_bytes() == b"the user's own" and not server.asked
-
-def test_is_web_page():
-    for head in (b"\n<!DOCTYPE html><html>", b"\xef\xbb\xbf<HTML", b"<?xml version"):
-        assert files.is_web_page(head)
-    assert not any(files.is_web_page(head) for head in (b"PK\x03\x04", b"\x80\x02", b""))
 
 # What is said -------------------------------------------------------------------------------------
 def test_note_once_and_by_rank_0(capsys, monkeypatch):

@@ -1,10 +1,9 @@
 """The layout and what the texts say of it: what stands alone, which way imports run, links."""
 
 import ast
+import pytest
 import re
 import shutil
-
-import pytest
 from helpers import ROOT, python
 
 TEXTS = ["README.md", "CONTRIBUTING.md", "study/README.md", "bench/README.md"]

@@ -1,13 +1,11 @@
 """metrics.py against values by hand."""
 
+import corruptions
 import math
-
+import metrics
 import pytest
 import torch
 from helpers import seeded
-
-import corruptions
-import metrics
 
 def probabilities_as_logits(rows):
     return torch.tensor(rows, dtype=torch.float64).log()

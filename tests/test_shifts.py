@@ -1,14 +1,12 @@
 """shifts.py: published test sets and folders of class folders, damaged ones among them."""
 
-import pickle
-from pathlib import Path
-
 import numpy as np
+import pickle
 import pytest
 import torch
 import torchvision
 from helpers import class_pictures, random_images, refused
-
+from pathlib import Path
 from support import shifts
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

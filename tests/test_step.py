@@ -2,22 +2,20 @@
 without a GPU on tensors that only say that they are on one. And command.CudaGraph's order."""
 
 import contextlib
+import data
 import dataclasses
+import models
+import pytest
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
-
-import pytest
 import torch
+import train
+from pathlib import Path
+from support import command
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-import data
-import models
-import train
-from support import command
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {**{method: {} for method in train.METHODS}, "per-image": {"negatives": "per-image"},

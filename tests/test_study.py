@@ -1,27 +1,25 @@
 """study/: comparisons by hand-computed values, what fusing does, pictures, the READMEs' tables."""
 
+import data
+import evaluate
 import io
 import json
 import math
+import metrics
+import numpy as np
 import os
+import pytest
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
-from pathlib import Path
-
-import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, class_pictures, python, refused, seeded
-from PIL import Image
-
-import data
-import evaluate
-import metrics
 import train
+import zipfile
+from helpers import ROOT, class_pictures, python, refused, seeded
+from pathlib import Path
+from PIL import Image
 from study import compare, fusion, plot, published
 from support import command, files
 
