@@ -154,57 +154,48 @@ def load_split(config, name):
 def load_splits(config):
     """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
     train, kept = load_split(config, "train"), 1 - config.holdout
-    splits = {"train": train}
+    test = data.subset(train, kept, 1) if config.holdout else load_split(config, "test")
     if config.holdout:
-        splits["test"] = data.subset(train, kept, 1)
-        held = splits["test"].labels.tolist()
-        folders.say_absent(held, train.ids, "--holdout", "the training images")
-    else:
-        splits["test"] = load_split(config, "test")
-    for name in data.DATASETS[config.dataset].shifts:
-        splits[name] = load_split(config, name)
+        folders.say_absent(test.labels.tolist(), train.ids, "--holdout", "the training images")
     if kept * config.fraction < 1:
-        splits["train"] = data.subset(train, 0, kept * config.fraction)
-    N, least = len(splits["train"].labels), max(2, world())
-    if N < least:  # BatchNorm needs two, each rank one
-        raise ValueError(f"{config.data_dir}: {N} training images; expected at least {least}")
-    return splits
+        train = data.subset(train, 0, kept * config.fraction)
+    if len(train.labels) < max(2, world()):  # BatchNorm needs two, each rank one
+        raise ValueError(f"{config.data_dir}: {len(train.labels)} training images are too few")
+    shifts = {name: load_split(config, name) for name in data.DATASETS[config.dataset].shifts}
+    return {"train": train, "test": test, **shifts}
 
 def inputs(config, splits):
     """What a run depends on beside its settings, as config.json has it: {"data": {split:
     `runs.identity`}, "files": {setting: digest of what it names}}, of a method without a teacher or
-    without CLIP nothing that only these read. Raises OSError and ValueError for files that cannot
-    be read."""
+    CLIP nothing that only these read. Raises OSError and ValueError for what cannot be read."""
     named = {}
     if config.teacher_weights:
         named["teacher_weights"] = [
             models.imagenet_file(name)[2] if path == "imagenet" else files.file_digest(path)
             for name, path in zip(config.teacher, config.teacher_weights)]
     if config.clip:
-        named = {**named, "clip": config.clip, "bpe": clip_files.BPE_DIGEST,
-                 "prompts": clip_model.load_templates(config.prompts or PROMPTS)}
+        named["prompts"] = clip_model.load_templates(config.prompts or PROMPTS)
+        named["bpe"] = files.file_digest(config.bpe) if config.bpe else "the public one"
+        named["clip"] = config.clip
         if config.clip not in ("tiny", *clip_files.PUBLIC_CLIPS):  # of these it says all
             path, said = clip_files.find(config.clip, config.cache_dir)
             named["clip"] = files.json_digest([files.file_digest(path), said])
-        if config.bpe:
-            named["bpe"] = f"sha256:{files.file_digest(config.bpe)}"
     return {"data": {name: runs.identity(split) for name, split in splits.items()},
             "files": named}
 
 # The teacher --------------------------------------------------------------------------------------
-class Teachers(torch.nn.Module):
+class Teachers(torch.nn.ModuleList):
     """Frozen conventional teachers as one: mean logits, concatenated features, float32. With amp
     their weights are bfloat16 once and for all: autocast would cast them at every step."""
     def __init__(self, teachers, amp):
-        super().__init__()
+        super().__init__(teachers)
         self.dtype = torch.bfloat16 if amp else torch.float32
-        self.teachers = torch.nn.ModuleList(teachers).to(self.dtype)
-        self.num_features = sum(teacher.num_features for teacher in teachers)
+        self.to(self.dtype).num_features = sum(teacher.num_features for teacher in teachers)
 
     @torch.no_grad()
     def forward(self, images):
         with torch.autocast(images.device.type, enabled=False):
-            pairs = [teacher(images.to(self.dtype)) for teacher in self.teachers]
+            pairs = [teacher(images.to(self.dtype)) for teacher in self]
         logits, features = zip(*pairs)
         return richkd.fuse_teachers(logits), torch.cat(features, 1).float()        # (B,K), (B,C)
 
@@ -296,16 +287,16 @@ def clip_view(clip, classes, images):
 def clip_targets(config, clip, tokenizer, splits):
     """CLIP's view of every plain image of each split, from the cache or computed now: {split name:
     (cosines (N,K), unit-length features (N,D))}, float16 on the CPU."""
+    class_names = next(iter(splits.values())).class_names
     # What the tensors do not tell: QuickGELU or GELU, and into how many heads a width is split.
     kinds = [[type(module).__name__, getattr(module, "heads", 0)] for module in clip.modules()]
-    weights = hashlib.sha256(files.json_digest(kinds).encode())
+    key = {"kinds": kinds, "clip": hashlib.sha256(), "merges": [*tokenizer.priority],
+           "names": clip_model.prompt_names(class_names, tokenizer),
+           "templates": clip_model.load_templates(config.prompts or PROMPTS)}
     for name, tensor in sorted(clip.state_dict().items()):
         values = tensor.cpu().contiguous().flatten().view(torch.uint8)  # NumPy has no bfloat16
-        weights.update(name.encode() + values.numpy().tobytes())
-    class_names = next(iter(splits.values())).class_names
-    asked = {"clip": weights.hexdigest(), "merges": files.json_digest([*tokenizer.priority]),
-             "names": clip_model.prompt_names(class_names, tokenizer),
-             "templates": clip_model.load_templates(config.prompts or PROMPTS)}
+        key["clip"].update(name.encode() + values.numpy().tobytes())
+    key["clip"] = key["clip"].hexdigest()
     # The prompts are encoded once for all splits, and only where one is not in the cache.
     classes = functools.cache(lambda: class_embeddings(config, clip, tokenizer, class_names))
 
@@ -322,8 +313,8 @@ def clip_targets(config, clip, tokenizer, splits):
 
     def kept(name):
         path = files.cache_folder(config.cache_dir) / f"targets-{config.dataset}-{name}"
-        key = {**asked, "images": runs.identity(splits[name])["content"]}
-        return runs.cached(path, key, lambda: look(name))
+        own = {**key, "images": runs.identity(splits[name])["content"]}
+        return runs.cached(path, own, lambda: look(name))
 
     return {name: rank_zero_first(functools.partial(kept, name)) for name in splits}
 
@@ -385,11 +376,10 @@ def train_step(run, drawn):
 def step_of(run):
     """`train_step` of this run as a function of what is drawn alone: on one GPU that holds the
     images a CUDA graph of it, elsewhere (torchrun's ranks talk, streams wait for files) a call."""
-    step, config = functools.partial(train_step, run), run.config
-    alone = data.is_in_memory(run.split.images) and not dist.is_initialized()
-    if config.device.type == "cuda" and alone and not config.no_graph:
-        return command.CudaGraph(step)
-    return step
+    step, called = functools.partial(train_step, run), run.config.no_graph or dist.is_initialized()
+    if called or run.config.device.type != "cuda" or not data.is_in_memory(run.split.images):
+        return step
+    return command.CudaGraph(step)
 
 def learning_rate(config, epoch):
     """The rate of an epoch, counted from 0: a tenth after epochs 150, 180, 210 of 240 (Tian 2020),
@@ -544,25 +534,19 @@ def fit(config, folder, splits, depends_on):
             "class_ids": list(run.split.ids), "mean": list(info.mean), "std": list(info.std),
             "image_size": config.image_size})
         table = accuracies(run, splits, targets)
-        files.write_json(folder / "summary.json", summarize(config, log, table))
+        files.write_json(folder / "summary.json", {
+            "dataset": config.dataset, "method": config.method, "student": config.student,
+            "teacher": "+".join(config.teacher) or None, "clip": config.clip, "seed": config.seed,
+            "epochs": config.epochs, "accuracies": table,
+            **{f"{who}_accuracy": row.get("test") for who, row in table.items()},
+            "shift_accuracy": table["student"].get("shift"),
+            "best_test_accuracy": max(row["test_accuracy"] for row in log),  # for information
+            "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
+            "seconds": sum(row["seconds"] for row in log), "device": str(config.device),
+            "torch": torch.__version__})
     if world() > 1:
         dist.barrier()  # the files are there
     return files.read_json(folder / "summary.json", runs.ANEW)
-
-def summarize(config, log, table):
-    """What summary.json holds. The accuracies, `table`, are the last epoch's; the best one, chosen
-    on the test split itself, is for information only. Seconds are the student's."""
-    own = ("dataset", "method", "student", "seed", "epochs", "clip")
-    best = max(log, key=lambda row: row["test_accuracy"])
-    return {
-        **{name: getattr(config, name) for name in own},
-        "teacher": "+".join(config.teacher) or None, "accuracies": table,
-        **{f"{who}_accuracy": row.get("test") for who, row in table.items()},
-        "shift_accuracy": table["student"].get("shift"),
-        "best_test_accuracy": best["test_accuracy"], "best_test_epoch": best["epoch"],
-        "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
-        "seconds": sum(row["seconds"] for row in log), "device": str(config.device),
-        "torch": torch.__version__}
 
 def run(config):
     """Train, unless the run folder holds the finished run. -> the summary, a dict."""

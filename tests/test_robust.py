@@ -110,7 +110,7 @@ def main(folder):
         """At a step, at the last one of an epoch; outside of training; in the epoch's test."""
         function = [(train, "train_step", 3), (train, "train_step", 7), (train, "clip_targets", 1),
                     (train, "predict", 1), (train, "train_step", 5), (train, "accuracies", 2)]
-        where = function[number] if number < len(function) else (train, "summarize", 99)
+        where = function[number] if number < len(function) else (train, "accuracies", 99)
         caught = signal.SIGTERM if number % 2 else signal.SIGINT
         status = wait(start(folder / "signals", lambda: at_call(
             *where, lambda *_: os.kill(os.getpid(), caught))))
