@@ -1,10 +1,5 @@
-"""What a result depends on, what is kept by it, and the folder of a run.
-
-    identity(split)                    # JSON values: classes, number and content of images
-    cached(path, key, make)            # what make() returns, kept by all that it depends on
-
-The same data and files in another place are no difference; others in the same place are one.
-"""
+"""What a result depends on, what is kept by it, and the folder of a run. The same data and files in
+another place are no difference; others in the same place are one."""
 
 import dataclasses
 import hashlib
@@ -20,7 +15,7 @@ PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "over
 # Settings that name files: what is in these decides, not where they lie. The names of the classes
 # are part of the data.
 FILES = ("teacher_weights", "clip", "bpe", "prompts", "class_names")
-ANEW = "--overwrite starts the run anew"
+ANEW = "--overwrite, of a cached teacher removing its folder, starts it anew"
 
 def digest_files(paths):
     """SHA-256 of files: of each the last two parts of its name and its size; of a JPEG or PNG the
@@ -70,7 +65,6 @@ def difference(there, here, names=True):
 def cached(path, key, make):
     """What make() returns, tensors in a tuple or a dict, kept in a file PATH-DIGEST.pt that is
     mapped into memory, so that processes share it; made where there is none, or a damaged one.
-
     key: a dict of JSON values, all that it depends on."""
     digest = files.json_digest(key)
     path = Path(f"{path}-{digest[:16]}.pt")
@@ -100,8 +94,8 @@ def input_size(path, split, info):
     if differ:
         raise ValueError(f"{path} knows other classes: {differ}")
     if own != [list(info.mean), list(info.std)]:
-        raise ValueError(f"{path} reads images of mean and std {own}; those of this data set are "
-                         f"normalised with {[list(info.mean), list(info.std)]}: expected the same")
+        raise ValueError(f"{path} reads images of mean and std {own}; expected those of this data "
+                         f"set, {info.mean} and {info.std}")
     return size
 
 def settings(config):
@@ -130,9 +124,9 @@ def open_run(config, inputs):
     if differ:
         raise ValueError(f"{folder} holds a run with {differ}; --out names another folder, "
                          "--overwrite starts anew")
-    if "summary.json" not in names:
-        return folder, None
-    return folder, files.read_json(folder / "summary.json", ANEW)
+    finished = "summary.json" in names
+    summary = files.read_json(folder / "summary.json", ANEW) if finished else None
+    return folder, summary
 
 def run_difference(about, config, inputs):
     """What a run's config.json, `about`, and a config with its inputs differ in, in words; None
@@ -168,8 +162,8 @@ def restore(path, stateful):
     Raises files.Damaged where it is damaged."""
     if not path.is_file():
         return []
-    last = checkpoints.read_own(path, ANEW)
     with files.undamaged(path, ANEW):
+        last = checkpoints.read_own(path, ANEW)
         for name, part in stateful.items():
             part.load_state_dict(last[name])
         return list(last["log"])
@@ -183,7 +177,7 @@ def keep_epoch(folder, log, stateful):
 
 def summary_table(summary):
     """The summary's accuracies as text: a row a model, a column a split."""
-    names = {"clip": f"CLIP zero-shot ({Path(summary['clip'] or '').name})",
+    names = {"clip": f"CLIP zero-shot ({summary['clip']})",
              "teacher": f"teacher {summary['teacher']}", "fused": "fused teacher",
              "student": f"student {summary['student']} ({summary['method']})"}
     rows = {who: row for who, row in summary["accuracies"].items() if row}
