@@ -61,18 +61,16 @@ class Config:
     data_dir: str = setting("data", "where it lies or is downloaded to; some as a zip")
     image_size: int = setting(None, "side of images; default: the data set's", within=(8, inf))
     fraction: float = setting(1.0, "share of the training images, always the same", within=(0, 1))
-    holdout: float = setting(0.0, "share of them to be tested on, to choose settings",
-                             within=(0, 0.9))
+    holdout: float = setting(0.0, "share of them that is the test split", within=(0, 0.9))
     method: str = setting("richkd", "what the student learns from", choices=tuple(METHODS))
-    teacher: tuple = setting(None, "conventional teacher's architecture; several are averaged",
-                             nargs="+", metavar="NAME")
+    teacher: tuple = setting(None, "architecture; several are averaged", nargs="+", metavar="NAME")
     teacher_weights: tuple = setting(None, "a checkpoint a teacher, or `imagenet`; else it is "
                                      "trained first, and kept", nargs="+", metavar="FILE")
     student: str = setting(None, "the student's architecture")
     class_names: str = setting(None, "a file of the names that CLIP is asked for, one a line")
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint")
-    clip_activation: str = setting(None, "CLIP's, where its file does not tell; default: OpenAI's "
-                                   "quickgelu", choices=tuple(clip_model.ACTIVATIONS))
+    clip_activation: str = setting(None, "CLIP's, where its file does not tell; default: quickgelu",
+                                   choices=tuple(clip_model.ACTIVATIONS))
     bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded")
     prompts: str = setting(None, "templates, {} for the name; default: the twelve")
     clip_scale: float = setting(None, "scale of CLIP's cosines; default: exp(logit_scale)", above=0)
@@ -85,8 +83,7 @@ class Config:
     logit_loss: str = setting("kd", "against the fused logits", choices=("kd", "dkd", "mlkd"))
     standardize: bool = setting(False, "standardise both logits first (Sun 2024)")
     num_negatives: int = setting(None, "of the feature loss", within=(1, inf))
-    negatives: str = setting("shared", "one draw of them for a batch, or one an image",
-                             choices=("shared", "per-image"))
+    negatives: str = setting("shared", "one draw a batch, or more", choices=("shared", "per-image"))
     epochs: int = setting(None, "passes over the images, the teacher's too", within=(1, inf))
     batch_size: int = setting(None, "images a step", within=(1, inf))
     lr: float = setting(None, "learning rate at the start", above=0)
@@ -246,9 +243,9 @@ def tiny_clip(config):
     return runs.cached(path, {"version": shapes.VERSION}, train)
 
 def load_clip(config):
-    """-> CLIP on the device, its tokenizer, the scale of its logits. The image tower is float32 on
-    a CPU (bfloat16 with --amp) and float16 on a GPU, as OpenAI's weights are: on average cosines
-    change by 1e-4, in bfloat16 by 2e-3. Raises as `clip_model.load_clip`."""
+    """-> CLIP on the device, its tokenizer, the scale of its logits. Raises as
+    `clip_model.load_clip`. The image tower is float32 on a CPU (bfloat16 with --amp) and float16 on
+    a GPU, as OpenAI's weights are: cosines change by 1e-4 on average, in bfloat16 by 2e-3."""
     if config.clip == "tiny":
         clip = clip_model.build_clip(tiny_clip(config))
     else:
@@ -342,9 +339,8 @@ def average_gradients(run):
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    means = (flat / world()).split([gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means):
-        gradient.copy_(mean.view_as(gradient))
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient) / world())
 
 def train_step(run, drawn):
     """One step, from the batch to the optimiser. It reads nothing from the device and copies
