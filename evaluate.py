@@ -243,7 +243,8 @@ def published(config, test, name, severity):
     else:
         folder = shifts.imagenet_c_folder(config.corruptions, name, severity)
         paths, labels, columns = shifts.list_classes(folder, test.ids, test.class_names)
-        labels, size = columns[labels], data.size_of(test.images)
+        labels, seen = columns[labels], test.images
+        size = seen.shape[-1] if data.is_in_memory(seen) else seen.size
         images = data.Stream(paths, size, size)  # which they have already
     if not {*test.labels.tolist()} <= {*labels.tolist()} <= {*range(len(test.class_names))}:
         raise ValueError(f"{config.corruptions}, {name} {severity}: other classes than the test's")

