@@ -7,8 +7,7 @@
 
 Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision (arXiv
 2103.00020). Parameter names, initialisation and vocabulary are those of github.com/openai/CLIP.
-Only `load_clip` needs this project's other files; for the rest, this one can be copied alone.
-"""
+Only `load_clip` needs this project's other files; for the rest, this one can be copied alone."""
 
 import ftfy
 import gzip

@@ -4,8 +4,7 @@ hendrycks/robustness, ImageNet-C/create_c/make_*.py.
 Each function takes images uint8 (N, 3, H, W), a severity 1-5 and a torch.Generator (ignored where
 nothing is random) and returns new uint8 images on the same device; every image has its own draws.
 The first line is the published table: CIFAR-C, Tiny-ImageNet-C, ImageNet-C. Needs torch and
-torchvision alone; a function can be copied together with the few helpers that it names.
-"""
+torchvision alone; a function can be copied together with the few helpers that it names."""
 
 import math
 import torch
@@ -319,14 +318,14 @@ COMMON = {f.__name__: f for f in (  # the benchmark's fifteen, in its order
     snow, frost, fog, brightness, contrast, elastic_transform, pixelate, jpeg_compression)}
 
 def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
-    """Corrupts images, uint8 (N, 3, H, W) to the same; name: one of COMMON, severity: 1-5.
+    """Corrupts images, uint8 (N, 3, H, W) to the same; name: one of COMMON, severity: 1-5. Goes by
+    parts of 2 ** 18 pixels, on a GPU 2 ** 21, to bound the memory; a call split elsewhere draws
+    otherwise, and so does a generator of another kind of device. Raises ValueError for an unknown
+    name or severity and for images of another type or shape.
     >>> images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
     >>> corrupt(images, "fog", severity=3, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3, 32, 32])
-
-    Goes by parts of 2 ** 18 pixels, on a GPU 2 ** 21, to bound the memory; a call split elsewhere
-    draws otherwise, and so does a generator of another kind of device.
-    Raises ValueError for an unknown name or severity and for images of another type or shape."""
+    """
     if name not in COMMON:
         raise ValueError(f"unknown corruption {name!r}; known are {', '.join(COMMON)}")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):

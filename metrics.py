@@ -35,7 +35,6 @@ def brier(logits: Tensor, target: Tensor) -> float:
 def calibration_bins(logits: Tensor, target: Tensor, bins: int = 15,
                      equal_mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The points of a reliability diagram: mean confidence, accuracy and count, (bins,) float64.
-
     Bin b of equal width holds the confidences in (b / bins, (b + 1) / bins] (Guo 2017, section 2).
     Bins of equal mass are the sorted confidences in parts whose sizes differ by at most one, the
     larger first (Nguyen and O'Connor 2015). An empty bin has confidence and accuracy 0."""
@@ -59,7 +58,6 @@ def ece(logits: Tensor, target: Tensor, bins: int = 15, equal_mass: bool = False
 
 def fit_temperature(logits: Tensor, target: Tensor) -> float:
     """The T in 0.001 ... 1000 at which logits / T have the least NLL (Guo 2017, section 4.2).
-
     Fit it on images that are not reported. The NLL is convex in 1 / T, with the derivative
     mean(E_p[z] - z[target]): its sign tells on which side of T the one minimum lies."""
     logits = logits.double()

@@ -16,8 +16,7 @@ alone; only `load_weights`, which reads files, needs support/.
 
 References: He et al. 2016 (ResNet), Zagoruyko & Komodakis 2016 (WRN), Simonyan & Zisserman 2015
 (VGG), Howard et al. 2017 and Sandler et al. 2018 (MobileNet), Zhang et al. 2018 and Ma et al. 2018
-(ShuffleNet); as laid out in HobbitLong/RepDistiller `models/` and megvii-research/mdistiller.
-"""
+(ShuffleNet); as laid out in HobbitLong/RepDistiller `models/` and megvii-research/mdistiller."""
 
 import copy
 import torch
@@ -345,7 +344,6 @@ def use_option_a(model):
 
 def load_weights(model_name: str, path: str | Path, num_classes: int | None = None) -> nn.Module:
     """The network `model_name` with the weights of a file, in eval mode, float32, on the CPU.
-
     path: a checkpoint of the public RepDistiller / mdistiller / kuangliu/pytorch-cifar /
     akamaster/pytorch_resnet_cifar10 / torchvision code or this project's student.pt; or the word
     "imagenet", which downloads torchvision's. num_classes: None reads it from the file. CIFAR

@@ -124,7 +124,6 @@ def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
 def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target: torch.Tensor,
              alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> torch.Tensor:
     """Equation (9): T^2 (alpha KL(b_T || b_S) + beta KL(q_T || q_S)), batch mean.
-
     b = (p_y, 1 - p_y), q = p without y, of sum 1; alpha: DKD's. Logits (B, K), target (B,) -> ().
     Zhao et al., CVPR 2022, equation 7; mdistiller's defaults (it ramps the weight up at first).
     >>> student, teacher = torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])
@@ -146,7 +145,6 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target:
 def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
               temperatures: tuple = (2.0, 3.0, 4.0, 5.0, 6.0)) -> torch.Tensor:
     """Equation (10); p, q: teacher's and student's softmax at T, (B, K). Logits (B, K) -> ().
-
     sum_T  T^2 KL(p || q)  +  |p p^t - q q^t|^2 / B   +  |p^t p - q^t q|^2 / K     ^t: transposed
            batch mean         between images, (B, B)     between classes, (K, K)
     Jin et al., CVPR 2023; its public code's temperatures and norms, one view, no confidence masks.
@@ -190,7 +188,6 @@ def sum_kept(terms: torch.Tensor, same: torch.Tensor | None = None):
 def nce_loss(own: torch.Tensor, drawn: torch.Tensor, Z: torch.Tensor, N: int,
              same: torch.Tensor | None = None) -> torch.Tensor:
     """Equation (6), batch mean. `scores` (..., B), (..., B, J), Z (...) -> (...).
-
     With s = v . r / tau, so that nothing overflows as the published ratios do:
     - log [P+ / (P+ + c)] = softplus(log Zc - s),  - log [c / (P_j + c)] = softplus(s_j - log Zc).
     Tian et al., "Contrastive Representation Distillation", ICLR 2020, eq. 18; RepDistiller
@@ -216,13 +213,11 @@ def gather(rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
 class ContrastiveMemory(torch.nn.Module):
     """CRD's two memory banks and its loss: equation (6), both ways. Tian et al., ICLR 2020.
-
     Negatives are drawn from the N images, with replacement, by torch's own generator: "shared", one
     draw of J for the batch, makes the scores one matrix product; "per-image", J for every image, is
     a (B, J, d) block. Both estimate one expectation. labels (N,) int64 masks those of an image's
     own class; RepDistiller draws J of the other classes instead, without replacement. `seed` draws
-    the first banks. Ranks of torch.distributed update with the rows of all, so banks stay equal.
-    """
+    the first banks. Ranks of torch.distributed update with the rows of all, so banks stay equal."""
     def __init__(self, num_images, d=128, num_negatives=16384, temperature=0.07, momentum=0.5, *,
                  labels=None, negatives="shared", seed=0):
         super().__init__()
@@ -281,14 +276,12 @@ class ContrastiveMemory(torch.nn.Module):
 
 class RichKD(torch.nn.Module):
     """Equation (7): cross-entropy, the logit loss and the feature loss, from the fused teacher.
-
     Here, student_features, teacher_features, clip_features are widths; num_images: N. RichKD (L) is
     feature_weight=0, (F) logit_weight=0: a part of weight 0 is neither computed nor allocated.
     alpha = lam = 1 is the teacher alone (KD, DKD, CRD, ...), 0 is CLIP alone; what has no weight
     may be None. For several teachers: `fuse_teachers(logits)` and their features concatenated.
     logit_loss: "kd", "dkd", "mlkd" (with its own temperatures); standardize: equation (8); all from
-    d on: see `ContrastiveMemory`. The parameters are the maps g: give them to the optimiser.
-    """
+    d on: see `ContrastiveMemory`. The parameters are the maps g: give them to the optimiser."""
     def __init__(self, student_features, teacher_features, clip_features, num_images, *, alpha=0.7,
                  lam=0.7, temperature=3.0, ce_weight=1.0, logit_weight=3.0, feature_weight=0.8,
                  logit_loss="kd", standardize=False, d=128, num_negatives=16384,

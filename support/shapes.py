@@ -1,8 +1,5 @@
 """The embedded example: rendered pictures of coloured shapes, and a tiny CLIP that reads them.
 
-    images, labels, class_names = render_shapes("train")   # uint8 (1000,3,32,32), (1000,), 25 names
-    images, phrases = render_captions(24000)               # what the tiny CLIP is trained with
-
 A picture shows one shape, in a style between plain (0: dark background, middle size, roughly
 upright, in the middle) and wild (1: any rotation, size and place, bright and textured backgrounds,
 clutter, uneven paint). The train and test splits are plain, the shift split is wild; CLIP's
@@ -142,7 +139,6 @@ def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, see
     """Trains a small CLIP on pictures uint8 (N,3,H,W) and N phrases of two words, "red star", that
     templates make captions of. -> the same CLIP in eval mode, on its device. Tokenizer and
     preprocess are clip_model's; progress(steps done) follows every step.
-
     Contrastive both ways (Radford 2021, section 2.3), but for two things. Captions of a step share
     their template and repeat, so a distinct one is encoded once and stands for all its images: no
     caption is its own negative. And two captions that say the same in other words are positives,
