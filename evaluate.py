@@ -44,7 +44,7 @@ class Config:
                            "of classes in DIR", nargs="*", metavar="DIR")
     corruptions: str = setting(None, "corrupted test images, too: generated, or DIR's published",
                                nargs="?", const="generated", metavar="DIR")
-    corrupted_share: float = setting(1.0, "of every class's images", above=0, within=(0, 1))
+    corrupted_share: float = setting(1.0, "of every class's images", within=(1e-9, 1))
     fused: bool = setting(False, "beside each student what taught it: teacher, CLIP, both fused")
     zero_shot: bool = setting(False, "only --clip itself on --dataset, by each template and all")
     class_names: str = setting(None, "as in train.py; without, the run's own")

@@ -73,10 +73,10 @@ class Config:
                                    choices=tuple(clip_model.ACTIVATIONS))
     bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded")
     prompts: str = setting(None, "templates, {} for the name; default: the twelve")
-    clip_scale: float = setting(None, "scale of CLIP's cosines; default: exp(logit_scale)", above=0)
+    clip_scale: float = setting(None, "of cosines; default: exp(logit_scale)", within=(1e-9, inf))
     alpha: float = setting(0.7, "the teacher's share of the fused logits", within=(0, 1))
     lam: float = setting(0.7, "the teacher's share of the fused features", within=(0, 1))
-    temperature: float = setting(3.0, "of the logit loss", above=0)
+    temperature: float = setting(3.0, "of the logit loss", within=(1e-9, inf))
     ce_weight: float = setting(1.0, "of the cross-entropy; 0: none", within=(0, inf))
     logit_weight: float = setting(3.0, "of the logit loss; 0: none", within=(0, inf))
     feature_weight: float = setting(0.8, "of the feature loss; 0: none", within=(0, inf))
@@ -86,7 +86,7 @@ class Config:
     negatives: str = setting("shared", "one draw a batch, or more", choices=("shared", "per-image"))
     epochs: int = setting(None, "passes over the images, the teacher's too", within=(1, inf))
     batch_size: int = setting(None, "images a step", within=(1, inf))
-    lr: float = setting(None, "learning rate at the start", above=0)
+    lr: float = setting(None, "learning rate at the start", within=(1e-9, inf))
     weight_decay: float = setting(None, "of SGD with momentum .9", within=(0, inf))
     seed: int = setting(0, "of all that is drawn (a teacher trained here: 0)", within=(0, 2**31))
     amp: bool = setting(False, "bfloat16, for student and frozen teacher; on a CPU for CLIP, too")
@@ -551,9 +551,9 @@ def run(config):
     depends_on = rank_zero_first(lambda: inputs(config, splits))
     folder, summary = runs.open_run(config, depends_on)
     if summary:
-        command.show(f"{folder} holds this run, finished; --overwrite trains anew")
+        files.note(f"{folder} holds this run, finished; --overwrite trains anew")
         return summary
     return fit(config, folder, splits, depends_on)
 
 if __name__ == "__main__":
-    command.main(lambda: command.show(runs.summary_table(run(command.parse(Config, __doc__)))))
+    command.main(lambda: runs.summary_table(run(command.parse(Config, __doc__))))

@@ -23,7 +23,7 @@ from support import files
 
 def setting(default, text, **metadata):
     """A dataclass field with its line of help. metadata: argparse's nargs, metavar, const, choices;
-    `within`, the bounds of a number; `above`, what it must exceed."""
+    `within`: the bounds of a number, both included."""
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 def flag(name):
@@ -33,67 +33,53 @@ def check(config):
     """Raises ValueError for a value that its field's metadata rule out, naming the valid ones."""
     for field in dataclasses.fields(config):
         value, known, expected = getattr(config, field.name), field.metadata, None
-        if value is None:
-            continue
-        if "choices" in known and value not in known["choices"]:
+        if value not in (None, *known.get("choices", [value])):
             expected = f"one of {', '.join(known['choices'])}"
-        if "above" in known and not value > known["above"]:
-            expected = f"more than {known['above']}"
-        if "within" in known and not known["within"][0] <= value <= known["within"][1]:
-            expected = "{} to {}".format(*known["within"])
+        elif value is not None and "within" in known:
+            low, high = known["within"]
+            expected = None if low <= value <= high else f"{low} to {high}"
         if expected:
             raise ValueError(f"{flag(field.name)} {value!r}: expected {expected}")
 
 def parse(config_class, text, arguments=None):
-    """Command line -> a config: a flag a field. A wrong command line is one line and exit 2."""
-    parser = argparse.ArgumentParser(description=text, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
+    """Command line -> a config: a flag a field. Raises ValueError for a wrong command line."""
     def refuse(message):
         raise ValueError(f"{message}; --help lists the flags")
 
+    parser = argparse.ArgumentParser(description=text, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     for field in dataclasses.fields(config_class):
-        extra = {key: value for key, value in field.metadata.items()
-                 if key not in ("within", "above")}
+        extra = {key: value for key, value in field.metadata.items() if key != "within"}
         if field.type is bool:
             extra["action"] = "store_true"
         elif field.type is not tuple:
             extra["type"] = field.type
-        told = "" if field.default in (None, False) else f" ({field.default})"
+        told = f" ({field.default})" if field.default else ""
         extra["help"] = extra["help"].replace("%", "%%") + told
         parser.add_argument(flag(field.name), default=field.default, **extra)
     return config_class(**vars(parser.parse_args(arguments)))
 
-def show(text):
-    """Print what the command found, once for all ranks."""
-    if rank() == 0:
-        print(text)
-
 def main(job):
-    """Run a script's job. What the user can mend is one line on stderr and exit status 2; SIGINT
-    and SIGTERM end it wherever it is, by a KeyboardInterrupt, with one line and, as shells have
-    it, status 128 + the signal's number. A warning is one line, too."""
+    """Run a script's job and print its text. What one can mend is a line on stderr and status 2,
+    SIGINT and SIGTERM one and, as shells have it, 128 + the signal's number; a warning a note."""
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     warnings.showwarning = lambda message, *_: files.note(str(message))
-    clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
     try:
-        job()
+        found = job()
+        if isinstance(found, str) and rank() == 0:
+            print(found)
         if dist.is_initialized():  # whose threads must end before Python does
             dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
-        said = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:  # without "[Errno 2]"
-            said = f"{error.filename}: {error.strerror}"
-        print(f"{clear}error: {' '.join(said.split())}", file=sys.stderr)
+        files.say(f"error: {error}", every_rank=True)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        if rank() == 0:
-            print(f"{clear}interrupted; the same command goes on", file=sys.stderr)
+        files.say("interrupted; the same command goes on")
         sys.exit(128 + (error.args or (signal.SIGINT,))[0])
 
 def use_device(name, deterministic=False):
@@ -102,8 +88,7 @@ def use_device(name, deterministic=False):
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # `meta` has no numbers
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # whose streams are used
         torch.backends.cudnn.benchmark = not deterministic
@@ -114,13 +99,10 @@ def use_device(name, deterministic=False):
     return device
 
 def autocast(config):
-    """bfloat16 autocast on config.device where config.amp asks for it."""
+    """bfloat16 where config.amp asks for it."""
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.amp)
 
-@functools.cache
-def second_stream(device):
-    """Another stream of a GPU, the same one at every call."""
-    return torch.cuda.Stream(device)
+second_stream = functools.cache(lambda device: torch.cuda.Stream(device))  # one for each GPU
 
 @contextlib.contextmanager
 def beside(device):
@@ -143,7 +125,7 @@ class CudaGraph:
     The function must neither read from the device nor copy to it; a replay runs no Python."""
     def __init__(self, function, plain_calls=3):
         self.function, self.plain_calls = function, plain_calls
-        self.argument, self.graph = None, None
+        self.argument = self.graph = None
 
     def __call__(self, argument):
         if self.argument is None:
@@ -175,8 +157,7 @@ def world():
 def join_ranks(config):
     """Where torchrun started this process, join the others; -> the config with its own device. Some
     of torchrun's variables alone are left over in a shell, or a cluster's: this is one process."""
-    needed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    if not needed <= os.environ.keys():
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return config
     backend, device = "gloo", None
     if config.device.type == "cuda":  # torchrun may start more processes than there are GPUs

@@ -3,11 +3,11 @@
 Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file."""
 
 import contextlib
+import functools
 import hashlib
 import http.client
 import json
 import os
-import shutil
 import sys
 import time
 import torch
@@ -20,26 +20,16 @@ FORMAT = 3  # of every file that this project writes for itself; a file of anoth
 class Damaged(ValueError):
     """A file of this project's own, or an archive, that is not as it was written."""
 
-def speaks():
-    """Whether this process says what it does: of torchrun's rank 0 alone."""
-    return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
+def say(text, end="\n", every_rank=False):
+    """One line on stderr, by torchrun's rank 0 alone; on a terminal it replaces a progress line."""
+    if every_rank or "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0":
+        clear = "\r\033[K" if sys.stderr.isatty() else ""
+        print(clear + " ".join(text.splitlines()), end=end, file=sys.stderr, flush=True)
 
-def note(text):
-    """Say a fall-back, a guess, what is left out: one line on stderr, once for each text."""
-    if speaks() and text not in note.said:
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # what is left of a progress line
-        print(clear + " ".join(text.splitlines()), file=sys.stderr)
-    note.said.add(text)
-
-note.said = set()
-
-def one_line(error):
-    """The last line of an error's text (torch and torchvision write several), or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+note = functools.cache(say)  # a fall-back, a guess, what is left out: each text once
 
 def cache_folder(cache_dir=None):
-    """Where downloads and targets are kept: cache_dir, else $RICHKD_CACHE, else ~/.cache/richkd.
-    Raises ValueError where the folder is in a home that is not known, as for a container's user."""
+    """Where downloads and targets are kept. Raises ValueError where no home folder is known."""
     folder = os.path.expanduser(cache_dir or os.environ.get("RICHKD_CACHE") or "~/.cache/richkd")
     if folder.startswith("~"):
         raise ValueError(f"{folder}: no home folder is known; set RICHKD_CACHE or --cache-dir")
@@ -93,8 +83,7 @@ def undamaged(path, advice):
         raise Damaged(f"{path} is damaged, or of another version; {advice}") from None
 
 def read_text(path):
-    """The text of a file that a person may have written: UTF-8, with or without the mark that
-    Windows puts first. Raises `Damaged` where it is not."""
+    """The text of a person's file: UTF-8, also with Windows' mark first; else raises `Damaged`."""
     with undamaged(path, "expected text in UTF-8"):
         return Path(path).read_text("utf-8-sig")
 
@@ -107,11 +96,9 @@ def file_digest(path, algorithm="sha256"):
 
 def fetch(urls, path, digest, advice):
     """The file `path`; where it is absent, from the first of `urls` that has it. What came before a
-    connection ended is kept as NAME.part, and gone on with. digest: "md5:" or "sha256:" and the
-    first hexadecimal digits, checked each time. Raises FileNotFoundError with every address, the
-    place and `advice`; `Damaged` for a file that lies there with another digest."""
-    path, failures = Path(path), []
-    part = path.with_name(f"{path.name}.part")
+    connection ended is kept as NAME.part, and gone on with. digest: "md5:" or "sha256:" and its
+    first digits. Raises FileNotFoundError with every address; `Damaged` for another digest."""
+    path, part, failures = Path(path), Path(f"{path}.part"), []
     for url in urls:
         if path.is_file():  # it was there, or another process was faster
             break
@@ -122,16 +109,15 @@ def fetch(urls, path, digest, advice):
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, Damaged) or getattr(error, "code", 0) == 416:
                 part.unlink(missing_ok=True)  # no beginning of that file
-            failures.append(f"{url} ({one_line(error)})")
+            failures.append(f"{url} ({error})")
     if not path.is_file():
-        raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
-                                f"or {advice}")
-    verify(path, digest, f"move it away, or {advice}")
-    return path
+        raise FileNotFoundError(
+            f"could not download {' or '.join(failures)}; put it at {path}, or {advice}")
+    return verify(path, digest, f"move it away, or {advice}")
 
 def receive(url, part):
     """What is at an address, into `part`; what this holds is taken for the beginning, unless the
-    server ignores `Range`. Raises OSError where the connection ends early, and HTTPException."""
+    server ignores `Range`. Raises OSError, also where the connection ends early; HTTPException."""
     if os.environ.get("HF_ENDPOINT"):  # Hugging Face's own variable, for mirrors
         url = url.replace("https://huggingface.co", os.environ["HF_ENDPOINT"].rstrip("/"))
     done = part.stat().st_size if part.exists() else 0
@@ -151,34 +137,25 @@ def receive(url, part):
         raise OSError(f"the connection ended at {done} of {total} bytes")
 
 def verify(path, digest, advice):
-    """Raises `Damaged` where a file's digest does not begin as expected."""
+    """The path, if its file's digest begins as expected; else raises `Damaged`."""
     algorithm, expected = digest.split(":")
-    there = file_digest(path, algorithm)
-    if not there.startswith(expected):
-        raise Damaged(f"{path}: {algorithm} is {there}, expected {expected}; {advice}")
+    if not file_digest(path, algorithm).startswith(expected):
+        raise Damaged(f"{path}: its {algorithm} does not begin with {expected}; {advice}")
+    return path
 
 class Progress:
-    """One line on stderr: what, how much of it, rate, time left. On a terminal it rewrites itself;
-    elsewhere (in a log) the last one and those to keep are printed. `start` was done before and
-    does not count into the rate."""
+    """One line on stderr: what, how much, a note, rate, time left. A terminal's is rewritten; in a
+    log the last one stands, and those to keep. `start`, done before, is no part of the rate."""
     def __init__(self, label, total, unit="images", start=0):
         self.label, self.total, self.unit, self.start, self.done = label, total, unit, start, start
         self.began, self.shown = time.time(), 0.0
 
     def update(self, done, note="", keep=False):
-        """`done` of the total is ready; `note` is shown beside it; `keep`: a line for the log."""
         self.done, now, terminal = done, time.time(), sys.stderr.isatty()
         late = terminal and now - self.shown > 0.2
-        if not speaks() or not (keep or late or done >= self.total):
-            return
-        self.shown, spent = now, max(now - self.began, 1e-9)
-        rate, time_left = (done - self.start) / spent, timedelta(seconds=round(spent))
-        if done < self.total:
-            time_left = f"{timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))} left"
-        parts = (f"{self.label} {done:.0f}/{self.total:.0f}", note, f"{rate:.0f} {self.unit}/s",
-                 str(time_left))
-        line, end = " | ".join(filter(None, parts)), "\n"
-        if terminal:  # a line that wraps could not be rewritten
-            line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
-            end = "" if done < self.total else end
-        print(line, end=end, file=sys.stderr, flush=True)
+        if keep or late or done >= self.total:
+            self.shown, rate = now, (done - self.start) / max(now - self.began, 1e-9)
+            left = timedelta(seconds=round((self.total - done) / max(rate, 1e-3)))
+            say(f"{self.label} {done:.0f}/{self.total:.0f} | {note}{' | ' if note else ''}"
+                f"{rate:.0f} {self.unit}/s | {left} left",
+                end="" if terminal and done < self.total else "\n")

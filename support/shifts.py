@@ -4,7 +4,6 @@
 
 Errors are ValueError and OSError of one line that names the file."""
 
-import json
 import numpy as np
 import torch
 from pathlib import Path
@@ -56,21 +55,18 @@ def read_stl10(folder):
 def imagenet_c_folder(directory, name, severity):
     """The folder of one corruption's classes in ImageNet-C or Tiny-ImageNet-C: <name>/<severity>,
     or below another one, as the archives unpack (blur/defocus_blur/1). FileNotFoundError: none."""
-    for pattern in (f"{name}/{severity}", f"*/{name}/{severity}"):
-        for folder in Path(directory).glob(pattern):
-            return folder
+    root = Path(directory)
+    for folder in (*root.glob(f"{name}/{severity}"), *root.glob(f"*/{name}/{severity}")):
+        return folder
     raise FileNotFoundError(f"{directory} has no {name}/{severity}; expected ImageNet-C, unpacked")
 
-def list_classes(root, class_ids, class_names, renamed=None):
+def list_classes(root, class_ids, class_names):
     """The images of a folder a class -> paths, labels int64 (N,), columns int64 (k,): the classes
     that occur, ascending; labels count within them, so that logits[:, columns] choose among the
-    set's own (200 for ImageNet-A and -R). The folders are named as `folders.match_classes` reads
-    them, or `renamed`: {folder: class}. Raises as that and `folders.by_class`."""
+    set's own (200 for ImageNet-A and -R). Raises as `folders.match_classes` and `by_class`."""
     listing = folders.by_class(root)
-    names = {folder: (renamed or {}).get(folder, folder) for folder in listing}  # some of one class
-    matched = folders.match_classes(dict.fromkeys(names.values()), class_ids, class_names, root,
-                                    partial=True)
-    paths, classes = folders.labelled(listing, {folder: matched[names[folder]] for folder in names})
+    matched = folders.match_classes(listing, class_ids, class_names, root, partial=True)
+    paths, classes = folders.labelled(listing, matched)
     columns, labels = torch.tensor(classes).unique(return_inverse=True)
     return paths, labels, columns
 
@@ -78,19 +74,12 @@ def load_shift(directory, dataset, class_ids, class_names):
     """A shift set of the data set named `dataset` -> its images, a uint8 tensor (N,3,H,W) or a list
     of paths, labels int64 (N,) that count within the columns, columns int64 (k,) of the logits to
     choose among. The folder has CIFAR-10.1's or STL-10's files, or a folder of images a class,
-    named by the data set's own ids (WordNet's) or names, by number (ImageNet-V2), or in
-    classes.json: {folder: class}."""
+    named by the data set's own ids (WordNet's) or names, or by number (ImageNet-V2)."""
     root = Path(directory)
     for pattern, read in (("cifar10.1_v*_data.npy", read_cifar10_1), ("stl10_binary", read_stl10)):
         if any(root.glob(pattern)):
             if dataset != "cifar10":
                 raise ValueError(f"{root} holds a shift set of cifar10, not of {dataset}")
-            images, labels = read(root)
-            columns, labels = labels.unique(return_inverse=True)
-            return images, labels, columns
-    renamed, listing = {}, root / "classes.json"
-    if listing.is_file():
-        with files.undamaged(listing, "expected {folder: class}"):
-            renamed = json.loads(files.read_text(listing))
-            renamed = {folder: str(name) for folder, name in renamed.items()}
-    return list_classes(root, class_ids, class_names, renamed)
+            images, classes = read(root)
+            return images, *classes.unique(return_inverse=True)[::-1]
+    return list_classes(root, class_ids, class_names)

@@ -13,7 +13,7 @@ torch.set_num_threads(1)  # of small tensors one thread is as fast as two, and g
 @pytest.fixture(autouse=True)
 def unsaid(monkeypatch):
     """What is said once a process is said once a test; nothing has to outlast a power cut."""
-    files.note.said.clear()
+    files.note.cache_clear()
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 @pytest.fixture(scope="session")

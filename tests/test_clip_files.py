@@ -89,7 +89,7 @@ def test_find_takes_what_is_in_the_cache_first(attempts, monkeypatch, tmp_path):
         assert clip_files.find(name, tmp_path) == (there, {"activation": "quickgelu"})
     assert attempts == [there, there]  # whose digest is checked
 
-def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path):
+def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path, capsys):
     """OpenAI's host has nothing; at $HF_ENDPOINT lie the weights in transformers' layout. They are
     OpenAI's by their digest: no activation is guessed."""
     content = safetensors(filled(GOLDEN["transformers"]["tensors"]))
@@ -101,7 +101,7 @@ def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path):
         clip = load_clip("ViT-L/14", tmp_path / "cache")
         assert server.asked[-1] == f"/good/{L14}/resolve/abc/model.safetensors"
     assert_golden(clip, GOLDEN["transformers"])
-    assert not [line for line in files.note.said if "activation" in line]
+    assert "activation" not in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [
         "clip-vit-large-patch14.safetensors"]
 
@@ -153,11 +153,11 @@ def test_find_passes_over_a_snapshot_without_weights(attempts, tmp_path):
 # Layouts ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
 @pytest.mark.parametrize("kind", [kind for kind in GOLDEN if "ViT" not in kind])
-def test_load_clip_of_a_snapshot_equals_the_program_that_wrote_it(kind, suffix, tmp_path):
+def test_load_clip_of_a_snapshot_equals_the_program_that_wrote_it(kind, suffix, tmp_path, capsys):
     """Layouts, activations, heads of 16, 32 and 64 numbers: nothing has to be guessed."""
     write_snapshot(tmp_path / "snapshot", kind, suffix=suffix)
     assert_golden(load_clip(tmp_path / "snapshot"), GOLDEN[kind])
-    assert not files.note.said
+    assert not capsys.readouterr().err
 
 @pytest.mark.parametrize("kind", ["open_clip, ViT-H", "open_clip, ViT-g"])
 def test_build_clip_knows_the_heads_of_the_giants(kind, tmp_path):
@@ -198,19 +198,20 @@ def test_load_clip_names_what_is_no_clip(kind, changed, value, named, tmp_path):
 # Activation ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("asked, kind", [(None, "open_clip"), ("quickgelu", "open_clip"),
                                          ("gelu", "open_clip, CustomTextCLIP")])
-def test_load_clip_of_a_bare_file_assumes_quickgelu_or_is_told(asked, kind, tmp_path):
+def test_load_clip_of_a_bare_file_assumes_quickgelu_or_is_told(asked, kind, tmp_path, capsys):
     torch.save(filled(GOLDEN[kind]["tensors"]), tmp_path / "model.pt")
     assert_golden(load_clip(tmp_path / "model.pt", activation=asked), GOLDEN[kind])
-    assert len(files.note.said) == (asked is None)
-    assert all("model.pt" in line and "--clip-activation" in line for line in files.note.said)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (asked is None)
+    assert all("model.pt" in line and "--clip-activation" in line for line in lines)
 
-def test_load_knows_the_activation_of_openais_archives(tmp_path):
+def test_load_knows_the_activation_of_openais_archives(tmp_path, capsys):
     path = tmp_path / "clip.pt"
     torch.save({**small_clip_state("vit"), "input_resolution": torch.tensor(1)}, path)
     assert clip_files.load(path)[2] == {"activation": "quickgelu"}
-    assert not files.note.said
+    assert not capsys.readouterr().err
     assert clip_files.load(path, activation="gelu")[2] == {"activation": "gelu"}
-    (line,) = files.note.said
+    (line,) = capsys.readouterr().err.splitlines()
     assert str(path) in line and "quickgelu" in line
     assert "'relu'" in refused(load_clip, path, None, "relu")
 

@@ -102,7 +102,7 @@ def test_cached_is_made_once_and_anew_for_another_key_or_damage(tmp_path, capsys
         one.write_bytes(damaged)
         assert max(read({"a": 1}), read({"a": 2})) == number
         assert one.name in capsys.readouterr().err or number == 3
-        files.note.said.clear()
+        files.note.cache_clear()
 
 # Other data ---------------------------------------------------------------------------------------
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_run_leaves_its_folder_complete(config, capsys):
 
     # the same command on a finished run computes nothing
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert train.run(config) == summary and config.out in capsys.readouterr().out
+    assert train.run(config) == summary and config.out in capsys.readouterr().err
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert runs.summary_table(summary).count("\n") == 4
 
