@@ -6,8 +6,7 @@
 
 What a run needs and does not find (the teacher, the tiny CLIP, CLIP's targets) is made first, and
 cached. The same command goes on with an unfinished run from its last finished epoch, however it
-ended, on a CPU to the same bits. Accuracies are top-1 in percent, of the last epoch.
-"""
+ended, on a CPU to the same bits. Accuracies are top-1 in percent, of the last epoch."""
 
 import clip_model
 import data
@@ -536,7 +535,6 @@ def fit(config, folder, splits, depends_on):
             "epochs": config.epochs, "accuracies": table,
             **{f"{who}_accuracy": row.get("test") for who, row in table.items()},
             "shift_accuracy": table["student"].get("shift"),
-            "best_test_accuracy": max(row["test_accuracy"] for row in log),  # for information
             "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
             "seconds": sum(row["seconds"] for row in log), "device": str(config.device),
             "torch": torch.__version__})

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import os
+import shutil
 import sys
 import time
 import torch
@@ -156,6 +157,7 @@ class Progress:
         if keep or late or done >= self.total:
             self.shown, rate = now, (done - self.start) / max(now - self.began, 1e-9)
             left = timedelta(seconds=round((self.total - done) / max(rate, 1e-3)))
-            say(f"{self.label} {done:.0f}/{self.total:.0f} | {note}{' | ' if note else ''}"
-                f"{rate:.0f} {self.unit}/s | {left} left",
-                end="" if terminal and done < self.total else "\n")
+            line = (f"{self.label} {done:.0f}/{self.total:.0f} | {note}{' | ' if note else ''}"
+                    f"{rate:.0f} {self.unit}/s | {left} left")
+            width = shutil.get_terminal_size().columns - 1 if terminal else len(line)
+            say(line[:width], end="" if terminal and done < self.total else "\n")  # never wrapped
