@@ -40,8 +40,7 @@ class Config:
     image_size: int = setting(None, "its images' side, where it does not say", within=(8, inf))
     dataset: str = setting(None, "without, the run's own", choices=tuple(data.DATASETS))
     data_dir: str = setting(None, "where it lies; without, where the run found it")
-    shift: tuple = setting(None, "shift splits, too: its own, and CIFAR-10.1, STL-10 or folders "
-                           "of classes in DIR", nargs="*", metavar="DIR")
+    shift: tuple = setting(None, "its own shift sets, too, and DIR's", nargs="*", metavar="DIR")
     corruptions: str = setting(None, "corrupted test images, too: generated, or DIR's published",
                                nargs="?", const="generated", metavar="DIR")
     corrupted_share: float = setting(1.0, "of every class's images", within=(1e-9, 1))

@@ -11,8 +11,7 @@ teachers load as they are, and torchvision's in the networks for ImageNet.
 
 `resnet50` and `resnet18_cifar` are the papers' CIFAR networks (a 3x3 stem, no max-pooling),
 `resnet50_imagenet` and `resnet18` torchvision's: a file tells `load_weights` which is meant.
-`mobilenetv2` (width 0.5) is for CIFAR, `mobilenet_v2` for ImageNet. Needs torch and torchvision
-alone; only `load_weights`, which reads files, needs support/.
+`mobilenetv2` (width 0.5) is CIFAR's, `mobilenet_v2` ImageNet's; `load_weights` needs support/, too.
 
 References: He et al. 2016 (ResNet), Zagoruyko & Komodakis 2016 (WRN), Simonyan & Zisserman 2015
 (VGG), Howard et al. 2017 and Sandler et al. 2018 (MobileNet), Zhang et al. 2018 and Ma et al. 2018

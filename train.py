@@ -59,23 +59,21 @@ class Config:
     dataset: str = setting("shapes", "data set", choices=tuple(data.DATASETS))
     data_dir: str = setting("data", "where it lies or is downloaded to; some as a zip")
     image_size: int = setting(None, "side of images; default: the data set's", within=(8, inf))
-    fraction: float = setting(1.0, "share of the training images, always the same", within=(0, 1))
+    fraction: float = setting(1.0, "share of the training images that is used", within=(1e-9, 1))
     holdout: float = setting(0.0, "share of them that is the test split", within=(0, 0.9))
     method: str = setting("richkd", "what the student learns from", choices=tuple(METHODS))
     teacher: tuple = setting(None, "architecture; several are averaged", nargs="+", metavar="NAME")
-    teacher_weights: tuple = setting(None, "a checkpoint a teacher, or `imagenet`; else it is "
-                                     "trained first, and kept", nargs="+", metavar="FILE")
+    teacher_weights: tuple = setting(None, "or `imagenet`; else trained", nargs="+", metavar="FILE")
     student: str = setting(None, "the student's architecture")
     class_names: str = setting(None, "a file of the names that CLIP is asked for, one a line")
     clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint")
-    clip_activation: str = setting(None, "CLIP's, where its file does not tell; default: quickgelu",
-                                   choices=tuple(clip_model.ACTIVATIONS))
+    clip_activation: str = setting(None, "else its file's", choices=tuple(clip_model.ACTIVATIONS))
     bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded")
     prompts: str = setting(None, "templates, {} for the name; default: the twelve")
-    clip_scale: float = setting(None, "of cosines; default: exp(logit_scale)", within=(1e-9, inf))
+    clip_scale: float = setting(None, "of cosines; default: exp(logit_scale)", within=(1e-9, 1e9))
     alpha: float = setting(0.7, "the teacher's share of the fused logits", within=(0, 1))
     lam: float = setting(0.7, "the teacher's share of the fused features", within=(0, 1))
-    temperature: float = setting(3.0, "of the logit loss", within=(1e-9, inf))
+    temperature: float = setting(3.0, "of the logit loss", within=(1e-9, 1e9))
     ce_weight: float = setting(1.0, "of the cross-entropy; 0: none", within=(0, inf))
     logit_weight: float = setting(3.0, "of the logit loss; 0: none", within=(0, inf))
     feature_weight: float = setting(0.8, "of the feature loss; 0: none", within=(0, inf))
@@ -85,7 +83,7 @@ class Config:
     negatives: str = setting("shared", "one draw a batch, or more", choices=("shared", "per-image"))
     epochs: int = setting(None, "passes over the images, the teacher's too", within=(1, inf))
     batch_size: int = setting(None, "images a step", within=(1, inf))
-    lr: float = setting(None, "learning rate at the start", within=(1e-9, inf))
+    lr: float = setting(None, "learning rate at the start", within=(1e-9, 1e9))
     weight_decay: float = setting(None, "of SGD with momentum .9", within=(0, inf))
     seed: int = setting(0, "of all that is drawn (a teacher trained here: 0)", within=(0, 2**31))
     amp: bool = setting(False, "bfloat16, for student and frozen teacher; on a CPU for CLIP, too")
@@ -162,8 +160,7 @@ def load_splits(config):
 
 def inputs(config, splits):
     """What a run depends on beside its settings, as config.json has it: {"data": {split:
-    `runs.identity`}, "files": {setting: digest of what it names}}, of a method without a teacher or
-    CLIP nothing that only these read. Raises OSError and ValueError for what cannot be read."""
+    `runs.identity`}, "files": {setting: digest of what it names}}, of what its method reads."""
     named = {}
     if config.teacher_weights:
         named["teacher_weights"] = [
@@ -196,9 +193,8 @@ class Teachers(torch.nn.ModuleList):
         return richkd.fuse_teachers(logits), torch.cat(features, 1).float()        # (B,K), (B,C)
 
 def load_teachers(config, splits):
-    """The conventional teachers, frozen, on the device; None if there are none. One without a
-    checkpoint is trained first. Raises ValueError where a file says that its classes, or the images
-    that it reads, are others."""
+    """The conventional teachers, frozen, on the device, or None. One without a file is trained
+    first. Raises ValueError where a file says that its classes or its images are others."""
     split, teachers = splits["train"], []
     info = data.DATASETS[config.dataset]._replace(image_size=config.image_size)
     for name, given in zip(config.teacher, config.teacher_weights or [None] * len(config.teacher)):

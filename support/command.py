@@ -9,6 +9,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 import warnings
 from datetime import timedelta
 
@@ -66,6 +67,11 @@ def main(job):
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
 
+    def lost(unraisable):  # an exception within a fork or a destructor: a signal comes once more
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            threading.Timer(0.1, signal.raise_signal, unraisable.exc_value.args).start()
+
+    sys.unraisablehook = lost
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     warnings.showwarning = lambda message, *_: files.note(str(message))

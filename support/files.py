@@ -156,8 +156,8 @@ class Progress:
         late = terminal and now - self.shown > 0.2
         if keep or late or done >= self.total:
             self.shown, rate = now, (done - self.start) / max(now - self.began, 1e-9)
-            left = timedelta(seconds=round((self.total - done) / max(rate, 1e-3)))
+            left = timedelta(0, round((self.total - done) / max(rate, 1e-3) or now - self.began))
             line = (f"{self.label} {done:.0f}/{self.total:.0f} | {note}{' | ' if note else ''}"
-                    f"{rate:.0f} {self.unit}/s | {left} left")
+                    f"{rate:.0f} {self.unit}/s | {left}{' left' * (done < self.total)}")
             width = shutil.get_terminal_size().columns - 1 if terminal else len(line)
             say(line[:width], end="" if terminal and done < self.total else "\n")  # never wrapped

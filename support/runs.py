@@ -138,8 +138,8 @@ def run_difference(about, config, inputs):
     if differ:
         return f"other settings: {'; '.join(differ)}"
     there, here = about["inputs"], inputs
-    for name in there["data"].keys() & here["data"].keys():
-        differ = difference(there["data"][name], here["data"][name], config.clip is not None)
+    for name, own in here["data"].items():
+        differ = difference(there["data"].get(name, own), own, config.clip is not None)
         if differ:
             return f"other data in its {name} split: {differ}"
     for name in FILES:

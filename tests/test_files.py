@@ -202,7 +202,7 @@ def test_Progress_in_a_log(clock, capsys):
     progress.update(300, keep=True)
     assert capsys.readouterr().err == (
         "kd resnet8 200/300 | loss 0.5 | 10 images/s | 0:00:10 left\n"
-        "kd resnet8 300/300 | 10 images/s | 0:00:00 left\n")
+        "kd resnet8 300/300 | 10 images/s | 0:00:20\n")
 
 def test_Progress_on_a_terminal(clock, capsys, monkeypatch):
     """The line rewrites itself, at most five times a second."""
