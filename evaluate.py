@@ -70,7 +70,7 @@ def measures(logits, labels):
             row[f"{name} {threshold}"] = 100 * masks[name].double().mean().item()
     return row
 
-def scores(logits, labels):
+def calibrated(logits, labels):
     """`measures`, Brier score, "calibration": a temperature, fitted on a random half of the images,
     always the same; `measures` and `metrics.calibration_bins` of the others before and after it."""
     row = {**measures(logits, labels), "brier": metrics.brier(logits, labels)}
@@ -88,7 +88,7 @@ def over_corruptions(sets, who, alexnet):
     top-1 at each}; with alexnet ImageNet-C's "mce" and "relative_mce" in percent. sets: {"clean",
     "fog 1" and so on: {subject: `measures`}}."""
     clean = sets["clean"][who]
-    row = {name: sum(sets[each][who][name] for each in CORRUPTED) / 75 for name in clean}
+    row = {name: sum(sets[x][who][name] for x in CORRUPTED) / len(CORRUPTED) for name in clean}
     row["by_severity"] = {name: [sets[f"{name} {severity}"][who]["top1"]
                                  for severity in range(1, 6)] for name in COMMON}
     if alexnet:  # metrics has errors as shares
@@ -284,7 +284,7 @@ def evaluate_set(students, images, progress):
     networks = {(student, who): subject for student in students
                 for who, subject in student.subjects.items() if who != "CLIP" or not images.split}
     logits = train.predict(networks, images.blocks, progress, images.name)
-    tell = scores if images.name == "test" else measures
+    tell = calibrated if images.name == "test" else measures
     for student in students:
         own = {who: z for (of, who), z in logits.items() if of is student}
         if images.split and "CLIP" in student.subjects:
@@ -301,7 +301,7 @@ def evaluate(config):
         evaluate_set(students, images, files.Progress("plain images", len(images.labels)))
     progress = files.Progress("corruptions", 0)
     for images in corrupted_sets(config, test) if config.corruptions else ():
-        progress.total = 76 * len(images.labels)
+        progress.total = (1 + len(CORRUPTED)) * len(images.labels)
         evaluate_set(students, images, progress)
     alexnet = config.dataset == "imagenet" and len(test.class_names) == 1000
     for student in students if config.corruptions else ():

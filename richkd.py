@@ -35,7 +35,7 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     x = at_least_float32(x)
     return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-24)
 
-def alike(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def same_shape(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """All float32, or float64 if one is. ValueError: not all are (B, K): one would be broadcast."""
     shapes = [tuple(x.shape) for x in tensors]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2:
@@ -66,14 +66,14 @@ def fuse_teachers(logits: list[torch.Tensor], weights: list[float] | None = None
     tensor([[2., 1.]])
     """
     weights = weights or [1.0] * len(logits)
-    return sum(w / sum(weights) * z for w, z in zip(weights, alike(*logits), strict=True))
+    return sum(w / sum(weights) * z for w, z in zip(weights, same_shape(*logits), strict=True))
 
 def mix(teacher: torch.Tensor | None, clip: torch.Tensor | None, weight: float) -> torch.Tensor:
     """weight * teacher + (1 - weight) * CLIP. One alone (1, 0) is itself, to the bit, and the other
     may be None."""
     if weight in (0, 1):
         return at_least_float32(teacher if weight == 1 else clip)
-    teacher, clip = alike(teacher, clip)
+    teacher, clip = same_shape(teacher, clip)
     return weight * teacher + (1 - weight) * clip
 
 def fuse_logits(teacher_logits: torch.Tensor, clip_logits: torch.Tensor,
@@ -108,7 +108,7 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
     >>> round(kd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), temperature=1.0).item(), 4)
     0.3278
     """
-    student, teacher = alike(student_logits, teacher_logits.detach())
+    student, teacher = same_shape(student_logits, teacher_logits.detach())
     log_q, p = (student / temperature).log_softmax(1), (teacher / temperature).softmax(1)
     return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
@@ -130,7 +130,7 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target:
     >>> round(dkd_loss(student, teacher, target=torch.tensor([0])).item(), 3)
     1.248
     """
-    student, teacher = alike(student_logits, teacher_logits.detach())
+    student, teacher = same_shape(student_logits, teacher_logits.detach())
     y = target[:, None]                                                         # (B, 1)
     hide = torch.zeros_like(student).scatter_(1, y, 1000.0)                     # -inf gives NaN
     log_b, log_q = [], []
@@ -151,7 +151,7 @@ def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
     >>> round(mlkd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])).item(), 4)
     2.5195
     """
-    student, teacher = alike(student_logits, teacher_logits.detach())
+    student, teacher = same_shape(student_logits, teacher_logits.detach())
     B, K = student.shape
     loss = 0.0
     with torch.autocast(student.device.type, enabled=False):  # the products, too, in float32

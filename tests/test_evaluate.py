@@ -28,7 +28,7 @@ def test_scores_calibration_is_of_images_that_it_did_not_fit():
     logits = 5 * torch.randn(400, 10, generator=seeded(1))
     target = torch.randint(10, (400,), generator=seeded(2))
     target[:200] = logits[:200].argmax(dim=1)
-    table = evaluate.scores(logits, target)["calibration"]
+    table = evaluate.calibrated(logits, target)["calibration"]
     reported, fitted = torch.randperm(400, generator=seeded(0)).chunk(2)
     temperature = metrics.fit_temperature(logits[fitted], target[fitted])
     expected = metrics.nll(logits[reported] / temperature, target[reported])
