@@ -9,7 +9,6 @@ Images stay uint8 until `to_input`, on the device. What fits in memory is one te
 
 import dataclasses
 import os
-import signal
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -239,18 +238,13 @@ def load(images, batches, seed, workers, device):
     workers. batches: the index of each batch. Raises ValueError for a file that cannot be read."""
     items = ([(i, seed) for i in batch.tolist()] for batch in batches)
     loader = torch.utils.data.DataLoader(images, batch_sampler=items, num_workers=workers,
-                                         pin_memory="cuda" in str(device),
-                                         worker_init_fn=end_quietly)
+                                         pin_memory="cuda" in str(device))
     try:
         for pixels, index in loader:
             yield pixels.to(device, non_blocking=True), index
     except ValueError as error:  # a worker's carries its traceback; the last line is the message
         error.__traceback__ = None  # it holds the loader, whose workers would be waited for
         raise ValueError(str(error).split("ValueError: ")[-1].strip()) from None
-
-def end_quietly(worker):
-    """SIGTERM reaches the workers, too: it is no failure for the program to report."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 def cores():
     """How many cores this process may use."""

@@ -135,8 +135,7 @@ def read_own(path, advice):
             raise ValueError
     return content
 
-# Under which names programs keep a network, in the order in which one of several is taken: what was
-# trained before its running average and its teacher.
+# Where programs keep networks, in order of choice: what was trained, its average, its teacher.
 KEYS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "student", "weights",
         "params", "state_dict_ema", "model_ema", "ema", "teacher")
 BESIDE = ("teacher", "criterion", "loss", "ema", "model_ema", "n_averaged")  # are no layers

@@ -11,8 +11,7 @@ import torch
 from pathlib import Path
 from support import checkpoints, files
 
-HOSTS = ("https://openaipublic.blob.core.windows.net/clip",  # OpenAI's storage
-         "https://openaipublic.azureedge.net/clip")  # the one in its own code, which often fails
+HOSTS = ("https://openaipublic.blob.core.windows.net/clip",)  # the one in OpenAI's code is dead
 PUBLIC_CLIPS = {  # name: SHA-256 of OpenAI's archive (openai/CLIP, clip/clip.py)
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",

@@ -23,8 +23,7 @@ import torch.distributed as dist
 from support import files
 
 def setting(default, text, **metadata):
-    """A dataclass field with its line of help. metadata: argparse's nargs, metavar, const, choices;
-    `within`: the bounds of a number, both included."""
+    """A dataclass field with its line of help. metadata: argparse's; within: a number's bounds."""
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 def flag(name):
@@ -64,14 +63,17 @@ def parse(config_class, text, arguments=None):
 def main(job):
     """Run a script's job and print its text. What one can mend is a line on stderr and status 2,
     SIGINT and SIGTERM one and, as shells have it, 128 + the signal's number; a warning a note."""
+    process, caught = os.getpid(), []
+
     def interrupt(number, frame):
+        if os.getpid() != process:  # a loader's worker, which was sent it, too, ends without a word
+            os._exit(0)
+        caught.append(number)
         raise KeyboardInterrupt(number)
 
-    def lost(unraisable):  # an exception within a fork or a destructor: a signal comes once more
-        if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            threading.Timer(0.1, signal.raise_signal, unraisable.exc_value.args).start()
-
-    sys.unraisablehook = lost
+    sys.unraisablehook = lambda lost: (  # what a fork or a destructor drops: a signal, once more
+        threading.Timer(0.1, signal.raise_signal, caught[:1]).start() if caught
+        else sys.__unraisablehook__(lost))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     warnings.showwarning = lambda message, *_: files.note(str(message))
@@ -81,12 +83,14 @@ def main(job):
             print(found)
         if dist.is_initialized():  # whose threads must end before Python does
             dist.destroy_process_group()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except BaseException as error:
+        if caught:  # whatever came of it, a worker's end perhaps
+            files.say("interrupted; the same command goes on")
+            sys.exit(128 + caught[0])
+        if not isinstance(error, (ValueError, OSError, FloatingPointError)):
+            raise
         files.say(f"error: {error}", every_rank=True)
         sys.exit(2)
-    except KeyboardInterrupt as error:
-        files.say("interrupted; the same command goes on")
-        sys.exit(128 + (error.args or (signal.SIGINT,))[0])
 
 def use_device(name, deterministic=False):
     """-> the torch.device, a GPU told how to compute. ValueError where torch cannot use it."""

@@ -64,9 +64,8 @@ def test_find_public_names_lead_to_openai_then_to_hugging_face(attempts, tmp_pat
     for urls, path, digest in attempts:
         assert digest.startswith("sha256:") and len(digest) == 7 + 64
         file = f"/clip/models/{digest.removeprefix('sha256:')}/{path.name}"
-        assert path.suffix != ".pt" or urls == [
-            f"https://openaipublic.{host}{file}" for host in
-            ("blob.core.windows.net", "azureedge.net")]
+        openai = [f"https://openaipublic.blob.core.windows.net{file}"]
+        assert path.suffix != ".pt" or urls == openai
     urls, path, digest = attempts[10]
     assert digest.startswith("sha256:a2bf730a0c7d") and urls == [
         f"https://huggingface.co/{L14}/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41/"
