@@ -52,19 +52,19 @@ def conv_bn_relu(*args, **kwargs):
 def global_pool():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, C, H, W) -> (B, C)
 
-def stage(block, count, in_channels, out_channels, stride):
-    """`count` blocks in a row; the first one changes width and resolution."""
-    first = block(in_channels, out_channels, stride)
-    return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(count - 1)))
-
-def trunk(block, kernel, widths, counts, strides):
-    """conv1 and bn1 of widths[0] channels, then layer1, layer2, ...: stage i has counts[i] blocks
-    of widths[i + 1] channels. {name: module}."""
+def stages(name, block, widths, counts, strides):
+    """{name1: stage, name2: ...}: stage i has counts[i] blocks, of which the first one goes from
+    widths[i] channels to widths[i + 1], by strides[i]."""
     modules = {}
-    modules["conv1"], modules["bn1"], modules["relu1"] = conv_bn_relu(3, widths[0], kernel)
-    for i, count in enumerate(counts):
-        modules[f"layer{i + 1}"] = stage(block, count, widths[i], widths[i + 1], strides[i])
+    for before, width, count, stride in zip(widths, widths[1:], counts, strides):
+        blocks = [block(before, width, stride), *(block(width, width, 1) for _ in range(count - 1))]
+        modules[f"{name}{len(modules) + 1}"] = nn.Sequential(*blocks)
     return modules
+
+def trunk(kernel, block, widths, counts, strides):
+    """conv1 and bn1 of widths[0] channels, then `stages` layer1, layer2, ...: {name: module}."""
+    stem = zip(("conv1", "bn1", "relu1"), conv_bn_relu(3, widths[0], kernel))
+    return {**dict(stem), **stages("layer", block, widths, counts, strides)}
 
 def init_convs(model):
     """He's initialisation by the outgoing fan; linear layer and BatchNorm keep PyTorch's own."""
@@ -84,16 +84,6 @@ def init_head(model, std=None):
     return model
 
 # ResNet -------------------------------------------------------------------------------------------
-class ZeroPadShortcut(nn.Module):
-    """He's option A: subsample, and fill the new channels, half on either side, with zeros."""
-    def __init__(self, in_channels, out_channels, stride):
-        super().__init__()
-        self.stride, self.new = stride, out_channels - in_channels
-
-    def forward(self, x):
-        x = x[:, :, ::self.stride, ::self.stride]
-        return F.pad(x, (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))
-
 def projection(in_channels, out_channels, stride):
     """He's option B: a 1x1 convolution where the shape changes, nothing elsewhere."""
     if stride == 1 and in_channels == out_channels:
@@ -128,7 +118,7 @@ class Bottleneck(nn.Module):
 def resnet(block, widths, counts, head, num_classes):
     """Three stages, as in He et al. section 4.2, or four, as in kuangliu/pytorch-cifar: no
     max-pooling behind the 3x3 stem."""
-    body = trunk(block, 3, widths, counts, (1, 2, 2, 2))
+    body = trunk(3, block, widths, counts, (1, 2, 2, 2))
     return init_convs(chain(**body, pool=global_pool(), **{head: Head(widths[-1], num_classes)}))
 
 # WideResNet ---------------------------------------------------------------------------------------
@@ -148,10 +138,9 @@ class WideBlock(nn.Module):
         return shortcut + self.conv2(F.relu_(self.bn2(self.conv1(out))))
 
 def wrn(depth, widen, num_classes):
-    widths, blocks = (16, 16 * widen, 32 * widen, 64 * widen), {}
-    for i, stride in enumerate((1, 2, 2)):
-        layer = stage(WideBlock, (depth - 4) // 6, widths[i], widths[i + 1], stride)
-        blocks[f"block{i + 1}"] = chain(layer=layer)
+    widths = (16, 16 * widen, 32 * widen, 64 * widen)
+    layers = stages("block", WideBlock, widths, [(depth - 4) // 6] * 3, (1, 2, 2))
+    blocks = {name: chain(layer=layer) for name, layer in layers.items()}
     return init_head(init_convs(chain(
         conv1=conv(3, 16, 3), **blocks, bn1=nn.BatchNorm2d(widths[3]), relu=nn.ReLU(inplace=True),
         pool=global_pool(), fc=Head(widths[3], num_classes))))
@@ -164,24 +153,20 @@ class PoolAt64(nn.Module):
 
 def vgg(counts, num_classes):
     """`counts` convolutions in each of five blocks; all have a bias although BatchNorm follows."""
-    widths = (64, 128, 256, 512, 512)
+    widths, modules = (3, 64, 128, 256, 512, 512), {}
     pools = (nn.MaxPool2d(2), nn.MaxPool2d(2), nn.MaxPool2d(2), PoolAt64(), global_pool())
-    modules, in_channels = {}, 3
-    for i, (count, width, pool) in enumerate(zip(counts, widths, pools)):
-        block = []
-        for _ in range(count):
-            block += conv_bn_relu(in_channels, width, 3, bias=True)
-            in_channels = width
-        modules[f"block{i}"] = nn.Sequential(*block)
-        modules[f"pool{i}"] = pool
+    for i, (count, before, width, pool) in enumerate(zip(counts, widths, widths[1:], pools)):
+        inputs = [before] + [width] * (count - 1)
+        block = [layer for n in inputs for layer in conv_bn_relu(n, width, 3, bias=True)]
+        modules |= {f"block{i}": nn.Sequential(*block), f"pool{i}": pool}
     return init_head(init_convs(chain(**modules, classifier=Head(512, num_classes))), std=.01)
 
 # MobileNet ----------------------------------------------------------------------------------------
 class InvertedResidual(nn.Module):
-    """Widen by `expansion`, filter each channel alone, narrow again without an activation."""
-    def __init__(self, expansion, in_channels, out_channels, stride):
+    """Widen to six times, filter each channel alone, narrow again without an activation."""
+    def __init__(self, in_channels, out_channels, stride):
         super().__init__()
-        mid = in_channels * expansion
+        mid = in_channels * (6 if out_channels > 8 else 1)  # the first block, to 8, does not widen
         self.residual = stride == 1 and in_channels == out_channels
         self.conv = nn.Sequential(
             *conv_bn_relu(in_channels, mid, 1),
@@ -193,29 +178,22 @@ class InvertedResidual(nn.Module):
 
 def mobilenetv2(num_classes):
     """MobileNetV2 of width 0.5 for CIFAR: stem and third, fourth, sixth group halve the maps."""
-    plan = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2),
-            (6, 160, 1, 1))  # expansion, channels, blocks, stride of each group
-    groups, in_channels = [], 16
-    for expansion, width, count, stride in plan:
-        block = partial(InvertedResidual, expansion)
-        groups.append(stage(block, count, in_channels, width, stride))
-        in_channels = width
+    widths = (16, 8, 12, 16, 32, 48, 80, 160)
+    groups = stages("", InvertedResidual, widths, (1, 2, 3, 4, 3, 3, 1), (1, 1, 2, 2, 1, 2, 1))
     return init_head(init_convs(chain(
         conv1=nn.Sequential(*conv_bn_relu(3, 16, 3, 2)),
-        blocks=nn.Sequential(*groups),
+        blocks=nn.Sequential(*groups.values()),
         conv2=nn.Sequential(*conv_bn_relu(160, 1280, 1)),
         pool=global_pool(), classifier=nn.Sequential(Head(1280, num_classes)))), std=.01)
 
 def mobilenet_v1(num_classes):
     """MobileNetV1 of width 1 for ImageNet, with mdistiller's names."""
-    plan = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (512, 1), (512, 1),
-            (512, 1), (512, 1), (1024, 2), (1024, 1))  # channels, stride of each pair
-    pairs, in_channels = [nn.Sequential(*conv_bn_relu(3, 32, 3, 2))], 32
-    for width, stride in plan:
+    widths = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+    pairs = [nn.Sequential(*conv_bn_relu(3, 32, 3, 2))]
+    for before, width, stride in zip(widths, widths[1:], (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)):
         pairs.append(nn.Sequential(
-            *conv_bn_relu(in_channels, in_channels, 3, stride, groups=in_channels),
-            *conv_bn_relu(in_channels, width, 1)))
-        in_channels = width
+            *conv_bn_relu(before, before, 3, stride, groups=before),
+            *conv_bn_relu(before, width, 1)))
     return chain(model=nn.Sequential(*pairs), pool=global_pool(), fc=Head(1024, num_classes))
 
 # ShuffleNet ---------------------------------------------------------------------------------------
@@ -273,19 +251,19 @@ class ShuffleV2Block(nn.Module):
         return shuffle(torch.cat([left, right], 1), 2)
 
 def shufflenetv1(num_classes):
-    body = trunk(ShuffleV1Block, 1, (24, 240, 480, 960), (4, 8, 4), (2, 2, 2))
+    body = trunk(1, ShuffleV1Block, (24, 240, 480, 960), (4, 8, 4), (2, 2, 2))
     return chain(**body, pool=global_pool(), linear=Head(960, num_classes))
 
 def shufflenetv2(num_classes):
-    body = trunk(ShuffleV2Block, 1, (24, 116, 232, 464), (4, 8, 4), (2, 2, 2))
+    body = trunk(1, ShuffleV2Block, (24, 116, 232, 464), (4, 8, 4), (2, 2, 2))
     body["conv2"], body["bn2"], body["relu2"] = conv_bn_relu(464, 1024, 1)
     return chain(**body, pool=global_pool(), linear=Head(1024, num_classes))
 
 # The zoo ------------------------------------------------------------------------------------------
-def from_torchvision(name, head, num_classes):
-    """torchvision's network with its last layer, which is called `head`, turned into a `Head`."""
+def from_torchvision(name, num_classes):
+    """torchvision's network with its one linear layer, the last, turned into a `Head`."""
     model = torchvision.models.get_model(name, num_classes=num_classes)
-    linear = model.get_submodule(head)
+    [(head, linear)] = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     pair = Head(linear.in_features, num_classes)
     pair.load_state_dict(linear.state_dict())  # keeps torchvision's initialisation
     model.set_submodule(head, pair)
@@ -305,10 +283,8 @@ CIFAR_MODELS = {  # name: function of num_classes, for 32x32 images
     "resnet50": partial(resnet, Bottleneck, (64, 256, 512, 1024, 2048), (3, 4, 6, 3), "linear"),
 }
 IMAGENET_MODELS = {  # the same, for 224x224 images
-    **{name: partial(from_torchvision, name, "fc") for name in ("resnet18", "resnet34")},
-    "resnet50_imagenet": partial(from_torchvision, "resnet50", "fc"),
-    "mobilenet_v1": mobilenet_v1,
-    "mobilenet_v2": partial(from_torchvision, "mobilenet_v2", "classifier.1"),
+    **{name: partial(from_torchvision, name) for name in ("resnet18", "resnet34", "mobilenet_v2")},
+    "resnet50_imagenet": partial(from_torchvision, "resnet50"), "mobilenet_v1": mobilenet_v1,
 }
 ZOO = {**CIFAR_MODELS, **IMAGENET_MODELS}
 
@@ -335,11 +311,14 @@ def imagenet_file(name: str) -> tuple[str, Path, str]:
     return url, path, "sha256:" + path.stem.split("-")[1]  # resnet34-b627a593.pth
 
 def use_option_a(model):
-    """Turns every shortcut of a CIFAR ResNet that has tensors into one that pads with zeros."""
+    """Turns every projection of a CIFAR ResNet into He's option A: subsample, and fill the new
+    channels, half on either side, with zeros."""
     for block in model.modules():
         if isinstance(getattr(block, "downsample", None), nn.Sequential):  # of a BasicBlock
             old = block.downsample[0]
-            block.downsample = ZeroPadShortcut(old.in_channels, old.out_channels, old.stride[0])
+            half, odd = divmod(old.out_channels - old.in_channels, 2)
+            pad = nn.ZeroPad3d((0, 0, 0, 0, half, half + odd))  # width, height and channels
+            block.downsample = nn.Sequential(nn.AvgPool2d(1, old.stride), pad)
 
 def load_weights(model_name: str, path: str | Path, num_classes: int | None = None) -> nn.Module:
     """The network `model_name` with the weights of a file, in eval mode, float32, on the CPU.
@@ -363,10 +342,7 @@ def load_weights(model_name: str, path: str | Path, num_classes: int | None = No
         model = build_model(model_name, classes)
     if not any("downsample" in name or "shortcut" in name for name in state):
         use_option_a(model)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    matched, problem = checkpoints.match(wanted, state)
-    if problem:
-        raise ValueError(f"{path} does not fit {model_name}: {problem}")
+    matched = checkpoints.match(model.state_dict(), state, f"{path} does not fit {model_name}")
     if model_name in ("resnet18_cifar", "resnet50") and "fc.weight" in state:
         files.note(f"{path}: torchvision's names with a 3x3 stem: read as {model_name}; a "
                    "max-pooling behind the stem, which no tensor tells, is left out")

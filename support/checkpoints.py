@@ -194,9 +194,9 @@ def read_about(path):
     content = read_checkpoint(path)
     return content if {"model_name", "format"} <= content.keys() else {}
 
-def match(wanted, state):
-    """The tensors `state` of a file under the names of a model, which wants {name: shape}, and what
-    does not fit, in words, or None."""
+def match(wanted, state, problem):
+    """The tensors `state` of a file under the names of a model's state dict, `wanted`. Raises
+    ValueError, beginning with `problem`, where names or shapes differ."""
     # files older than PyTorch 0.4.1 have no counters
     matched = {key: torch.tensor(0) for key in wanted if key.endswith("num_batches_tracked")}
     for key, tensor in state.items():
@@ -205,10 +205,9 @@ def match(wanted, state):
                  plain.replace("fc", "linear").replace("downsample", "shortcut"))
         ours = (name for name in names if name in wanted and (name == key or name not in state))
         matched[next(ours, key)] = tensor
-    expected = {key: list(shape) for key, shape in wanted.items()}
-    there = {key: list(tensor.shape) for key, tensor in matched.items()}
-    for key in (*expected, *there):
-        if expected.get(key) != there.get(key):
-            return matched, (f"tensor {key!r}: expected {expected.get(key)}, found {there.get(key)}"
-                             f"; the file's first of {len(state)} are {[*state][:3]}")
-    return matched, None
+    for key in (*wanted, *matched):
+        expected, found = [[*one[key].shape] if key in one else None for one in (wanted, matched)]
+        if expected != found:
+            raise ValueError(f"{problem}: tensor {key!r}: expected {expected}, found {found}; the "
+                             f"file's first of {len(state)} are {[*state][:3]}")
+    return matched

@@ -11,7 +11,7 @@ import torch
 from pathlib import Path
 from support import checkpoints, files
 
-HOSTS = ("https://openaipublic.blob.core.windows.net/clip",)  # the one in OpenAI's code is dead
+HOST = "https://openaipublic.blob.core.windows.net/clip"  # the one in OpenAI's code is dead
 PUBLIC_CLIPS = {  # name: SHA-256 of OpenAI's archive (openai/CLIP, clip/clip.py)
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
@@ -22,36 +22,31 @@ PUBLIC_CLIPS = {  # name: SHA-256 of OpenAI's archive (openai/CLIP, clip/clip.py
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
-MIRRORS = (  # the same weights on Hugging Face: name, repository, revision, file, SHA-256
-    ("ViT-L/14", "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41",
-     "model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
-    ("ViT-L/14", "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41",
-     "pytorch_model.bin", "f1a17cdbe0f36fec524f5cafb1c261ea3bbbc13e346e0f74fc9eb0460dedd0d3"),
-    ("ViT-B/32", "timm/vit_base_patch32_clip_224.openai",
-     "a6f597a30f7b82c51704746581f9a4e41421e878", "open_clip_model.safetensors",
-     "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31"),
-    ("ViT-B/32", "openai/clip-vit-base-patch32", "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
-     "pytorch_model.bin", "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f"))
+MIRRORS = {  # the same weights on Hugging Face: repository, revision, file and its SHA-256
+    "ViT-L/14": ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41",
+                 "model.safetensors",
+                 "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
+    "ViT-B/32": ("timm/vit_base_patch32_clip_224.openai",
+                 "a6f597a30f7b82c51704746581f9a4e41421e878", "open_clip_model.safetensors",
+                 "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31")}
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
-BPE_DIGEST = "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-BPE_URLS = (f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{BPE_FILE}",
-            f"{HOSTS[0]}/{BPE_FILE}")
 
 def fetch_bpe(cache_dir=None):
     """The path of the public BPE file, downloaded where it is absent. Raises as `files.fetch`."""
-    path = files.cache_folder(cache_dir) / BPE_FILE
-    return files.fetch(BPE_URLS, path, BPE_DIGEST, "pass --bpe PATH")
+    urls = [f"{place}/{BPE_FILE}" for place in (
+        "https://raw.githubusercontent.com/openai/CLIP/main/clip", HOST)]
+    digest = "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    return files.fetch(urls, files.cache_folder(cache_dir) / BPE_FILE, digest, "pass --bpe PATH")
 
 def sources(name):
-    """[(file in our cache, addresses, SHA-256)] of a public name or a repository, best first."""
-    known = []
-    if name in PUBLIC_CLIPS:
-        digest, file = PUBLIC_CLIPS[name], name.replace("/", "-").replace("@", "-") + ".pt"
-        known.append((file, [f"{host}/models/{digest}/{file}" for host in HOSTS], digest))
-    return known + [(repository.split("/")[1] + Path(file).suffix,
-                     [f"https://huggingface.co/{repository}/resolve/{revision}/{file}"], digest)
-                    for public, repository, revision, file, digest in MIRRORS
-                    if name in (public, repository)]
+    """[(file in our cache, its address, SHA-256)] of a public name or a repository, best first."""
+    own = name.replace("/", "-").replace("@", "-") + ".pt"
+    openai = [(own, f"{HOST}/models/{digest}/{own}", digest)
+              for public, digest in PUBLIC_CLIPS.items() if public == name]
+    return openai + [(repository.split("/")[1] + ".safetensors",
+                      f"https://huggingface.co/{repository}/resolve/{revision}/{file}", digest)
+                     for public, (repository, revision, file, digest) in MIRRORS.items()
+                     if name in (public, repository)]
 
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
            "open_clip_pytorch_model.bin")  # of a folder as Hugging Face has it, in order of choice
@@ -97,27 +92,20 @@ def read_listing(path):
                              f"{' or '.join(map(str, PLAIN[key])) or 'none'}, as in OpenAI's CLIP")
     return said
 
-NAMES = (  # transformers' and OpenAI's
-    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
-    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-    ("vision_model.pre_layrnorm.", "visual.ln_pre."),  # so spelt
-    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-    ("vision_model.post_layernorm.", "visual.ln_post."),
-    ("visual_projection.weight", "visual.proj"),
-    ("text_model.embeddings.token_embedding.", "token_embedding."),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.encoder.layers.", "transformer.resblocks."),
-    ("text_model.final_layer_norm.", "ln_final."),
-    ("text_projection.weight", "text_projection"),
-    (".self_attn.", ".attn."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."),
-    (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
+NAMES = (  # parts of transformers' names, and what OpenAI's have
+    ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.", ""),
+    ("patch_embedding.", "conv1."), ("position_embedding.weight", "positional_embedding"),
+    ("pre_layrnorm.", "ln_pre."), ("post_layernorm.", "ln_post."),  # the former so spelt
+    ("encoder.layers.", "transformer.resblocks."), ("self_attn.", "attn."),
+    ("layer_norm1.", "ln_1."), ("layer_norm2.", "ln_2."), ("final_layer_norm.", "ln_final."),
+    ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."),
+    ("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))
 
 def to_openai_layout(state):
     """A state dict of OpenAI, transformers (behind any prefix) or open_clip (whose CustomTextCLIP
     has "text.") under OpenAI's names. Of transformers', both projections are transposed, and query,
     key and value joined; where one is missing, what is joined is too short for any CLIP."""
-    mark = NAMES[0][0]
+    mark = "vision_model.embeddings.class_embedding"
     prefix = next((name.removesuffix(mark) for name in state if name.endswith(mark)), "text.")
     renamed = {}
     for theirs, tensor in state.items():
@@ -146,9 +134,9 @@ def find(name, cache_dir=None):
         if weights.is_file():
             return weights, read_listing(weights)
     failures, folder = [], files.cache_folder(cache_dir)
-    for file, urls, digest in sorted(sources(name), key=lambda one: not (folder / one[0]).exists()):
+    for file, url, digest in sorted(sources(name), key=lambda one: not (folder / one[0]).exists()):
         try:
-            path = files.fetch(urls, folder / file, f"sha256:{digest}", "pass --clip PATH")
+            path = files.fetch([url], folder / file, f"sha256:{digest}", "pass --clip PATH")
             return path, {"activation": "quickgelu"}  # OpenAI's, by their digest
         except FileNotFoundError as error:
             failures.append(str(error))

@@ -291,15 +291,13 @@ def test_read_safetensors_of_every_kind_of_tensor(tmp_path):
 # Names --------------------------------------------------------------------------------------------
 def test_match_by_name_and_shape():
     one, two, three = torch.zeros(1), torch.zeros(2), torch.zeros(3)
-    wanted = {"fc.weight": [1], "a.downsample.0": (2,), "a.num_batches_tracked": torch.Size([])}
-    theirs = {"linear.weight": one, "compressible_a.shortcut.0": two}
-    matched, problem = match(wanted, theirs)
-    assert problem is None and matched["fc.weight"] is one and matched["a.downsample.0"] is two
-    assert matched["a.num_batches_tracked"] == 0
-    assert match({"linear.weight": [1]}, {"fc.weight": one})[1] is None
+    wanted = {"fc.weight": one, "a.downsample.0": two, "a.num_batches_tracked": torch.tensor(1)}
+    found = match(wanted, {"linear.weight": one, "compressible_a.shortcut.0": two}, "")
+    assert found["fc.weight"] is one and found["a.downsample.0"] is two
+    assert found["a.num_batches_tracked"] == 0
+    assert match({"linear.weight": one}, {"fc.weight": one}, "")["linear.weight"] is one
     # `linear` may stand for `fc`, but not where the file has an `fc` of its own
-    both, problem = match({"fc.weight": [1]}, {"fc.weight": one, "linear.weight": three})
-    assert both["fc.weight"] is one and "'linear.weight'" in problem
-    for state, name in (({"fc.weight": three}, "fc.weight"), ({"stem": one}, "fc.weight")):
-        problem = match({"fc.weight": [1]}, state)[1]
-        assert f"'{name}'" in problem and list(state)[0] in problem
+    for state, name in (({"fc.weight": one, "linear.weight": three}, "linear.weight"),
+                        ({"fc.weight": three}, "fc.weight"), ({"stem": one}, "fc.weight")):
+        problem = refused(match, {"fc.weight": one}, state, "a.pt")
+        assert problem.startswith("a.pt: ") and f"'{name}'" in problem and [*state][0] in problem

@@ -2,8 +2,7 @@
 
 `golden_clip_layout.json` holds names and shapes of small models of transformers 5.24.0 and
 open_clip_torch 3.3.0, what these programs say of them in a config, and what the models give with
-their tensors `filled`; `python bench/bench_clip.py --layouts` wrote it.
-"""
+their tensors `filled`; `python bench/bench_clip.py --layouts` wrote it."""
 
 import clip_model
 import hashlib
@@ -27,12 +26,12 @@ def no_other_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def attempts(monkeypatch):
-    """(addresses, path, digest) of each call of files.fetch, which has nothing."""
+    """(address, path, digest) of each file that files.fetch is asked for; it has nothing."""
     made = []
 
     def fetch(urls, path, digest, advice):
-        made.append((urls, path, digest))
-        raise FileNotFoundError(f"could not download {' or '.join(urls)} to {path}; {advice}")
+        made.extend((url, path, digest) for url in urls)
+        raise FileNotFoundError(f"could not download {urls} to {path}; {advice}")
 
     monkeypatch.setattr(files, "fetch", fetch)
     return made
@@ -45,42 +44,34 @@ def write_snapshot(folder, kind, listing=None, suffix=".bin", **tensors):
     program = "open_clip_" * kind.startswith("open_clip")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{program}config.json").write_text(json.dumps(listing or GOLDEN[kind]["listing"]))
-    if suffix == ".safetensors":
-        (folder / f"{program}model.safetensors").write_bytes(safetensors(state))
-        return folder / f"{program}model.safetensors"
-    torch.save(state, folder / f"{program}pytorch_model.bin")
-    return folder / f"{program}pytorch_model.bin"
+    if suffix == ".bin":
+        torch.save(state, folder / f"{program}pytorch_model.bin")
+        return folder / f"{program}pytorch_model.bin"
+    (folder / f"{program}model.safetensors").write_bytes(safetensors(state))
+    return folder / f"{program}model.safetensors"
 
 # Addresses ----------------------------------------------------------------------------------------
-def test_find_public_names_lead_to_openai_then_to_hugging_face(attempts, tmp_path):
-    for name in clip_files.PUBLIC_CLIPS:
+def test_find_of_public_names_leads_to_openai_then_to_hugging_face(attempts, tmp_path):
+    for name in (*clip_files.PUBLIC_CLIPS, L14):
         message = refused(clip_files.find, name, tmp_path)
-        assert "pass --clip PATH" in message and all(url in message for url in attempts[-1][0])
-    assert [path.relative_to(tmp_path).name for _, path, _ in attempts] == [
-        "RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt", "ViT-B-32.pt",
-        "vit_base_patch32_clip_224.openai.safetensors", "clip-vit-base-patch32.bin", "ViT-B-16.pt",
-        "ViT-L-14.pt", "clip-vit-large-patch14.safetensors", "clip-vit-large-patch14.bin",
-        "ViT-L-14-336px.pt"]
-    for urls, path, digest in attempts:
-        assert digest.startswith("sha256:") and len(digest) == 7 + 64
-        file = f"/clip/models/{digest.removeprefix('sha256:')}/{path.name}"
-        openai = [f"https://openaipublic.blob.core.windows.net{file}"]
-        assert path.suffix != ".pt" or urls == openai
-    urls, path, digest = attempts[10]
-    assert digest.startswith("sha256:a2bf730a0c7d") and urls == [
-        f"https://huggingface.co/{L14}/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41/"
-        "model.safetensors"]
-
-def test_find_of_a_repository_and_fetch_bpe_try_their_own_file_alone(attempts, tmp_path):
-    name = "openai/clip-vit-base-patch32"
-    assert f"huggingface.co/{name}/" in refused(clip_files.find, name, tmp_path)
+        assert "pass --clip PATH" in message and attempts[-1][0] in message
     assert "--bpe" in refused(clip_files.fetch_bpe, tmp_path)
-    _, (urls, path, digest) = attempts
-    assert path == tmp_path / clip_files.BPE_FILE and digest.startswith("sha256:924691ac288e54")
-    assert len(urls) == 2 and all(url.endswith(f"/clip/{path.name}") for url in urls)
+    urls, paths, digests = zip(*attempts)
+    assert all(path.parent == tmp_path for path in paths)
+    assert [path.name for path in paths] == [
+        "RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt", "ViT-B-32.pt",
+        "vit_base_patch32_clip_224.openai.safetensors", "ViT-B-16.pt", "ViT-L-14.pt",
+        "clip-vit-large-patch14.safetensors", "ViT-L-14-336px.pt",
+        "clip-vit-large-patch14.safetensors", *["bpe_simple_vocab_16e6.txt.gz"] * 2]
+    assert urls[0] == (f"https://openaipublic.blob.core.windows.net/clip/models/{digests[0][7:]}/"
+                       "RN50.pt")
+    assert urls[9] == urls[11] == (f"https://huggingface.co/{L14}/resolve/"
+                                   "32bd64288804d66eefd0ccbe215aa642df71cc41/model.safetensors")
+    assert digests[9].startswith("sha256:a2bf730a0c7d")
+    assert all(digest.startswith("sha256:") and len(digest) == 7 + 64 for digest in digests)
 
 def test_find_takes_what_is_in_the_cache_first(attempts, monkeypatch, tmp_path):
-    there = tmp_path / "clip-vit-large-patch14.bin"
+    there = tmp_path / "clip-vit-large-patch14.safetensors"
     there.write_bytes(b"weights")
     monkeypatch.setattr(files, "fetch",
                         lambda urls, path, digest, advice: attempts.append(path) or path)
@@ -92,11 +83,11 @@ def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path, capsys
     """OpenAI's host has nothing; at $HF_ENDPOINT lie the weights in transformers' layout. They are
     OpenAI's by their digest: no activation is guessed."""
     content = safetensors(filled(GOLDEN["transformers"]["tensors"]))
-    monkeypatch.setattr(clip_files, "MIRRORS", (
-        ("ViT-L/14", L14, "abc", "model.safetensors", hashlib.sha256(content).hexdigest()),))
+    monkeypatch.setattr(clip_files, "MIRRORS", {
+        "ViT-L/14": (L14, "abc", "model.safetensors", hashlib.sha256(content).hexdigest())})
     with web_server(content) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/good")
-        monkeypatch.setattr(clip_files, "HOSTS", (f"{server.url}/clip",))
+        monkeypatch.setattr(clip_files, "HOST", f"{server.url}/clip")
         clip = load_clip("ViT-L/14", tmp_path / "cache")
         assert server.asked[-1] == f"/good/{L14}/resolve/abc/model.safetensors"
     assert_golden(clip, GOLDEN["transformers"])
@@ -185,7 +176,7 @@ def test_to_openai_layout_keeps_every_tensor():
      "visual.transformer.resblocks.1.attn.in_proj_bias"),
     ("transformers", "vision_model.pre_layrnorm.weight", None, "visual.ln_pre.weight"),
     ("transformers", "text_model.embeddings.position_embedding.weight", None, "positional_emb"),
-    ("transformers", "vision_model.head.bias", torch.zeros(1), "vision_model.head.bias"),
+    ("transformers", "vision_model.head.bias", torch.zeros(1), "visual.head.bias"),
     ("open_clip, CustomTextCLIP", "logit_bias", torch.zeros(1), "logit_bias"),  # a SigLIP's
     ("open_clip", "visual.ln_pre.weight", None, "visual.ln_pre.weight"),
     ("open_clip", "transformer.resblocks.0.ls_1.gamma", torch.zeros(1), "resblocks.0.ls_1.gamma")])
