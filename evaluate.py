@@ -57,6 +57,8 @@ class Config:
     workers: int = setting(train.Config.workers, "as in train.py", within=(0, inf))
     cache_dir: str = setting(None, "as in train.py")
 
+    __post_init__ = command.normalize
+
 # Measures: logits (N,K), labels int64 (N,) --------------------------------------------------------
 def measures(logits, labels):
     """What is told of every subject on every set, all but NLL in percent: top-1, top-5, NLL, ECE,
@@ -107,7 +109,7 @@ class Student:
         """`own` and on: as `read_run`. Raises ValueError for weights of other classes or images."""
         info = data.DATASETS[config.dataset]
         info = info._replace(image_size=config.image_size or info.image_size)
-        size = runs.input_size(weights, test, info)
+        size = runs.input_size(weights, test, info, run and runs.digest(run))
         model = models.freeze(models.load_weights(own.student, weights, len(test.class_names)))
         self.subjects = {"student": train.classifier(model.to(config.device), config, size)}
         self.path, self.alpha, self.sets = Path(report), own.alpha, {}
@@ -122,9 +124,9 @@ class Student:
     def add_teaching(self, own, run):
         """What taught it, as train.py makes it again. Raises ValueError where that is not here."""
         splits = train.load_splits(own)
-        differ = runs.run_difference(run, own, train.inputs(own, splits))
+        differ = runs.difference(runs.key(run), runs.key(train.about_run(own, splits)))
         if differ:
-            raise ValueError(f"--fused: what taught this run is not here: it has {differ}")
+            raise ValueError(f"--fused: what taught this run is not here: {differ}")
         if own.teacher:
             teachers = train.load_teachers(own, splits)
             self.subjects["teacher"] = train.classifier(teachers, own, own.image_size)
@@ -146,7 +148,10 @@ class Student:
 
     def add(self, name, key, rows):
         self.sets[name] = {"key": key, **rows}
-        files.write_json(self.path, {"about": self.about, "sets": self.sets})
+        try:
+            files.write_json(self.path, {"about": self.about, "sets": self.sets})
+        except OSError as error:
+            files.note(f"{self.path} cannot be kept ({error.strerror}): printed alone")
 
 def newest_run(fused, root="runs"):
     """The folder below `root` whose run finished last, with `fused` one with teacher and CLIP."""
@@ -172,11 +177,9 @@ def read_run(folder, config):
     return own, run, folder / "student.pt", folder / "report.json", about
 
 def prepare(config):
-    """-> (config with data set, place and size filled in, the test split, [Student]). What can be
-    wrong with a command is said here, before anything takes long."""
+    """-> (config with data set and size filled in, {"test", with --shift its own: Split},
+    [Student]). What can be wrong with a command is said here, before anything takes long."""
     config = dataclasses.replace(config, device=command.use_device(config.device))
-    if config.corrupted_share < 1 and config.corruptions != "generated":
-        raise ValueError("--corrupted-share is for generated --corruptions: published are whole")
     if len({Path(folder).name for folder in config.shift or ()}) < len(config.shift or ()):
         raise ValueError("--shift: two folders have one name; evaluate one after another")
     if not config.checkpoint:
@@ -184,22 +187,29 @@ def prepare(config):
     elif config.model and config.dataset:
         path, own = config.checkpoint, {"dataset": config.dataset, "student": config.model}
         about = {"settings": {"checkpoint": path, **own}}
-        sources = [(train.Config(**own), None, path, f"{path}.report.json", about)]
+        sources = [(train.Config(**own, cache_dir=config.cache_dir), None, path,
+                    f"{path}.report.json", about)]
     else:
         raise ValueError("--checkpoint takes --model NAME and --dataset NAME with it")
-    config = dataclasses.replace(config, **{
-        name: getattr(config, name) or getattr(sources[0][0], name)  # the first one's own
-        for name in ("dataset", "data_dir", "class_names")})
-    if config.shift == [] and not data.DATASETS[config.dataset].shifts:
-        raise ValueError(f"{config.dataset} has no shift split of its own: --shift DIR names one")
-    test = train.load_split(config, "test")
-    students = [Student(config, test, *source) for source in sources]
+    first, *others = (source[0] for source in sources)
+    own = dataclasses.replace(first, **{name: getattr(config, name) or getattr(first, name)
+                                        for name in ("dataset", "data_dir", "class_names")})
+    if config.data_dir and own.dataset == "shapes":
+        raise ValueError("--data-dir: shapes are rendered")
+    if {other.holdout for other in others} - {own.holdout}:
+        raise ValueError("--run: the test images of one are another's --holdout: one after another")
+    names = () if config.shift is None else data.DATASETS[own.dataset].shifts
+    if config.shift == () and not names:
+        raise ValueError(f"{own.dataset} has no shift split of its own: --shift DIR names one")
+    splits = {name: train.load_split(own, name) for name in ("test", *names)}
+    config = dataclasses.replace(config, dataset=own.dataset, data_dir=own.data_dir)
+    students = [Student(config, splits["test"], *source) for source in sources]
     if config.fused and all(len(student.subjects) == 1 for student in students):
         raise ValueError("--fused: no run here has a teacher or CLIP")
     size, *others = {config.image_size, *(one.about["image_size"] for one in students)} - {None}
     if others:
         raise ValueError(f"--run, --image-size: {size} and {others}: evaluate one size at a time")
-    return dataclasses.replace(config, image_size=size), test, students
+    return dataclasses.replace(config, image_size=size), splits, students
 
 # Sets of images -----------------------------------------------------------------------------------
 class Images(NamedTuple):
@@ -217,23 +227,22 @@ def blocks(images, config):
 def at_size(split, config):
     return data.at_size(split, config.image_size, config.cache_dir, config.workers, config.device)
 
-def plain_sets(config, test):
-    """Yield the test split and, with --shift, the data set's own shift splits and the folders."""
+def plain_sets(config, splits):
+    """Yield the splits and, with --shift, the folders."""
     def plain(name, split, chosen=slice(None), **key):
         key["content"] = runs.identity(split)["content"]
         seen = blocks(at_size(split, config).images, config)
         return Images(name, key, split.labels, seen, split, chosen)
 
-    yield plain("test", test)
-    for name in data.DATASETS[config.dataset].shifts if config.shift is not None else ():
-        yield plain(name, train.load_split(config, name))
+    yield from (plain(name, split) for name, split in splits.items())
+    test, size = splits["test"], data.DATASETS[config.dataset].image_size
     for root in config.shift or ():
         images, labels, chosen = shifts.load_shift(root, config.dataset, test.ids, test.class_names)
         if isinstance(images, list):  # paths
-            size = data.DATASETS[config.dataset].image_size
             images = data.Stream(images, size, 256 if config.dataset == "imagenet" else size)
-        yield plain(f"shift {Path(root).name}", test._replace(images=images, labels=labels),
-                    chosen, columns=chosen.tolist())
+        key = {"columns": chosen.tolist()} if len(chosen) < len(test.class_names) else {}
+        split = test._replace(images=images, labels=labels)
+        yield plain(f"shift {Path(root).name}", split, chosen, **key)
 
 def published(config, test, name, severity):
     """The published images of a corruption, of either kind, and their labels."""
@@ -245,8 +254,9 @@ def published(config, test, name, severity):
         labels, seen = columns[labels], test.images
         size = seen.shape[-1] if data.is_in_memory(seen) else seen.size
         images = data.Stream(paths, size, size)  # which they have already
-    if not {*test.labels.tolist()} <= {*labels.tolist()} <= {*range(len(test.class_names))}:
-        raise ValueError(f"{config.corruptions}, {name} {severity}: other classes than the test's")
+    if sorted(labels.tolist()) != sorted(test.labels.tolist()):  # their order may differ
+        raise ValueError(f"{config.corruptions}, {name} {severity}: {len(labels)} images, or their "
+                         f"classes, are not those of the {len(test.labels)} test images")
     return images, labels
 
 def corrupted_sets(config, test):
@@ -296,24 +306,28 @@ def evaluate_set(students, images, progress):
 
 def evaluate(config):
     """-> [Student]; their reports also lie beside their weights: what is there is not done anew."""
-    config, test, students = prepare(config)
-    for images in plain_sets(config, test):
+    config, splits, students = prepare(config)
+    for images in plain_sets(config, splits):
         evaluate_set(students, images, files.Progress("plain images", len(images.labels)))
     progress = files.Progress("corruptions", 0)
-    for images in corrupted_sets(config, test) if config.corruptions else ():
+    for images in corrupted_sets(config, splits["test"]) if config.corruptions else ():
         progress.total = (1 + len(CORRUPTED)) * len(images.labels)
         evaluate_set(students, images, progress)
-    alexnet = config.dataset == "imagenet" and len(test.class_names) == 1000
+    alexnet = config.dataset == "imagenet" and len(splits["test"].class_names) == 1000
     for student in students if config.corruptions else ():
         student.add("corruptions", images.key, {
             who: over_corruptions(student.sets, who, alexnet)
             for who in student.done(images.name, images.key)})  # the last one's: all have them
     return students
 
+def training(config):
+    """The `train.Config` that has this evaluation's settings of data set and CLIP."""
+    return train.Config(**{name: value for name, value in vars(config).items()
+                           if value is not None and hasattr(train.Config, name)})
+
 def zero_shot(config):
     """CLIP itself on a test split: {"all M templates": top-1 in percent, then one a template}."""
-    own = train.resolve(train.Config(**{name: value for name, value in vars(config).items()
-                                        if value is not None and hasattr(train.Config, name)}))
+    own = train.resolve(training(config))
     test = train.load_split(own, "test")
     templates = clip_model.load_templates(own.prompts or train.PROMPTS)
     clip, tokenizer, scale = train.load_clip(own)
@@ -331,10 +345,15 @@ COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %",
            "confident_right 0.7": "right .7", "confident_wrong 0.7": "wrong .7"}
 
 def table(student):
-    """A report as text: a row a set and subject, and one of the student with the temperature that
-    was fitted; its top-1 under each corruption."""
-    rows = {f"{name}, {who}": row for name, of in student.sets.items() for who, row in of.items()
-            if who != "key" and name not in ("clean", *CORRUPTED)}
+    """A report as text: a row a set, where not all classes are chosen among with their number, and
+    subject, and one of the student with the temperature that was fitted; its top-1 under each
+    corruption."""
+    rows = {}
+    for name in (name for name in student.sets if name not in ("clean", *CORRUPTED)):
+        of = dict(student.sets[name])
+        classes = len(of.pop("key").get("columns", ()))
+        among = f" ({classes} classes)" if classes else ""
+        rows |= {f"{name}{among}, {who}": row for who, row in of.items()}
     calibration = student.sets["test"]["student"]["calibration"]
     T = f"{calibration['temperature']:.3g}"
     bound = {metrics.LEAST_TEMPERATURE: "<=", metrics.MOST_TEMPERATURE: ">="}  # the best is beyond
@@ -342,7 +361,8 @@ def table(student):
     width = max(28, *map(len, rows))
     lines = [f"{student.path.parent.name:{width}} {' '.join(f'{x:>8}' for x in COLUMNS.values())}"]
     for label, row in rows.items():
-        cells = (f"{x:8.3f}" if abs(x) < 1e4 else f"{x:8.1e}" for x in map(row.get, COLUMNS))
+        cells = ("       -" if x is None else f"{x:8.3f}" if abs(x) < 1e4 else f"{x:8.1e}"
+                 for x in map(row.get, COLUMNS))
         lines.append(f"{label:{width}} {' '.join(cells)}")
     lines.append("right .5: % right, confidence from .5; T: fitted on half of test, for the rest")
     if "corruptions" in student.sets:
@@ -353,12 +373,23 @@ def table(student):
         lines += ["     ".join(cells[i : i + 3]) for i in range(0, len(cells), 3)]
     return "\n".join(lines)
 
+def unread(config):
+    """The names of the settings that have no effect with the others of a config."""
+    zero_shot, generated = config.zero_shot, config.corruptions == "generated"
+    reads = {
+        ("clip", "clip_activation", "bpe", "prompts"): zero_shot,
+        ("checkpoint", "image_size", "shift", "corruptions"): not zero_shot,
+        ("run", "fused"): not (zero_shot or config.checkpoint),
+        ("model",): config.checkpoint,
+        ("corrupted_share", "seed"): generated and not zero_shot}
+    names = [name for names, read in reads.items() if not read for name in names]
+    return names + train.unread(training(config)) if zero_shot else names
+
 def job(config):
     command.check(config)
     if config.zero_shot:
-        print(*(f"{top1:6.2f} %  {name}" for name, top1 in zero_shot(config).items()), sep="\n")
-    else:
-        print(*map(table, evaluate(config)), sep="\n\n")
+        return "\n".join(f"{top1:6.2f} %  {name}" for name, top1 in zero_shot(config).items())
+    return "\n\n".join(map(table, evaluate(config)))
 
 if __name__ == "__main__":
-    command.main(lambda: job(command.parse(Config, __doc__)))
+    command.main(lambda: job(command.parse(Config, __doc__, unread=unread)))

@@ -95,6 +95,8 @@ class Config:
     out: str = setting(None, "run folder; default: runs/<data set>-<method>-...")
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
 
+    __post_init__ = command.normalize
+
 def for_size(name, image_size):
     """`resnet18` and `resnet50` as the zoo calls them: at more than 64 pixels ImageNet's networks,
     else those that papers on CIFAR call so."""
@@ -102,6 +104,26 @@ def for_size(name, image_size):
     if name in other:
         files.note(f"{name} for images of {image_size} x {image_size} is {other[name]} here")
     return other.get(name, name)
+
+def unread(config):
+    """The names of the settings that have no effect with the others of a config."""
+    fixed = METHODS[config.method]
+    overruled = [name for name in fixed if getattr(config, name) != fixed[name]]
+    config = dataclasses.replace(config, **fixed)
+    logit, feature = config.logit_weight > 0, config.feature_weight > 0
+    teacher = logit and config.alpha > 0 or feature and config.lam > 0
+    clip = logit and config.alpha < 1 or feature and config.lam < 1
+    tiny = (config.clip or RECIPES[config.dataset]["clip"]) == "tiny"
+    reads = {
+        ("logit_loss", "standardize"): logit,
+        ("temperature",): logit and config.logit_loss != "mlkd",
+        ("alpha",): logit or teacher and clip,
+        ("lam", "num_negatives", "negatives"): feature,
+        ("teacher", "teacher_weights"): teacher,
+        ("clip", "clip_scale", "prompts"): clip,
+        ("clip_activation", "bpe"): clip and not tiny,
+        ("data_dir",): config.dataset != "shapes"}
+    return overruled + [name for names, read in reads.items() if not read for name in names]
 
 def resolve(config):
     """Fill in what depends on the data set and the method; the device becomes a torch.device.
@@ -119,18 +141,17 @@ def resolve(config):
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing, **fixed)
 
-    logit, feature = config.logit_weight > 0, config.feature_weight > 0
-    if not (logit or feature or config.ce_weight):
+    if not (config.logit_weight or config.feature_weight or config.ce_weight):
         raise ValueError("--ce-weight, --logit-weight, --feature-weight: all are 0")
-    changes = {"student": for_size(student, config.image_size)}
-    if not (logit and config.alpha > 0 or feature and config.lam > 0):
+    changes, without = {"student": for_size(student, config.image_size)}, unread(config)
+    if "teacher" in without:
         changes |= {"teacher": (), "teacher_weights": None}
     elif not config.teacher_weights:  # else the file has what it has
         changes["teacher"] = tuple(for_size(name, config.image_size) for name in config.teacher)
     elif len(config.teacher_weights) != len(config.teacher):
         raise ValueError(f"{len(config.teacher)} --teacher, but {len(config.teacher_weights)} "
                          "--teacher-weights: expected one a teacher")
-    if not (logit and config.alpha < 1 or feature and config.lam < 1):
+    if "clip" in without:
         changes |= dict.fromkeys(("clip", "clip_activation", "bpe", "prompts"))
     device = command.use_device(config.device, config.deterministic)
     config = dataclasses.replace(config, device=device, **changes)
@@ -141,26 +162,33 @@ def resolve(config):
 
 # What a run depends on ----------------------------------------------------------------------------
 def load_split(config, name):
-    """A split of the config's data set, with --class-names; train.py's config or evaluate.py's."""
-    split = data.load_dataset(config.dataset, config.data_dir, name, config.cache_dir)
-    return data.rename_classes(split, config.class_names) if config.class_names else split
+    """A split of the config's data set, with --class-names, its images as they come, for CLIP;
+    "test" is, with --holdout, a part of the training images, which "train" lacks."""
+    kept, test = 1 - config.holdout, name == "test"
+    source = "train" if test and config.holdout else name
+    split = data.load_dataset(config.dataset, config.data_dir, source, config.cache_dir)
+    if config.class_names:
+        lines = clip_model.load_lines(config.class_names)
+        split = data.rename_classes(split, lines, config.class_names)
+    if source == "train":
+        return data.subset(split, kept if test else 0, 1 if test else kept * config.fraction)
+    return split
 
 def load_splits(config):
-    """{"train", "test" and the data set's shifts: Split}, the images as they come, for CLIP."""
-    train, kept = load_split(config, "train"), 1 - config.holdout
-    test = data.subset(train, kept, 1) if config.holdout else load_split(config, "test")
+    """{"train", "test" and the data set's shifts: Split} of a run."""
+    names = ("train", "test", *data.DATASETS[config.dataset].shifts)
+    splits = {name: load_split(config, name) for name in names}
     if config.holdout:
-        folders.say_absent(test.labels.tolist(), train.ids, "--holdout", "the training images")
-    if kept * config.fraction < 1:
-        train = data.subset(train, 0, kept * config.fraction)
-    if len(train.labels) < max(2, world()):  # BatchNorm needs two, each rank one
-        raise ValueError(f"{config.data_dir}: {len(train.labels)} training images are too few")
-    shifts = {name: load_split(config, name) for name in data.DATASETS[config.dataset].shifts}
-    return {"train": train, "test": test, **shifts}
+        folders.say_absent(splits["test"].labels.tolist(), splits["train"].ids, "--holdout",
+                           "the training images")
+    if min(len(splits["train"].labels), config.batch_size) < 2 * world():  # BatchNorm needs two
+        raise ValueError(f"{config.data_dir}: {len(splits['train'].labels)} training images, "
+                         f"--batch-size {config.batch_size}: expected two a process, at least")
+    return splits
 
-def inputs(config, splits):
-    """What a run depends on beside its settings, as config.json has it: {"data": {split:
-    `runs.identity`}, "files": {setting: digest of what it names}}, of what its method reads."""
+def about_run(config, splits):
+    """What a run depends on, as config.json has it: {"settings", "inputs": {"data": {split:
+    `runs.identity`}, "files": {setting: digest of what it names}}}, of what its method reads."""
     named = {}
     if config.teacher_weights:
         named["teacher_weights"] = [
@@ -173,8 +201,8 @@ def inputs(config, splits):
         if config.clip not in ("tiny", *clip_files.PUBLIC_CLIPS):  # of these it says all
             path, said = clip_files.find(config.clip, config.cache_dir)
             named["clip"] = files.json_digest([files.file_digest(path), said])
-    return {"data": {name: runs.identity(split) for name, split in splits.items()},
-            "files": named}
+    identities = {name: runs.identity(split) for name, split in splits.items()}
+    return {"settings": runs.settings(config), "inputs": {"data": identities, "files": named}}
 
 # The teacher --------------------------------------------------------------------------------------
 class Teachers(torch.nn.ModuleList):
@@ -214,12 +242,11 @@ def trained_teacher(config, name, splits):
               "weight_decay", "amp", "deterministic", "no_graph", "device", "workers", "cache_dir")
     own = resolve(Config(method="scratch", student=name,
                          **{field: getattr(config, field) for field in shared}))
-    images = runs.identity(splits["train"])
-    del images["class_names"]  # CLIP's: whatever they are, the teacher is the same
-    digest = files.json_digest({"settings": runs.settings(own), "train": images})[:16]
-    folder = files.cache_folder(config.cache_dir) / f"teacher-{config.dataset}-{name}-{digest}"
+    about = about_run(own, {"train": splits["train"]})
+    name = f"teacher-{config.dataset}-{name}-{runs.digest(about)[:16]}"
+    folder = files.cache_folder(config.cache_dir) / name
     if not (folder / "summary.json").is_file():
-        fit(own, folder, splits, inputs(own, splits))
+        fit(own, folder, splits, about)
     return folder / "student.pt"
 
 # CLIP ---------------------------------------------------------------------------------------------
@@ -246,6 +273,8 @@ def load_clip(config):
     else:
         clip = clip_model.load_clip(config.clip, config.cache_dir, config.clip_activation)
     tokenizer = clip_model.Tokenizer()  # bytes alone, as the tiny one has it
+    if config.bpe and clip.vocab_size == tokenizer.vocab_size:
+        raise ValueError(f"--bpe {config.bpe} has no effect: this CLIP reads bytes alone")
     if clip.vocab_size != tokenizer.vocab_size:
         merges = clip_model.load_merges(config.bpe or clip_files.fetch_bpe(config.cache_dir))
         tokenizer = clip_model.Tokenizer(merges)
@@ -348,11 +377,9 @@ def train_step(run, drawn):
         cosines, features = clip
         z_c, f_c = run.scale * cosines.float(), features.float()                    # (B,K), (B,D)
     with autocast(run.config):
-        with command.beside(x.device) as join:  # neither network alone fills a GPU
-            if run.teachers:
-                z_t, f_t = run.teachers(x)                                          # (B,K), (B,C)
+        if run.teachers:
+            z_t, f_t = run.teachers(x)                                              # (B,K), (B,C)
         z_s, f_s = run.student(x)                                                   # (B,K), (B,C)
-        join()
         loss, parts = run.criterion(z_s, f_s, z_t, f_t, z_c, f_c, y, index)
     run.optimizer.zero_grad()
     loss.backward()
@@ -480,9 +507,9 @@ def begin(config, split, teachers, tables, scale):
     return Run(config, split, tables, scale, teachers, student, criterion, optimizer, mean, std,
                rate, sums)
 
-def fit(config, folder, splits, depends_on):
+def fit(config, folder, splits, about):
     """Train config.student, from folder/last.pt on where there is one; write student.pt and
-    summary.json. -> the summary. depends_on: as `inputs` has it, for config.json."""
+    summary.json. -> the summary. about: `about_run`'s, for config.json."""
     # What can be missing comes before what takes long: given teachers, CLIP, teachers to train.
     teachers = load_teachers(config, splits) if config.teacher_weights else None
     targets, scale = {}, None
@@ -495,9 +522,10 @@ def fit(config, folder, splits, depends_on):
                                       for name, split in splits.items()})
     run = begin(config, splits.pop("train"), teachers, targets.get("train", ()), scale)
     stateful = {"student": run.student, "criterion": run.criterion, "optimizer": run.optimizer}
-    log = [] if config.overwrite else runs.restore(folder / "last.pt", stateful)
+    own = runs.digest(about)
+    log = [] if config.overwrite else runs.restore(folder / "last.pt", stateful, own)
     if rank() == 0 and not log:
-        runs.begin_run(config, folder, depends_on)
+        runs.begin_run(config, folder, about)
     if log:
         files.note(f"{folder}: going on after epoch {len(log)}")
 
@@ -513,7 +541,7 @@ def fit(config, folder, splits, depends_on):
             log.append({"epoch": epoch + 1, "lr": learning_rate(config, epoch), **means,
                         "test_accuracy": alone["student"]["test"],
                         "images_per_second": N / seconds, "seconds": seconds})
-            runs.keep_epoch(folder, log, stateful)
+            runs.keep_epoch(folder, log, stateful, own)
             progress.update((epoch + 1) * N, "epoch {epoch}/{epochs} | loss {loss:.3f} | accuracy "
                             "{train_accuracy:.1f} % | test {test_accuracy:.1f} %".format(
                                 epochs=config.epochs, **log[-1]), keep=True)
@@ -523,7 +551,7 @@ def fit(config, folder, splits, depends_on):
             "model_name": config.student, "model": {name: x.cpu() for name, x in state.items()},
             "dataset": config.dataset, "class_names": list(run.split.class_names),
             "class_ids": list(run.split.ids), "mean": list(info.mean), "std": list(info.std),
-            "image_size": config.image_size})
+            "image_size": config.image_size, "run": own})
         table = accuracies(run, splits, targets)
         files.write_json(folder / "summary.json", {
             "dataset": config.dataset, "method": config.method, "student": config.student,
@@ -542,12 +570,13 @@ def run(config):
     """Train, unless the run folder holds the finished run. -> the summary, a dict."""
     config = command.join_ranks(resolve(config))
     splits = rank_zero_first(lambda: load_splits(config))
-    depends_on = rank_zero_first(lambda: inputs(config, splits))
-    folder, summary = runs.open_run(config, depends_on)
-    if summary:
-        files.note(f"{folder} holds this run, finished; --overwrite trains anew")
-        return summary
-    return fit(config, folder, splits, depends_on)
+    about = rank_zero_first(lambda: about_run(config, splits))
+    folder = runs.run_folder(config, about)
+    with runs.alone(folder):
+        summary = rank_zero_first(lambda: runs.open_run(folder, about, config.overwrite))
+        if summary:
+            files.note(f"{folder} holds this run, finished; --overwrite trains anew")
+        return summary or fit(config, folder, splits, about)
 
 if __name__ == "__main__":
-    command.main(lambda: runs.summary_table(run(command.parse(Config, __doc__))))
+    command.main(lambda: runs.summary_table(run(command.parse(Config, __doc__, unread=unread))))

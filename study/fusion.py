@@ -132,10 +132,11 @@ def superclasses(dataset, class_names, class_ids=(), is_a="wordnet.is_a.txt"):
 def analyse(config):
     """`fusion_table` of a run's test split, with CLIP's scale; also in RUN/fusion.json. config: an
     evaluate.Config. Raises ValueError where the run has no teacher and CLIP, or not any more."""
-    config, test, [student, *_] = evaluate.prepare(dataclasses.replace(config, fused=True))
+    config, splits, [student, *_] = evaluate.prepare(dataclasses.replace(config, fused=True))
+    test = splits["test"]
     if not {"teacher", "CLIP"} <= student.subjects.keys():
         raise ValueError(f"{student.path.parent} has no teacher and CLIP, as those of richkd have")
-    images = next(evaluate.plain_sets(config, test))
+    images = next(evaluate.plain_sets(config, splits))
     progress = files.Progress("teacher", len(test.labels))
     logits = train.predict({"teacher": student.subjects["teacher"]}, images.blocks, progress)
     names = student.classes().float().cpu()                                        # (K, D)

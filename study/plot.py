@@ -39,7 +39,8 @@ def draw(config):
     picture = pictures(report["sets"], fusion, folder.name)
     files.write_atomically(folder / "report.png", lambda file: file.write(picture))
     if config.corruptions:
-        config, test, _ = evaluate.prepare(config)
+        config, splits, _ = evaluate.prepare(config)
+        test = splits["test"]
         few = test._replace(images=data.take(test.images, slice(2)), labels=test.labels[:2])
         _, *sets = evaluate.corrupted_sets(config, few)
         first = [next(iter(images.blocks))[:2].cpu() for images in sets]  # severity by severity

@@ -3,12 +3,13 @@
 What a user can mend is one line on stderr and exit status 2. torchrun starts a process a GPU."""
 
 import argparse
-import contextlib
 import dataclasses
-import functools
+import numbers
 import os
+import re
 import signal
 import sys
+import textwrap
 import threading
 import warnings
 from datetime import timedelta
@@ -29,20 +30,37 @@ def setting(default, text, **metadata):
 def flag(name):
     return "--" + name.replace("_", "-")
 
-def check(config):
-    """Raises ValueError for a value that its field's metadata rule out, naming the valid ones."""
+def normalize(config):
+    """For a config's `__post_init__`: what Python users write becomes what the command line has,
+    paths strings, `~` a home, one name or a list of them a tuple, NumPy's numbers Python's."""
     for field in dataclasses.fields(config):
-        value, known, expected = getattr(config, field.name), field.metadata, None
-        if value not in (None, *known.get("choices", [value])):
-            expected = f"one of {', '.join(known['choices'])}"
-        elif value is not None and "within" in known:
-            low, high = known["within"]
-            expected = None if low <= value <= high else f"{low} to {high}"
-        if expected:
+        value, kind = getattr(config, field.name), field.type
+        path = isinstance(value, (str, os.PathLike))
+        if kind is tuple and value is not None:
+            value = tuple(map(os.path.expanduser, [value] if path else value))
+        elif path:
+            value = os.path.expanduser(value)
+        elif isinstance(value, numbers.Real) and (kind is float or kind is int and value % 1 == 0):
+            value = kind(value)
+        object.__setattr__(config, field.name, value)
+
+def check(config):
+    """Raises ValueError for a value that its field's type or metadata rule out, naming the right
+    ones."""
+    for field in dataclasses.fields(config):
+        value, known = getattr(config, field.name), field.metadata
+        if value is None or field.name == "device":  # which torch knows
+            continue
+        low, high = known.get("within", (value, value))
+        right = type(value) is field.type and low <= value <= high
+        if not right or value not in known.get("choices", [value]):
+            expected = f"{low} to {high}" if "within" in known else field.type.__name__
+            expected = ", ".join(known.get("choices", [expected]))
             raise ValueError(f"{flag(field.name)} {value!r}: expected {expected}")
 
-def parse(config_class, text, arguments=None):
-    """Command line -> a config: a flag a field. Raises ValueError for a wrong command line."""
+def parse(config_class, text, arguments=None, unread=lambda config: ()):
+    """Command line -> a config: a flag a field. ValueError for a wrong command line, also for flags
+    that are given and named by unread(config), those without an effect."""
     def refuse(message):
         raise ValueError(f"{message}; --help lists the flags")
 
@@ -57,12 +75,21 @@ def parse(config_class, text, arguments=None):
             extra["type"] = field.type
         told = f" ({field.default})" if field.default else ""
         extra["help"] = extra["help"].replace("%", "%%") + told
-        parser.add_argument(flag(field.name), default=field.default, **extra)
-    return config_class(**vars(parser.parse_args(arguments)))
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **extra)
+    given = vars(parser.parse_args(arguments))
+    config = config_class(**given)
+    for name in unread(config):
+        if name in given:
+            refuse(f"{flag(name)} has no effect with the other settings")
+    return config
+
+OUT_OF_MEMORY = re.compile("out of memory|(shared|allocate) memory|ALLOC_FAILED|No space left|"
+                           r"worker \(pid.*(killed|exited)")  # torch has no class for most of these
 
 def main(job):
-    """Run a script's job and print its text. What one can mend is a line on stderr and status 2,
-    SIGINT and SIGTERM one and, as shells have it, 128 + the signal's number; a warning a note."""
+    """Run a script's job and print the text that it returns. What one can mend is a line on stderr
+    and status 2, SIGINT and SIGTERM one and, as shells have it, 128 + the signal's number, memory
+    that ran out one and status 1; a warning is a note."""
     process, caught = os.getpid(), []
 
     def interrupt(number, frame):
@@ -74,23 +101,29 @@ def main(job):
     sys.unraisablehook = lambda lost: (  # what a fork or a destructor drops: a signal, once more
         threading.Timer(0.1, signal.raise_signal, caught[:1]).start() if caught
         else sys.__unraisablehook__(lost))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a character that a terminal lacks
     warnings.showwarning = lambda message, *_: files.note(str(message))
     try:
-        found = job()
-        if isinstance(found, str) and rank() == 0:
-            print(found)
+        text = job()
+        if isinstance(text, str) and rank() == 0:
+            print(text, flush=True)
         if dist.is_initialized():  # whose threads must end before Python does
             dist.destroy_process_group()
     except BaseException as error:
         if caught:  # whatever came of it, a worker's end perhaps
             files.say("interrupted; the same command goes on")
             sys.exit(128 + caught[0])
-        if not isinstance(error, (ValueError, OSError, FloatingPointError)):
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            files.say(f"error: {error}", every_rank=True)
+            sys.exit(2)
+        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
-        files.say(f"error: {error}", every_rank=True)
-        sys.exit(2)
+        files.say(f"error: {textwrap.shorten(str(error), 200)}: memory ran out; a smaller "
+                  "--batch-size, fewer --workers or --num-negatives need less", every_rank=True)
+        sys.exit(1)
 
 def use_device(name, deterministic=False):
     """-> the torch.device, a GPU told how to compute. ValueError where torch cannot use it."""
@@ -111,20 +144,6 @@ def use_device(name, deterministic=False):
 def autocast(config):
     """bfloat16 where config.amp asks for it."""
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.amp)
-
-second_stream = functools.cache(lambda device: torch.cuda.Stream(device))  # one for each GPU
-
-@contextlib.contextmanager
-def beside(device):
-    """What a GPU is given here runs beside what follows, until the function is called that comes
-    with it: `with beside(device) as join: ...`. Elsewhere it runs in its turn."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        yield lambda: None
-        return
-    stream, current = second_stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield lambda: current.wait_stream(stream)
 
 class CudaGraph:
     """A function of one tensor on a GPU as a CUDA graph, which costs the CPU one launch a call, not

@@ -1,6 +1,7 @@
 """What a result depends on, what is kept by it, and the folder of a run. The same data and files in
 another place are no difference; others in the same place are one."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -8,7 +9,12 @@ import os
 import torch
 from pathlib import Path
 from support import checkpoints, files
-from support.command import flag
+from support.command import flag, rank
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # What does not change a result; the other fields are a run's settings.
 PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "overwrite")
@@ -34,8 +40,8 @@ def digest_files(paths):
     return digest.hexdigest()
 
 def identity(split):
-    """What tells a data.Split from any other, as JSON has it: {"images": N, "class_names",
-    "class_ids", "content": SHA-256 of labels and images}. The same data elsewhere has the same."""
+    """What tells a data.Split from any other, as JSON has it: {"class_ids", "class_names",
+    "images": N, "content": SHA-256 of labels and images}. The same data elsewhere has the same."""
     digest = hashlib.sha256(split.labels.contiguous().numpy())
     if hasattr(split.images, "paths"):  # a Stream
         digest.update(digest_files(split.images.paths).encode())
@@ -43,24 +49,19 @@ def identity(split):
         digest.update(str(tuple(split.images.shape)).encode())
         for block in split.images.split(1000):
             digest.update(block.cpu().contiguous().numpy())
-    return {"images": len(split.labels), "class_names": list(split.class_names),
-            "class_ids": list(split.ids), "content": digest.hexdigest()}
+    return {"class_ids": list(split.ids), "class_names": list(split.class_names),
+            "images": len(split.labels), "content": digest.hexdigest()}
 
-def class_difference(there, here):
-    """The first class in which two listings, in the labels' order, differ, in words, or None."""
-    pairs = enumerate(itertools.zip_longest(there, here))
-    return next((f"class {k} is {before!r} there and {now!r} here"
-                 for k, (before, now) in pairs if before != now), None)
-
-def difference(there, here, names=True):
-    """What two `identity` differ in, in words; None where they are the same. Without `names` these,
-    which CLIP alone is asked for, are not compared."""
-    for what in ("class_ids", "class_names") if names else ("class_ids",):
-        if there[what] != here[what]:
-            return class_difference(there[what], here[what])
-    if there["images"] != here["images"]:
-        return f"{there['images']} images there, {here['images']} here"
-    return "other images or labels" if there["content"] != here["content"] else None
+def difference(there, here, name=""):
+    """The first place where two JSON values differ, in words, or None; name: what they are."""
+    if type(there) is type(here) is dict:
+        parts = [(there.get(key), here.get(key), f"{name} {key}") for key in {**there, **here}]
+    elif type(there) is type(here) is list:
+        pairs = enumerate(itertools.zip_longest(there, here))
+        parts = [(*pair, f"{name} {k}") for k, pair in pairs]
+    else:
+        return None if there == here else f"{name.strip()} is {there!r} there and {here!r} here"
+    return next(filter(None, itertools.starmap(difference, parts)), None)
 
 def cached(path, key, make):
     """What make() returns, tensors in a tuple or a dict, kept in a file PATH-DIGEST.pt that is
@@ -76,26 +77,30 @@ def cached(path, key, make):
                     return kept["content"]
         except files.Damaged as error:
             files.note(str(error))
-    files.save(path, {"key": digest, "content": make()})
+    content = make()
+    try:
+        files.save(path, {"key": digest, "content": content})
+    except OSError as error:
+        files.note(f"{path} cannot be kept ({error.strerror}): it is made anew each time")
+        return content
     return torch.load(path, mmap=True, weights_only=True)["content"]
 
-def input_size(path, split, info):
+def input_size(path, split, info, run=None):
     """The side of the images that a checkpoint reads: what it says of itself, else that of `info`,
-    a data set's. Raises ValueError where its classes are not the split's, or its images' mean and
-    std not info's."""
+    a data set's. Raises ValueError where its classes are not the split's, its images' mean and std
+    not info's, or its run not `run`, a digest."""
     about = checkpoints.read_about(path)
     with files.undamaged(path, "expected what train.py leaves"):
-        there = list(about.get("class_ids") or about.get("class_names") or split.ids)
-        here = list(split.ids if about.get("class_ids") else split.class_names)
-        differ = there not in (here, list(split.ids)) and class_difference(there, here)
+        known = list(about.get("class_ids") or about.get("class_names") or split.ids)
+        named = not about.get("class_ids") and known != split.ids
+        here = {"class": split.class_names if named else split.ids, "mean": list(info.mean),
+                "std": list(info.std), "run": run and about.get("run")}
+        there = {"class": known, "mean": list(map(float, about.get("mean", info.mean))),
+                 "std": list(map(float, about.get("std", info.std))), "run": run}
         size = int(about.get("image_size", info.image_size))
-        own = [[float(value) for value in about.get(name, getattr(info, name))]
-               for name in ("mean", "std")]
+    differ = difference(there, here)
     if differ:
-        raise ValueError(f"{path} knows other classes: {differ}")
-    if own != [list(info.mean), list(info.std)]:
-        raise ValueError(f"{path} reads images of mean and std {own}; expected those of this data "
-                         f"set, {info.mean} and {info.std}")
+        raise ValueError(f"{path} is not of this data set, or run: its {differ}")
     return size
 
 def settings(config):
@@ -103,76 +108,95 @@ def settings(config):
     return {name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(config).items() if name not in PLACES}
 
-def open_run(config, inputs):
-    """-> the run's folder, nothing changed in it, and its summary if it is finished, else None.
-    Raises ValueError where it holds something else than a run of these settings, data and files,
-    which --overwrite starts anew. inputs: as train.py's `inputs` has them."""
-    teacher = "+".join(config.teacher) or "none"
-    name = f"{config.dataset}-{config.method}-{teacher}-{config.student}-s{config.seed}"
-    folder = Path(config.out or Path("runs") / name)
-    if any(part.is_file() for part in (folder, *folder.parents)):
-        raise NotADirectoryError(f"{folder} is no folder; --out names one")
-    names = os.listdir(folder) if folder.is_dir() else []
-    if "config.json" not in names and any(name[0] != "." for name in names):
+def key(about):
+    """All that decides a run's result: of each flag the value or, where it names a file, what is in
+    that, of each split its `identity`; class names only with CLIP, which alone is asked for them.
+    about: {"settings", "inputs"}, as config.json has them."""
+    flags = {**about["settings"], **dict.fromkeys(FILES), **about["inputs"]["files"]}
+    unread = () if about["settings"]["clip"] else ("class_names",)
+    splits = {f"{name} split": {part: split[part] for part in split if part not in unread}
+              for name, split in about["inputs"]["data"].items()}
+    return {**{flag(name): value for name, value in flags.items()}, **splits}
+
+def digest(about):
+    """What tells a run from all others, in 64 letters; `about` as for `key`."""
+    return files.json_digest(key(about))
+
+def run_folder(config, about):
+    """Where a run lies: --out, or a folder whose name changes with all that decides its result."""
+    name = (config.dataset, config.method, "+".join(config.teacher) or "none", config.student,
+            f"s{config.seed}", digest(about)[:8])
+    return Path(config.out or Path("runs", "-".join(name)))
+
+@contextlib.contextmanager
+def alone(folder):
+    """A run's folder, made and tried before anything takes long, for one process at a time.
+    ValueError: another one trains in it; OSError: it cannot be written, nor is it finished."""
+    readable, lock = (folder / "summary.json").is_file(), folder / ".lock"
+    if rank() > 0 or readable and not os.access(folder, os.W_OK):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(lock, "ab") as file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its process
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another process trains in it; --out names another "
+                             "folder") from None
+        except OSError as error:
+            files.note(f"{folder}: no locks ({error.strerror}); start no second run in it")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a folder stays unless it is empty
+                lock.unlink()
+                folder.rmdir()
+
+def open_run(folder, about, overwrite):
+    """-> the summary of the run that the folder holds, None where it is not finished. ValueError:
+    there is something else than a run of these settings, data and files."""
+    names = [name for name in os.listdir(folder) if name[0] != "."]
+    if names and "config.json" not in names:
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names "
                          "another folder")
-    if config.overwrite or not {"last.pt", "summary.json"} & {*names}:
-        return folder, None
-    about = files.read_json(folder / "config.json", ANEW)
+    if overwrite or not {"last.pt", "summary.json"} & {*names}:
+        return None
+    before = files.read_json(folder / "config.json", ANEW)
     with files.undamaged(folder / "config.json", ANEW):
-        differ = run_difference(about, config, inputs)
+        differ = difference(key(before), key(about))
     if differ:
-        raise ValueError(f"{folder} holds a run with {differ}; --out names another folder, "
+        raise ValueError(f"{folder} holds another run: {differ}; --out names another folder, "
                          "--overwrite starts anew")
-    finished = "summary.json" in names
-    summary = files.read_json(folder / "summary.json", ANEW) if finished else None
-    return folder, summary
+    return files.read_json(folder / "summary.json", ANEW) if "summary.json" in names else None
 
-def run_difference(about, config, inputs):
-    """What a run's config.json, `about`, and a config with its inputs differ in, in words; None
-    where in nothing. A split that only one of them has is not compared."""
-    there, here = about["settings"], settings(config)
-    differ = [f"{flag(name)} {there.get(name)} there, {here.get(name)} here"
-              for name in {**there, **here}
-              if name not in FILES and there.get(name) != here.get(name)]
-    if differ:
-        return f"other settings: {'; '.join(differ)}"
-    there, here = about["inputs"], inputs
-    for name, own in here["data"].items():
-        differ = difference(there["data"].get(name, own), own, config.clip is not None)
-        if differ:
-            return f"other data in its {name} split: {differ}"
-    for name in FILES:
-        if there["files"].get(name) != here["files"].get(name):
-            return f"other content of {flag(name)} {getattr(config, name)}"
-    return None
-
-def begin_run(config, folder, inputs):
-    """Empty the folder of its run, if it holds one, and write config.json."""
+def begin_run(config, folder, about):
+    """Write config.json, in a folder that --overwrite has emptied of its run."""
     for name in ("summary.json", "last.pt", "student.pt", "log.csv", "report.json", "report.png",
-                 "samples.png", "fusion.json"):
+                 "samples.png", "fusion.json") if config.overwrite else ():
         (folder / name).unlink(missing_ok=True)
     places = {name: getattr(config, name) for name in PLACES}
     files.write_json(folder / "config.json", {
-        "settings": settings(config), "inputs": inputs, "torch": torch.__version__,
-        "places": {**places, "device": str(config.device)}})
+        **about, "torch": torch.__version__, "places": {**places, "device": str(config.device)}})
 
-def restore(path, stateful):
+def restore(path, stateful, run):
     """Read last.pt into modules and optimiser, `stateful`; -> its log, [] where there is no file.
-    Raises files.Damaged where it is damaged."""
+    Raises files.Damaged where it is damaged, or of another run than the one of this digest."""
     if not path.is_file():
         return []
     with files.undamaged(path, ANEW):
         last = checkpoints.read_own(path, ANEW)
+        if last["run"] != run:
+            raise ValueError
         for name, part in stateful.items():
             part.load_state_dict(last[name])
         return list(last["log"])
 
-def keep_epoch(folder, log, stateful):
-    """log.csv and last.pt as they stand after an epoch, each row of `log` a dict."""
+def keep_epoch(folder, log, stateful, run):
+    """log.csv and last.pt of a run as they stand after an epoch, each row of `log` a dict."""
     lines = [",".join(map(str, row)) + "\n" for row in (log[0], *map(dict.values, log))]
     files.write_atomically(folder / "log.csv", lambda file: file.write("".join(lines).encode()))
-    files.save(folder / "last.pt", {"log": log, **{
+    files.save(folder / "last.pt", {"run": run, "log": log, **{
         name: part.state_dict() for name, part in stateful.items()}})
 
 def summary_table(summary):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import train
 import types
-from helpers import class_pictures, encoded, refused, seeded, small, write_files
+from helpers import class_folders, class_pictures, encoded, refused, seeded, small, write_files
 from PIL import Image
 from support import checkpoints, command, files
 
@@ -140,8 +140,6 @@ def test_evaluate_reports_what_the_weights_say(copy):
     assert found["top1"] == pytest.approx(sum(map(sum, found["by_severity"].values())) / 75)
     assert sets["corruptions"]["key"] == {"source": "generated", "share": 0.4,
                                           "content": "seed 0 on cpu"}
-    published = config(copy, corruptions=str(copy), corrupted_share=0.4)
-    assert "--corrupted-share" in refused(evaluate.evaluate, published)
 
 def test_evaluate_goes_on_where_it_was_interrupted(copy, monkeypatch, quick, counted):
     everything, add = {"shift": [], "corruptions": "generated"}, evaluate.Student.add
@@ -398,6 +396,55 @@ def test_evaluate_fused_refuses_what_did_not_teach_the_run(run, rich, tmp_path, 
     torch.save(models.build_model("resnet8", 25).state_dict(), tmp_path / "teacher.pt")
     assert "--teacher-weights" in refused(evaluate.evaluate, own) and not counted
 
+def test_evaluate_takes_the_held_out_images_of_a_run(tmp_path, counted):
+    """Of a folder without val/, too; of several runs only those of one share."""
+    class_folders(tmp_path / "a", n=10, parts=["train"])
+    shares = [small(tmp_path, method="scratch", holdout=share, out=str(tmp_path / str(share)))
+              for share in (0.2, 0.4)]
+    summaries = [train.run(own) for own in shares]
+    sets = evaluated(tmp_path / "0.2", cache_dir=str(tmp_path / "cache"))
+    assert sets["test"]["student"]["images"] == 4
+    assert sets["test"]["student"]["top1"] == summaries[0]["student_accuracy"]
+    both = config(tmp_path / "0.2", tmp_path / "0.4", cache_dir=str(tmp_path / "cache"))
+    assert "--holdout" in refused(evaluate.evaluate, both)
+
+def test_evaluate_prints_what_it_cannot_keep(copy, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(files, "write_json", full)
+    text = evaluate.job(config(copy, shift=[]))
+    assert "test, student" in text and "shift, student" in text
+    assert not (copy / "report.json").exists() and "report.json" in capsys.readouterr().err
+
+def test_table_says_among_how_many_classes(copy, tmp_path):
+    for number in (3, 12):
+        write_files(tmp_path / "wild" / str(number), {"0.png": encoded(size=(32, 32))})
+    text = evaluate.job(config(copy, shift=[str(tmp_path / "wild")]))
+    assert "shift wild (2 classes), student" in text and "test, student" in text
+
+MODES = {  # what each reads, beside data set, class names, precision and places
+    "--run R": "run shift corruptions fused image_size",
+    "--run R --corruptions": "run shift corruptions fused image_size corrupted_share seed",
+    "--run R --corruptions C": "run shift corruptions fused image_size",
+    "--checkpoint F --model resnet8": "checkpoint model shift corruptions image_size",
+    "--zero-shot --clip F --dataset cifar10": "clip clip_activation bpe prompts zero_shot",
+    "--zero-shot": "clip prompts zero_shot"}
+
+@pytest.mark.parametrize("mode", MODES)
+def test_unread_is_what_a_mode_does_not_read(mode):
+    flags = {"run": "R", "checkpoint": "F", "model": "resnet8", "image_size": "32", "shift": "D",
+             "corruptions": "C", "corrupted_share": "0.5", "fused": "", "clip": "tiny", "seed": "1",
+             "clip_activation": "gelu", "bpe": "B", "prompts": "P"}
+    others = {"dataset", "data_dir", "class_names", "amp", "device", "workers", "cache_dir"}
+    assert {*flags, *others, "zero_shot"} == {x.name for x in dataclasses.fields(evaluate.Config)}
+    for name, value in flags.items():
+        line = [*mode.split(), *f"{command.flag(name)} {value}".split()]
+        if name in MODES[mode].split() or command.flag(name) in mode.split():
+            command.parse(evaluate.Config, "", line, evaluate.unread)
+        else:
+            with pytest.raises(ValueError, match=f"--run|{command.flag(name)}"):
+                command.parse(evaluate.Config, "", line, evaluate.unread)
+
 def test_zero_shot_is_by_each_template_and_all(tmp_path, few_shapes, clip_file):
     templates = ["a photo of a {}", "{} in the wild"]
     (tmp_path / "prompts.txt").write_text("\n".join(templates))
@@ -416,7 +463,7 @@ def test_zero_shot_is_by_each_template_and_all(tmp_path, few_shapes, clip_file):
 def test_table_never_lets_columns_run_together(number, run):
     row = dict.fromkeys(evaluate.COLUMNS, number)
     test = {**row, "calibration": {"temperature": 1000.0, "after": row}}
-    sets = {"shift " + "x" * 40: {"student": row}, "test": {"student": test}}
+    sets = {"shift " + "x" * 40: {"key": {}, "student": row}, "test": {"key": {}, "student": test}}
     lines = evaluate.table(types.SimpleNamespace(path=run / "report.json", sets=sets)).splitlines()
     assert ">= 1e+03" in lines[3]  # the temperature is at its bound
     for line in lines[1:4]:

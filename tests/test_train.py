@@ -3,6 +3,7 @@
 import clip_model
 import csv
 import data
+import dataclasses
 import evaluate
 import json
 import metrics
@@ -21,7 +22,7 @@ from dataclasses import replace as with_
 from helpers import ROOT, equal, python, refused, script, weights
 from pathlib import Path
 from PIL import Image
-from support import checkpoints, files, runs, shapes
+from support import checkpoints, command, files, runs, shapes
 from torch.nn.functional import normalize
 from torchvision.transforms import PILToTensor
 from unittest.mock import Mock
@@ -134,7 +135,7 @@ def test_equations_are_all_tested():
 def test_open_run_refuses_other_settings_by_name(config):
     scratch = with_(config, method="scratch", epochs=1)
     train.run(scratch)
-    assert "--lr 0.05 there, 0.1 here" in refused(train.run, with_(scratch, lr=0.1))
+    assert "--lr is 0.05 there and 0.1 here" in refused(train.run, with_(scratch, lr=0.1))
     summary = train.run(with_(scratch, lr=0.1, overwrite=True))
     assert summary["student_accuracy"] is not None and summary["teacher"] is None
 
@@ -181,6 +182,64 @@ def test_learning_rate_is_the_papers_schedule():
     ({"logit_loss": "mse"}, "--logit-loss 'mse'")])
 def test_run_with_wrong_settings(config, changes, named):
     assert named in refused(train.run, with_(config, **changes)) and not Path(config.out).exists()
+
+# Another value of every flag that may change a result; OTHER: a file that the test writes.
+OTHERS = {
+    "image_size": "16", "fraction": "0.5", "holdout": "0.2", "student": "resnet14", "lr": "0.01",
+    "epochs": "2", "batch_size": "32", "weight_decay": "0.1", "seed": "1", "amp": None,
+    "ce_weight": "0.5", "logit_weight": "2", "feature_weight": "2", "temperature": "2",
+    "alpha": "0.4", "lam": "0.4", "logit_loss": "mlkd", "standardize": None, "clip_scale": "3",
+    "num_negatives": "32", "negatives": "per-image", "teacher": "resnet14", "clip": "OTHER",
+    "teacher_weights": "OTHER", "clip_activation": "gelu", "prompts": "OTHER", "bpe": "OTHER",
+    "class_names": "OTHER"}
+
+def parsed(method, **flags):
+    parts = [[command.flag(name), *([value] if value else [])] for name, value in flags.items()]
+    return command.parse(train.Config, "", ["--method", method, *sum(parts, [])], train.unread)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["scratch", "mlkd", "crd", "richkd-f", "richkd"])
+def test_unread_is_every_flag_that_changes_nothing(method, teacher_file, clip_file, tmp_path,
+                                                   monkeypatch):
+    """A flag changes the student or what is kept of it, or it is refused by name."""
+    monkeypatch.setattr(shapes, "SIZES", {"train": 50, "test": 25, "shift": 25})
+    assert {field.name for field in dataclasses.fields(train.Config)} == {
+        *OTHERS, *runs.PLACES, "dataset", "method", "deterministic"}  # which a CPU always is
+    (tmp_path / "prompts").write_text("{} at sea")
+    (tmp_path / "bpe").write_text("a b\n")
+    (tmp_path / "class_names").write_text("\n".join(f"thing of {chr(97 + i)}" for i in range(25)))
+    torch.save(models.build_model("resnet8", 25).state_dict(), tmp_path / "teacher_weights")
+    state = checkpoints.read_state_dict(clip_file)
+    torch.save({**state, "text_projection": state["text_projection"].flip(0)}, tmp_path / "clip")
+
+    def left(**flags):
+        train.run(with_(parsed(method, **flags), student=flags.get("student", "resnet8"), workers=0,
+                        epochs=int(flags.get("epochs", 1)), out=str(tmp_path / "run"), device="cpu",
+                        overwrite=True, cache_dir=str(Path(teacher_file).with_name("cache"))))
+        kept = checkpoints.read_own(tmp_path / "run/student.pt", "")
+        return kept["class_names"], {name: x.tolist() for name, x in kept["model"].items()}
+
+    base = {name: value for name, value in (
+        ("teacher_weights", teacher_file), ("teacher", "resnet8"), ("clip", clip_file),
+        ("num_negatives", "64"), ("batch_size", "16")) if name not in train.unread(train.Config(method=method))}
+    whole = left(**base)
+    for name, value in OTHERS.items():
+        changed = {**base, name: str(tmp_path / name) if value == "OTHER" else value}
+        if name == "teacher":
+            changed.pop("teacher_weights", None)
+        if name in train.METHODS[method] and changed[name] in (None, train.METHODS[method][name]):
+            continue  # as the method fixes it
+        try:  # of (F) they fuse the teacher that is reported
+            assert left(**changed) != whole or method == "richkd-f" and name in (
+                "alpha", "clip_scale"), name
+        except ValueError as error:
+            assert command.flag(name) in str(error), name
+
+@pytest.mark.parametrize("flags", [
+    {"bpe": "x"}, {"clip_activation": "gelu"}, {"data_dir": "x"}, {"alpha": "0", "teacher": "x"}])
+def test_parse_refuses_what_shapes_and_the_tiny_clip_do_not_read(flags):
+    with pytest.raises(ValueError, match=command.flag([*flags][-1])):
+        parsed("richkd-l", **flags)
 
 # Teachers, methods --------------------------------------------------------------------------------
 @pytest.mark.parametrize("amp, bound", [(False, 1e-5), (True, 0.05)])
