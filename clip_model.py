@@ -352,36 +352,71 @@ def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
     return x.float().sub_(mean).div_(std)
 
 # Prompts ------------------------------------------------------------------------------------------
-def load_templates(path) -> list[str]:
-    """The templates of a file, one a line, `{}` for the class name; empty lines and `#` comments
-    are skipped, a second copy is said. Raises ValueError where a line, or the file, has no `{}`."""
+# Of a program or a numbered list: quotes around, brackets, a comma behind, an index, a dash.
+NO_NAME = regex.compile(
+    r"^(['\"`]).*\1$|['\"]\s*[,:)]|[][{}<>]|[,;:=(]$|^\d+\s*[.:)]\s|^[-*]\s|:\s+\d+$")
+
+def load_lines(path, holding="") -> list[str]:
+    """The names or templates of a file, one a line; empty lines and `#` comments are skipped.
+    Raises ValueError for what is no UTF-8, and where a line, or the file, does not hold `holding`
+    or is of a program or a numbered list."""
     try:
         text = Path(path).read_text("utf-8-sig")  # with or without the mark that Windows writes
     except UnicodeDecodeError:
         raise ValueError(f"{path}: expected text in UTF-8; save it as that") from None
-    templates = [line for line in map(str.strip, text.splitlines()) if line and line[0] != "#"]
-    wrong = [line for line in templates or [""] if "{}" not in line]
-    if wrong:
-        raise ValueError(f"{path}: expected {{}} for the class name, found {wrong[0][:80]!r}")
+    lines = [line for line in map(str.strip, text.splitlines()) if line and line[0] != "#"]
+    for line in lines or [""]:
+        if holding not in line or NO_NAME.search(line.replace("{}", "")):
+            raise ValueError(f"{path}: expected one name or template a line, with {{}} in templates"
+                             f", without a program's quotes and indices; found {line[:80]!r}")
+    return lines
+
+def load_templates(path) -> list[str]:
+    """The templates of a file, `{}` for the class name, by `load_lines`; a second copy is said."""
+    templates = load_lines(path, "{}")
     twice = [template for template, copies in Counter(templates).items() if copies > 1]
     if twice:
         warnings.warn(f"{path}: {twice[0]!r} is there again, and counts again", stacklevel=2)
     return templates
 
+# Names are parted where goldFish, gold-fish, gold.fish are; iPhone, T-shirt and A340-600 are not.
+JOINT = (r"(?<=\p{L}\p{Ll})(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll}{2})"
+         r"|(?<=\p{L}{2})[-.~=]+(?=\p{L})")
+CODE = r"(?:[a-z]|(?i:class)\W?)?\d+"  # a number, or an id such as WordNet's n01443537
+
+def in_words(class_names: list[str]) -> list[str]:
+    """K class names of folders as words: `_`, `+` and %20 are spaces; where all K stay different,
+    codes before all of them, or behind all, come off, and all are parted at JOINT if none has a
+    space then. What is done beside `_` is said, with an example."""
+    plain = [" ".join(name.replace("_", " ").split()) for name in class_names]
+    names = [regex.sub(r"%20|(?<=\w)\+(?=\w)", " ", name) for name in plain]
+    places = "|".join(map(str, range(len(names) + 1)))  # not the number of a Boeing 747
+    before = rf"^\W*({CODE}\W+)+(?=\p{{L}})"
+    behind = rf"(?<=\p{{L}}\W*)(\W+(n\d{{8}}|0*({places})))+\W*$"
+    for every, pattern, by in ((before, before, ""), (behind, behind, ""), (r"^\S+$", JOINT, " ")):
+        if all(regex.search(every, name) for name in names):
+            new = [regex.sub(pattern, by, name) for name in names]
+            if 1 < len({*map(str.lower, new)}) == len({*map(str.lower, names)}):
+                names = new
+    changed = [k for k, name in enumerate(names) if name != plain[k]]
+    if changed:
+        warnings.warn(f"{len(changed)} of {len(names)} class names are put in words for CLIP: "
+                      f"{names[changed[0]]!r} for {class_names[changed[0]]!r}", stacklevel=3)
+    return names
+
 def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
-    """K class names as prompts have them: spaces for underscores, of a comma list the first one;
-    where to CLIP another class's first one is the same, the first that no other class has at all.
-    Names whose prompts are equal even so, and names that are no words, are said."""
-    lists = [[part.strip() for part in name.replace("_", " ").split(",") if part.strip()] or [name]
-             for name in class_names]
+    """K class names as prompts have them: `in_words`, of a comma list the first one; where to CLIP
+    another class's first one is the same, the first that no other class has at all. Names whose
+    prompts are equal even so, and names that are no words, are said."""
+    lists = [[part.strip() for part in words.split(",") if part.strip()] or [name]
+             for name, words in zip(class_names, in_words(class_names))]
     ids = {name: tuple(tokenizer.encode(name)) for names in lists for name in names}
     first = Counter(ids[names[0]] for names in lists)
     anywhere = Counter(each for names in lists for each in {ids[name] for name in names})
     found = [next((name for name in names if anywhere[ids[name]] == 1), names[0])
              if first[ids[names[0]]] > 1 else names[0] for names in lists]
     uses = Counter(ids[name] for name in found)
-    unclear = [name for name in found
-               if uses[ids[name]] > 1 or regex.fullmatch(r"n\d{8}|\d+", name)]
+    unclear = [name for name in found if uses[ids[name]] > 1 or regex.fullmatch(CODE, name)]
     if unclear:
         warnings.warn(f"{len(unclear)} of {len(found)} class names, equal ones or codes, tell CLIP "
                       f"nothing: {', '.join(unclear[:6])}; give names by --class-names FILE, or by "
@@ -393,7 +428,10 @@ def class_features(clip, tokenizer, class_names, templates, batch_size=256,
                    progress=lambda done: None):
     """Text features (K, M, D), float32, each of unit length, of K class names in M templates.
     progress(prompts done) follows each batch of them. Raises ValueError for a prompt that is too
-    long and for another CLIP's tokenizer."""
+    long, a template without {}, a string for a list, and another CLIP's tokenizer."""
+    if isinstance(class_names, str) or not all("{}" in text for text in templates or [""]):
+        raise ValueError(f"expected lists of names and of templates with {{}}, found "
+                         f"{str(class_names)[:40]!r} and {str(templates)[:40]!r}")
     if tokenizer.vocab_size != clip.vocab_size:
         raise ValueError(f"{tokenizer.vocab_size} token ids, CLIP has {clip.vocab_size}: other BPE")
     prompts = [template.replace("{}", name)

@@ -9,6 +9,7 @@ Images stay uint8 until `to_input`, on the device. What fits in memory is one te
 
 import dataclasses
 import os
+import re
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -46,6 +47,12 @@ DATASETS = {
 }
 
 # Augmentation -------------------------------------------------------------------------------------
+def check_images(images):
+    """ValueError unless they are uint8 (B,3,H,W)."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected images uint8 (B,3,H,W), found {images.dtype} "
+                         f"{tuple(images.shape)}")
+
 def draw_epoch(N, seed, padding=4):
     """All that an epoch of N images draws, from one seed: (order, top, left, flip), each int64 (N,)
     on the CPU. The image at place i of the order gets top[i], left[i], flip[i]; see `augment`."""
@@ -55,9 +62,10 @@ def draw_epoch(N, seed, padding=4):
     return order, top, left, torch.randint(2, (N,), generator=generator)
 
 def augment(images, top, left, flip, padding=4):
-    """Flip, zero padding and crop, each image its own: uint8 (B,3,H,W) -> the same. flip (B,): 0 or
-    1. top, left (B,): the crop's corner, 0 to 2 * padding. All on images' device. With `draw_epoch`
-    it is RandomHorizontalFlip and RandomCrop(H, padding), as in RepDistiller."""
+    """Flip, zero padding and crop, each image its own: uint8 (B,3,H,W), else ValueError, to the
+    same. flip (B,): 0 or 1. top, left (B,): the crop's corner, 0 to 2 * padding. On one device.
+    With `draw_epoch` it is RandomHorizontalFlip and RandomCrop(H, padding), as in RepDistiller."""
+    check_images(images)
     B, _, H, W = images.shape
     image = torch.arange(B, device=images.device)
     padded = F.pad(torch.stack([images, images.flip(3)], 1), [padding] * 4)  # (B,2,3,H+2p,W+2p)
@@ -65,8 +73,9 @@ def augment(images, top, left, flip, padding=4):
     return windows[image, flip, :, top, left]
 
 def to_input(images, mean, std):
-    """uint8 (B,3,H,W) -> what a classifier reads, in training and evaluation alike: float32,
-    (x / 255 - mean) / std, channels_last. mean, std: three numbers each, of images in 0..1."""
+    """uint8 (B,3,H,W), else ValueError -> what a classifier reads, in training and evaluation:
+    float32, (x / 255 - mean) / std, channels_last. mean, std: three numbers, of images in 0..1."""
+    check_images(images)
     mean, std = (torch.as_tensor(value).view(3, 1, 1) for value in (mean, std))
     scale, shift = (x.to(images.device, non_blocking=True) for x in (1 / (255 * std), mean / std))
     images = images.float().mul_(scale).sub_(shift)  # one multiplication, one addition an element
@@ -161,23 +170,27 @@ def decoded(images, cache_dir, workers):
            "crop": str(dataclasses.replace(images, paths=[]))}
     return runs.cached(files.cache_folder(cache_dir) / f"images-{N}x{size}", key, decode)
 
-def rename_classes(split, path):
-    """The split with the class names of a text file, one a line in the order of its classes, or
-    id<tab>name. Raises ValueError where it does not name each class."""
-    text, ids = files.read_text(path), split.ids
-    names = [line.strip() for line in text.splitlines() if line.strip()]
-    if all("\t" in name for name in names):  # as in words.txt: id<tab>name
-        words = folders.split_words(text)
-        names = [words[id] for id in ids if id in words]
-    if len(names) != len(ids):
-        raise ValueError(f"{path} has {len(names)} names, one a line; expected one for each of the "
-                         f"{len(ids)} classes, from {ids[0]!r} to {ids[-1]!r}")
-    given = [folders.alike(name) for name in names]
+def rename_classes(split, lines, path):
+    """The split with class names from the lines of a file, `path`: one a line in the order of its
+    classes, or `id<tab>name`. A comma parts synonyms of WordNet's classes only. Raises ValueError
+    where they do not name each class."""
+    ids, words = split.ids, folders.split_words(lines)
+    if {*ids} <= {*words}:
+        lines = [words[id] for id in ids]
+    elif len(words) == len(lines):  # ids of others, or numbers, which are in the classes' order
+        numbers = [int(id) for id in words if id.isdecimal()]
+        lines = lines if numbers == sorted(numbers) and len(numbers) == len(lines) else []
+    if len(lines) != len(ids):
+        raise ValueError(f"{path} does not name the {len(ids)} classes: expected a name a line, in "
+                         f"their order, from {ids[0]!r} to {ids[-1]!r}, or each id, a tab, a name")
+    given = [folders.alike(name) for name in lines]
     for own in (ids, split.class_names):
         expected = [folders.alike(name) for name in own]
         if given != expected and sorted(given) == sorted(expected):
             raise ValueError(f"{path}: the classes' own names in another order; first {own[0]!r}")
-    return split._replace(class_names=names, class_ids=ids)
+    if not all(re.fullmatch(r"n\d{8}", id) for id in ids):
+        lines = [line.replace(",", " ") for line in lines]
+    return split._replace(class_names=lines, class_ids=ids)
 
 def subset(split, low, high):
     """The images from `low` to `high`, shares in 0..1, of every class in one fixed random order, so
@@ -197,13 +210,12 @@ def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="c
     """Yield what `look_up` makes each batch of an epoch of training from, drawn from the seed: of a
     split in memory, all of which lies on `device`, int64 (4,B), the images' index, top, left, flip;
     of a Stream the batch itself. Rank r of `world` gets every world-th image of one process's
-    batches, as many as the others, over which gradients are averaged. A last batch of one image is
-    left out, since BatchNorm needs two."""
+    batches, as many as the others, over which gradients are averaged. A batch of less than two
+    images a rank is left out, since BatchNorm needs two."""
     in_memory = is_in_memory(split.images)
     drawn = torch.stack(draw_epoch(len(split.labels), seed)).to(device if in_memory else "cpu")
-    least = max(world, min(2, batch_size))
     batches = [batch[:, rank : batch.shape[1] // world * world : world]
-               for batch in drawn.split(batch_size, dim=1) if batch.shape[1] >= least]
+               for batch in drawn.split(batch_size, dim=1) if batch.shape[1] >= 2 * world]
     if in_memory:
         yield from batches
         return
@@ -296,28 +308,24 @@ def tiny_imagenet(root, split, cache_dir):
     words = folders.class_words(top, wnids)
     where = top / ("train" if split == "train" else "val")
     class_of = {path: wnid for wnid, paths in folders.by_class(where).items() for path in paths}
-    if (where / "val_annotations.txt").is_file():
-        class_of = annotated(class_of, where / "val_annotations.txt")
+    listing = where / "val_annotations.txt"  # of images/, or of the class folders that these became
+    if listing.is_file():
+        with files.undamaged(listing, "expected one class for each picture beside it"):
+            path_of = {Path(path).name: path for path in class_of}
+            rows = map(str.split, filter(str.strip, files.read_text(listing).splitlines()))
+            listed = {path_of[file]: wnid for file, wnid, *_ in rows}
+            if any(listed[path] != folder != "images" for path, folder in class_of.items()):
+                raise ValueError
+        class_of = listed
     matched = folders.match_classes(dict.fromkeys(class_of.values()), wnids, wnids, where)
     paths, labels = list(class_of), [matched[wnid] for wnid in class_of.values()]
     images = decoded(Stream(paths, folders.open_image(paths[0]).width, None), cache_dir, cores())
     return Split(images, torch.tensor(labels), [words.get(wnid, wnid) for wnid in wnids], wnids)
 
-def annotated(class_of, listing):
-    """{path: class} of validation images as Tiny-ImageNet lists them, a line each; class_of: {path:
-    its folder}, which is images/ or the class's. `files.Damaged`: these are not the same images."""
-    with files.undamaged(listing, "expected one class for each picture beside it"):
-        rows = [line.split()[:2] for line in files.read_text(listing).splitlines() if line.strip()]
-        path_of = {Path(path).name: path for path in class_of}
-        listed = {path_of[file]: wnid for file, wnid in rows}
-        if any(listed[path] != folder != "images" for path, folder in class_of.items()):
-            raise ValueError
-    return listed
-
 def image_folders(root, split, size, resize_to):
     """Any train/ and val/, or test/, of one folder of images a class: the classes are train's,
     sorted, and the labels of both. -> a Split of a Stream."""
-    tests = [root / name for name in ("val", "test") if folders.class_folders(root / name)]
+    tests = [root / name for name in ("val", "test") if folders.holds_pictures(root / name)]
     if len(tests) > 1:
         files.note(f"{root} has val/ and test/: val/ is the test split")
     ids = folders.class_folders(root / "train")
@@ -328,7 +336,8 @@ def image_folders(root, split, size, resize_to):
         ids = list(listing)
     words = folders.class_words(root, ids)
     # A further synonym is for `clip_model.prompt_names`, where the first one is another's, too.
-    names = [", ".join([words.get(id, id), *folders.SYNONYMS.get(id, ())]) for id in ids]
+    names = [", ".join([words.get(id, id.replace(",", " ")), *folders.SYNONYMS.get(id, ())])
+             for id in ids]
     paths, labels = folders.labelled(listing, folders.match_classes(listing, ids, names, folder))
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 
@@ -343,14 +352,20 @@ def load_dataset(name, root, split, cache_dir=None):
     known = ("train", "test", *DATASETS[name].shifts)
     if split not in known:
         raise ValueError(f"{name} has no split {split!r}; it has: {', '.join(known)}")
-    if name == "shapes":
-        return Split(*shapes.render_shapes(split))
-    root = Path(root)
+    root, size = Path(root), DATASETS[name].image_size
     if root.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") and not root.exists():
         raise FileNotFoundError(f"{root} does not exist")
-    if name == "tiny-imagenet":
-        return tiny_imagenet(root, split, cache_dir)
-    if name.startswith("cifar"):
-        return cifar(name, root, split, cache_dir)
-    size = DATASETS[name].image_size
-    return image_folders(root, split, size, 256 if name == "imagenet" else size)
+    if name == "shapes":
+        read = Split(*shapes.render_shapes(split))
+    elif name == "tiny-imagenet":
+        read = tiny_imagenet(root, split, cache_dir)
+    elif name.startswith("cifar"):
+        read = cifar(name, root, split, cache_dir)
+    else:
+        read = image_folders(root, split, size, 256 if name == "imagenet" else size)
+    classes = len(read.labels.unique()) if split == "train" else len(read.ids)
+    if classes < 2 or len(read.labels) < 2:
+        below = sorted({Path(path).parent.name for path in getattr(read.images, "paths", ())})
+        raise ValueError(f"{root}, {split}: {len(read.labels)} images of {classes} classes, "
+                         f"{read.ids[:3]}; expected two of both; the pictures lie in {below[:5]}")
+    return read

@@ -2,6 +2,8 @@
 left out or guessed is said in one line (`files.note`), what cannot be known is refused."""
 
 import os
+import re
+import stat
 import tempfile
 import torchvision
 import unicodedata
@@ -14,9 +16,13 @@ from support import files
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+# What macOS, Windows, Linux, Synology and QNAP lay among people's files, beside names with a dot.
+SYSTEMS = ("__macosx", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini",
+           "lost+found", "@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb", "@tmp")
+
 def is_data(name):
-    """Whether a file's posix name is none that systems add: .DS_Store, ._cat.png, __MACOSX/..."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    """Whether a posix name is none that systems add: .DS_Store, ._cat.png, a/@eaDir/cat.png."""
+    return not any(part[:1] == "." or part.lower() in SYSTEMS for part in name.split("/"))
 
 def unpack(archive, cache_dir=None):
     """The folder in the cache, named by its content, that a zip's data are unpacked into, once."""
@@ -42,22 +48,33 @@ def unpack(archive, cache_dir=None):
 def holder(root, name, cache_dir=None):
     """`root`, which may be a zip, or a folder in it, that holds `name`; None: there is none."""
     root = unpack(root, cache_dir) if root.is_file() else root
-    return next((path.parent for path in (*root.glob(name), *root.glob(f"*/{name}"))), None)
+    found = (path.parent for path in (*root.glob(name), *root.glob(f"*/{name}")))
+    return next((path for path in found if path == root or is_data(path.name)), None)
 
-def list_files(root, prefix=""):
-    """Yield the posix names, relative to `root`, of the files in a folder and, links followed, in
-    those below it that are data. OSError names a folder that cannot be read."""
-    for entry in list(os.scandir(root)):
-        path = Path(entry)
-        if not entry.is_dir():
-            yield prefix + entry.name
-        elif is_data(entry.name) and not path.parent.resolve().is_relative_to(path.resolve()):
-            yield from list_files(path, f"{prefix}{entry.name}/")  # not back to where it lies
+def list_files(root):
+    """Yield the posix names, relative to `root`, of the files that are data in a folder and, links
+    followed, below it, sorted by their parts. A file or folder that links lead to again is left
+    out, which is said. OSError names a broken link and a folder that cannot be read."""
+    waiting, met, again = [f"{root}"] if os.path.isdir(root) else [], set(), []
+    while waiting:
+        path = waiting.pop()
+        found = os.stat(path)
+        if (found.st_dev, found.st_ino) in met:
+            again.append(path)
+        elif stat.S_ISDIR(found.st_mode):
+            names = sorted(filter(is_data, os.listdir(path)), reverse=True)
+            waiting += [f"{path}/{name}" for name in names]
+        else:
+            yield path.removeprefix(f"{root}/")
+        met.add((found.st_dev, found.st_ino))
+    if again:
+        files.note(f"{root}: left out {len(again)}, links to what is there already: {again[:3]}")
 
-def split_words(text):
-    """{id: words} of lines `id<tab>words` or `id words`."""
-    rows = [line.strip().split("\t" if "\t" in line else " ", 1) for line in text.splitlines()]
-    return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
+def split_words(lines):
+    """{id: words} of the lines `id<tab>words`, or `id words` where the id is one like n01443537, or
+    a number."""
+    rows = [re.match(r"([^\t]+(?=\t)|[a-z]?\d+)[\s,._-]+(.+)", line.strip()) for line in lines]
+    return {row[1].strip(): row[2] for row in rows if row}
 
 SYNONYMS = {  # of ImageNet's thousand, for those whose names, as listed, are another's too
     "n02012849": ["crane bird"], "n03126707": ["construction crane"],
@@ -69,7 +86,7 @@ def class_words(root, ids):
     names = ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt")
     places = [folder / name for folder in (root, *root.resolve().parents[:3]) for name in names]
     for path in filter(Path.is_file, places):
-        words = split_words(files.read_text(path))
+        words = split_words(files.read_text(path).splitlines())
         words = {id: words[id] for id in ids if id in words}
         if 0 < len(words) < len(ids):
             files.note(f"{path} names {len(words)} of the {len(ids)} classes")
@@ -92,32 +109,41 @@ def open_image(path):
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is not a readable image ({error})") from None
 
-def is_picture(name):
-    """Whether a file's posix name, relative to the class folders', is of a picture in one."""
-    return is_data(name) and "/" in name and name.lower().endswith(SUFFIXES)
+def holds_pictures(folder):
+    return any(name.lower().endswith(SUFFIXES) for name in list_files(folder))
 
 def by_class(root, part=0):
     """{class: paths} in ImageFolder's order; what is left out is said. A picture's class is the
     first part of its name in `root`; -2: the folder it lies in. FileNotFoundError: no picture."""
-    names = list(list_files(root)) if os.path.isdir(root) else []
-    rest = [name for name in names if not is_picture(name) and not name.endswith(".txt")]
+    listing, rest, below = {}, [], set()
+    for name in list_files(root):
+        parts = name.split("/")
+        if len(parts) > 1 and name.lower().endswith(SUFFIXES):
+            listing.setdefault(parts[part], []).append(f"{root}/{name}")
+            below |= {*parts[1:-1]}
+        elif not name.endswith(".txt"):
+            rest.append(name)
     if rest:
         files.note(f"{root}: left out {len(rest)} files, no pictures in class folders: {rest[:3]}")
-    listing = {}
-    for name in sorted(filter(is_picture, names), key=lambda name: name.split("/")):
-        listing.setdefault(name.split("/")[part], []).append(f"{root}/{name}")
+    if part == 0 and len(below) > 1:
+        files.note(f"{root}: its folders are the classes, not those below: {sorted(below)[:5]}")
     if not listing:
         raise FileNotFoundError(f"{root} holds no <class>/<image>, of {', '.join(SUFFIXES)}")
     return dict(sorted(listing.items()))
 
 def class_folders(root):
-    """The sorted names of the class folders in `root` that hold a picture, if any."""
-    return sorted(folder.name for folder in Path(root).glob("*") if folder.is_dir() and any(
-        is_picture(f"{folder.name}/{name}") for name in list_files(folder)))
+    """The sorted names of the class folders in `root`. ValueError names those without a picture."""
+    names = [name for name in sorted(filter(is_data, os.listdir(root)))
+             if os.path.isdir(f"{root}/{name}")] if os.path.isdir(root) else []
+    empty = [name for name in names if not holds_pictures(f"{root}/{name}")]
+    if empty:
+        raise ValueError(f"{root}: {len(empty)} folders hold no picture, so they are no classes: "
+                         f"{empty[:5]}; remove them or put some there")
+    return names
 
 def alike(name):
     """A class's name without what people write in different ways; of synonyms the first."""
-    name = unicodedata.normalize("NFC", name.split(",")[0])
+    name = unicodedata.normalize("NFC", name.split(", ")[0])
     name = " ".join(name.replace("_", " ").replace("-", " ").split()).lower()
     return str(int(name)) if name.isdecimal() else name  # 002 is 2
 
@@ -126,10 +152,8 @@ def match_classes(listing, class_ids, class_names, where, partial=False):
     A name is a class's id or name; or it is `alike` to just one class's; or, where all others are
     numbers, a place in class_ids. The last two are said; so are, unless `partial`, classes that
     lack, and places are then all from 0 on. ValueError: no certain class, or two names of one."""
-    K, names, spelled = len(class_ids), list(class_names), {}
-    known = {name: k for k, name in enumerate(names) if names.count(name) == 1}
-    known |= {id: k for k, id in enumerate(class_ids)}  # which are unique, and win
-    for k, name in [*enumerate(class_ids), *enumerate(names)]:
+    K, known, spelled = len(class_ids), {id: k for k, id in enumerate(class_ids)}, {}
+    for k, name in [*enumerate(class_ids), *enumerate(class_names)]:
         spelled[alike(name)] = k if spelled.get(alike(name), k) == k else None
     rest = [name for name in listing if name not in known]
     numbers = {int(name) for name in rest if name.isdecimal()}

@@ -273,7 +273,7 @@ def test_prompt_names_are_distinct(names, expected):
 
 @pytest.mark.parametrize("names, said", [
     (["crane", "Crane_", "dog"], ": crane, Crane;"),
-    (["cat", "n01443537", "12", "n0144353", "4x4"], ": n01443537, 12;")])
+    (["cat", "n01443537", "12", "n014x", "4x4"], ": n01443537, 12;")])
 def test_prompt_names_says_what_clip_cannot_tell(names, said):
     with pytest.warns(UserWarning, match=f"2 of {len(names)} .*{said} .*--class-names") as warned:
         found = clip_model.prompt_names(names, Tokenizer())

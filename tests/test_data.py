@@ -143,17 +143,27 @@ def test_at_size_streams_above_half_of_the_memory_and_imagenet(tmp_path, monkeyp
     assert data.is_in_memory(data.at_size(split, 6).images)
     assert data.at_size(imagenet, 32).images == data.Stream(imagenet.images.paths, 32, 37)
 
-def test_rename_classes(tmp_path):
-    split, path = coded_split(7), tmp_path / "names.txt"
-    names = [f"name {k}" for k in range(7)]
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*names, "", ""]).encode())
-    renamed = data.rename_classes(split, path)
-    assert renamed.class_names == names and renamed.ids == split.ids == list("0123456")
-    path.write_text("".join(f"{k}\tname of {k}\n" for k in (6, 2, 4, 0, 1, 3, 5)))
-    assert data.rename_classes(split, path).class_names == [f"name of {k}" for k in range(7)]
-    for text in ("\n".join("1023456"), "one\ntwo\n"):  # in another order, too few
-        path.write_text(text)
-        assert str(path) in refused(data.rename_classes, split, path)
+@pytest.mark.parametrize("lines, expected", [
+    (["pepper, bell", "apple, red"], ["pepper  bell", "apple  red"]),
+    (["b\tpepper, bell", "a\tapple"], ["apple", "pepper  bell"]),  # by id
+    (["1 pepper", "2 apple"], ["1 pepper", "2 apple"]), (["7 up", "cola"], ["7 up", "cola"])])
+def test_rename_classes(lines, expected):
+    split = coded_split(7)._replace(class_names=["a", "b"])
+    renamed = data.rename_classes(split, lines, "names.txt")
+    assert renamed.class_names == expected and renamed.ids == ["a", "b"]
+
+@pytest.mark.parametrize("separator", ["\t", " ", ",", "-"])
+def test_rename_classes_by_id_keeps_wordnets_synonyms(separator):
+    ids = ["n00000001", "n00000002", "n00000003"]
+    lines = [f"{id}{separator}of {id[-1]}, x" for id in reversed(ids)]
+    renamed = data.rename_classes(coded_split(7)._replace(class_names=ids), lines, "names.txt")
+    assert renamed.class_names == [f"of {k}, x" for k in (1, 2, 3)]
+
+@pytest.mark.parametrize("lines", [["b", "a"], ["A", "B", "C"], [], ["2 x", "1 y"],
+                                   ["a\tx", "c\ty"], ["n00000001 x", "n00000002 y"]])
+def test_rename_classes_refuses(lines):
+    split = coded_split(7)._replace(class_names=["a", "b"])
+    assert "names.txt" in refused(data.rename_classes, split, lines, "names.txt")
 
 # Batches ------------------------------------------------------------------------------------------
 def test_epoch_is_what_draw_epoch_says_with_its_labels_and_rows():
@@ -167,13 +177,14 @@ def test_epoch_is_what_draw_epoch_says_with_its_labels_and_rows():
     assert torch.equal(labels, index % 7) and torch.equal(rows[:, 0], index.float())
     assert next(iter(data.epoch(split, (), 8, seed=3))).shape == (4, 8)
 
-@pytest.mark.parametrize("N", [21, 22, 25])
-def test_epoch_of_ranks_is_that_of_one_process(N):
+@pytest.mark.parametrize("N, batch_size, sizes", [
+    (22, 6, [3, 3, 3, 2]), (21, 6, [3, 3, 3]), (25, 6, [3] * 4), (30, 7, [3] * 4), (9, 3, [])])
+def test_epoch_of_ranks_is_that_of_one_process_without_batches_of_one(N, batch_size, sizes):
     split = coded_split(N)
-    whole = batches(split, 6, seed=5)
-    parts = [batches(split, 6, seed=5, rank=rank, world=2) for rank in range(2)]
+    whole = batches(split, batch_size, seed=5)
+    parts = [batches(split, batch_size, seed=5, rank=rank, world=2) for rank in range(2)]
     assert sum(len(labels) for _, labels, _ in whole) == N - (N == 25)  # no last image alone
-    assert len(parts[0]) == len(parts[1]) == len(whole)
+    assert [[len(labels) for _, labels, _ in part] for part in parts] == [sizes] * 2
     for one, two, together in zip(*parts, whole):
         even = len(together[0]) // 2 * 2  # equal shares, of the last batch, too
         for a, b, all_of_it in zip(one, two, together):
@@ -217,11 +228,11 @@ def test_blocks_of_a_stream_are_torchvisions_crops(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epoch_names_a_file_that_cannot_be_read_from_the_workers_too(tmp_path, workers):
-    class_pictures(tmp_path / "train", ["n01"], n=4)
-    (tmp_path / "train/n01/3.png").write_bytes(b"no image")
+    class_pictures(tmp_path / "train", ["n01", "n02"])
+    (tmp_path / "train/n01/1.png").write_bytes(b"no image")
     split = data.load_dataset("imagenet", tmp_path, "train")
     message = refused(lambda: batches(split, 2, seed=0, workers=workers))
-    assert message.startswith(f"{tmp_path}/train/n01/3.png is not a readable image (")
+    assert message.startswith(f"{tmp_path}/train/n01/1.png is not a readable image (")
 
 # Data sets ----------------------------------------------------------------------------------------
 def test_load_dataset_refuses_other_names_and_makes_no_folder_of_a_path_that_is_not_there(tmp_path):

@@ -11,15 +11,23 @@ from PIL import Image
 from support import files, folders
 
 # Files --------------------------------------------------------------------------------------------
-def test_list_files_follows_links_and_leaves_out_what_is_no_data(tmp_path):
-    names = ("a/b/c.png", "a/.git/x.png", "__MACOSX/a/._c.png", "e.txt")
-    write_files(tmp_path / "root", dict.fromkeys(names, b""))
-    (tmp_path / "root/link").symlink_to(tmp_path / "root/a/b")
-    (tmp_path / "root/a/up").symlink_to("..")
-    assert sorted(folders.list_files(tmp_path / "root")) == ["a/b/c.png", "e.txt", "link/c.png"]
-    assert folders.class_folders(tmp_path / "root") == ["a", "link"]
-    (tmp_path / "root/a/b/c.png").unlink()  # what is left lies in .git
-    assert folders.class_folders(tmp_path / "root") == []
+def test_list_files_lists_what_is_data_once_whatever_links_lead_to_it(tmp_path, capsys):
+    root, systems = tmp_path / "root", ("__MACOSX", "a/@eaDir/c.png", "$Recycle.Bin", "lost+found",
+                                        "a/.git", "System Volume Information", "#recycle")
+    names = ["a/b/c.png", "a-b/d.png", "e.txt", *(f"{name}/x.png" for name in systems)]
+    write_files(root, dict.fromkeys(names, b""))
+    assert list(folders.list_files(root)) == ["a/b/c.png", "a-b/d.png", "e.txt"]
+    write_files(tmp_path, {"store/1.png": b""})
+    for name, target in {"link": "a/b", "a/up": "..", "a/b/f.png": "c.png", "c/1.png":
+                         "../../store/1.png", "d": "../store", "a/b/loop": "loop2"}.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(target)
+    os.link(root / "a-b/d.png", root / "a-b/hard.png")
+    with pytest.raises(OSError, match="loop"):
+        list(folders.list_files(root))
+    (root / "a/b/loop").unlink()
+    assert list(folders.list_files(root)) == ["a/b/c.png", "a-b/d.png", "c/1.png", "e.txt"]
+    assert f"{root}: left out 5" in capsys.readouterr().err
 
 def test_unpack_once_by_content(tmp_path, monkeypatch):
     content = {"top\\a\\0.png": b"1", "top/b/": b"", "__MACOSX/top/._0.png": b"", "top/.x": b"",
@@ -99,7 +107,7 @@ def test_by_class_sorts_by_part_and_counts_the_rest(tmp_path, capsys):
     assert folders.by_class(tmp_path) == {
         "a": [f"{tmp_path}/a/1.webp", f"{tmp_path}/a/x/0.tif"], "a-b": [f"{tmp_path}/a-b/1.png"],
         "b": [f"{tmp_path}/b/10.jpg", f"{tmp_path}/b/2.PNG"]}
-    assert f"{tmp_path}: left out 4 files" in capsys.readouterr().err
+    assert f"{tmp_path}: left out 3 files" in capsys.readouterr().err
     assert list(folders.by_class(tmp_path, part=-2)) == ["a", "a-b", "b", "x"]
     for root in (tmp_path / "a", tmp_path / "absent"):
         (tmp_path / "a/x/0.tif").unlink(missing_ok=True)
