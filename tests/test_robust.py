@@ -189,6 +189,7 @@ def test_readers_of_mutated_files_read_or_refuse_in_one_line(tmp_path, monkeypat
              "criterion": train.richkd.RichKD(64, 0, 0, 100, logit_weight=0, feature_weight=0)}
     torch.save(checkpoints.read_own("run/student.pt", "")["model"], "legacy.pt",
                _use_new_zipfile_serialization=False)
+    own = checkpoints.read_own("run/last.pt", "")["run"]
     tensors = {"a.weight": torch.zeros(2, 3), "a.n": torch.tensor(0)}
     Path("a.safetensors").write_bytes(safetensors(tensors))
     Path("prompts.txt").write_text("# no\na photo of a {}\nä sketch of a {}\n", encoding="utf-8")
@@ -199,7 +200,7 @@ def test_readers_of_mutated_files_read_or_refuse_in_one_line(tmp_path, monkeypat
         ("run/student.pt", lambda path: models.load_weights("resnet8", path, 25), 200),
         ("legacy.pt", lambda path: models.load_weights("resnet8", path), 200),
         ("a.safetensors", checkpoints.read_state_dict, 1000),
-        ("run/last.pt", lambda path: runs.restore(Path(path), parts), 200),
+        ("run/last.pt", lambda path: runs.restore(Path(path), parts, own), 200),
         ("clip.pt", clip_model.load_clip, 100),
         (cached, lambda path: runs.cached("cached", {"a": 1}, lambda: torch.rand(40, 5)), 200),
         ("prompts.txt", clip_model.load_templates, 100),
