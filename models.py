@@ -25,7 +25,6 @@ import torchvision
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # Parts that several networks share ----------------------------------------------------------------
 class Head(nn.Linear):
@@ -39,9 +38,8 @@ def head_of(model):
 def chain(**modules):
     return nn.Sequential(OrderedDict(modules))
 
-def conv(in_channels, out_channels, kernel, stride=1, groups=1, bias=False):
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2,
-                     groups=groups, bias=bias)
+def conv(in_channels, out_channels, kernel, stride=1, bias=False, **options):
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=bias, **options)
 
 def conv_bn(in_channels, out_channels, *args, **kwargs):
     return conv(in_channels, out_channels, *args, **kwargs), nn.BatchNorm2d(out_channels)
@@ -264,9 +262,8 @@ def from_torchvision(name, num_classes):
     """torchvision's network with its one linear layer, the last, turned into a `Head`."""
     model = torchvision.models.get_model(name, num_classes=num_classes)
     [(head, linear)] = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    pair = Head(linear.in_features, num_classes)
-    pair.load_state_dict(linear.state_dict())  # keeps torchvision's initialisation
-    model.set_submodule(head, pair)
+    model.set_submodule(head, Head(linear.in_features, num_classes))
+    model.get_submodule(head).load_state_dict(linear.state_dict())  # as torchvision initialises it
     return model
 
 CIFAR_MODELS = {  # name: function of num_classes, for 32x32 images
@@ -311,13 +308,12 @@ def imagenet_file(name: str) -> tuple[str, Path, str]:
     return url, path, "sha256:" + path.stem.split("-")[1]  # resnet34-b627a593.pth
 
 def use_option_a(model):
-    """Turns every projection of a CIFAR ResNet into He's option A: subsample, and fill the new
-    channels, half on either side, with zeros."""
+    """Turns a CIFAR ResNet's projections into He's option A: subsample, zeros as new channels."""
     for block in model.modules():
         if isinstance(getattr(block, "downsample", None), nn.Sequential):  # of a BasicBlock
             old = block.downsample[0]
-            half, odd = divmod(old.out_channels - old.in_channels, 2)
-            pad = nn.ZeroPad3d((0, 0, 0, 0, half, half + odd))  # width, height and channels
+            half = (old.out_channels - old.in_channels) // 2
+            pad = nn.ZeroPad3d((0, 0, 0, 0, half, half))  # of width, height and channels
             block.downsample = nn.Sequential(nn.AvgPool2d(1, old.stride), pad)
 
 def load_weights(model_name: str, path: str | Path, num_classes: int | None = None) -> nn.Module:
@@ -359,6 +355,6 @@ def freeze(model: nn.Module) -> nn.Module:
         # In the zoo a BatchNorm registered right behind a convolution is what reads it, and alone.
         for (name, layer), (bn_name, bn) in zip(children, children[1:]):
             if isinstance(layer, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
-                setattr(parent, name, fuse_conv_bn_eval(layer, bn))
+                setattr(parent, name, nn.utils.fuse_conv_bn_eval(layer, bn))
                 setattr(parent, bn_name, nn.Identity())
     return frozen.to(memory_format=torch.channels_last)  # in which convolutions run faster

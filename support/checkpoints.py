@@ -140,52 +140,51 @@ KEYS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "
         "params", "state_dict_ema", "model_ema", "ema", "teacher")
 BESIDE = ("teacher", "criterion", "loss", "ema", "model_ema", "n_averaged")  # are no layers
 
-def say_taken(path, taken, others):
-    if others:
-        files.note(f"{path} holds {taken} and {', '.join(others)}; {taken} is read")
-
-def states(content, keys=()):
-    """Each dict of tensors in dicts under `KEYS`, inner ones first: (its keys, {name: tensor})."""
-    for key in KEYS if len(keys) < 5 else ():  # a pickle may hold itself
-        if isinstance(content.get(key), dict):
-            yield from states(content[key], (*keys, key))
-    state = {name: value.detach() for name, value in content.items()
-             if isinstance(name, str) and torch.is_tensor(value)}
-    if state:
-        yield keys, state
+def tensors(content, place="", depth=5):
+    """(name, tensor) of each in a dict, or in dicts there that have one of `KEYS` in their name,
+    which then stands before the tensor's, with "\\0" behind it."""
+    for name, value in content.items():
+        if isinstance(name, str) and torch.is_tensor(value):
+            yield place + name, value.detach()
+        elif depth and isinstance(value, dict) and any(key in str(name) for key in KEYS):
+            yield from tensors(value, f"{place}{name}\0", depth - 1)  # a pickle may hold itself
 
 def unwrapped(state, path):
-    """{name: tensor} without what wraps the network, in any order and depth: `_orig_mod.` of
-    torch.compile anywhere, `student.` beside any names, and what all names begin with but those
-    of no layers: `module.` of DataParallel, `model.`, `backbone.`, ..."""
+    """{name: tensor} of `tensors` without what wraps the network, in any order and depth: dicts,
+    `_orig_mod.` of torch.compile anywhere, `student.` beside any names, and what all names begin
+    with but those of no layers: `module.` of DataParallel, `model.`, `backbone.`, ... Of several
+    networks one is taken in the order of `KEYS`, and `note` says which."""
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while True:
-        heads = sorted({name.partition(".")[0] for name in state})
+        nested = {name: tensor for name, tensor in state.items() if "\0" in name}
+        state, mark = nested or state, "\0" if nested else "."
+        heads = sorted({name.partition(mark)[0] for name in state},
+                       key=lambda head: ([*KEYS, head].index(head), head))
         modules = any(name.count(".") > 1 for name in state)  # else one head is that of a layer
-        taken = next((head for head in heads if head == "student" or (
+        taken = next((head for head in heads if nested or head == "student" or (
             {head, *BESIDE}.issuperset(heads) and (head in KEYS or modules))), None)
         if taken is None or taken in state:  # the latter is a tensor's whole name
             return state
-        say_taken(path, taken, [head for head in heads if head != taken])
-        state = {name.removeprefix(f"{taken}."): tensor for name, tensor in state.items()
-                 if name.startswith(f"{taken}.")}
+        if len(heads) > 1:
+            others = ", ".join(head for head in heads if head != taken)
+            files.note(f"{path} holds {taken} and {others}; {taken} is read")
+        state = {name.removeprefix(taken + mark): tensor for name, tensor in state.items()
+                 if name.startswith(taken + mark)}
 
 def read_state_dict(path):
-    """{name: tensor} of a checkpoint: bare or, at any depth, under one of `KEYS`, without the
-    prefixes of what wrapped the network; one of several networks is taken in the order of `KEYS`,
-    and `note` says which. Raises as `read_checkpoint`, and ValueError where there is none."""
+    """{name: tensor} of a checkpoint, as `unwrapped` tells. Raises as `read_checkpoint`, and
+    ValueError where there is none, or not of plain and finite numbers."""
     content = read_checkpoint(path)
-    networks = list(states(content))
-    if not networks:
+    state = unwrapped(dict(tensors(content)), path)
+    if not state:
         raise ValueError(f"{path}: expected a state dict, bare or under 'state_dict', 'model', "
                          f"..., found only {textwrap.shorten(str(list(content)), 80)}")
-    keys, state = networks[0]
-    others = [".".join(other) for other, _ in networks if other != keys[: len(other)]]
-    say_taken(path, ".".join(keys), others)
-    state = unwrapped(state, path)
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name!r} has values that are not finite: training failed")
+        plain = tensor.dtype in DTYPES.values() and not (tensor.is_sparse or tensor.is_meta)
+        whole = name.endswith("weight") and not tensor.is_floating_point()
+        if not plain or whole or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name!r} holds other than plain, finite numbers: training "
+                             "failed, or the weights are quantised, sparse or left out")
     return state
 
 def read_about(path):

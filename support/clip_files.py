@@ -22,31 +22,19 @@ PUBLIC_CLIPS = {  # name: SHA-256 of OpenAI's archive (openai/CLIP, clip/clip.py
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
-MIRRORS = {  # the same weights on Hugging Face: repository, revision, file and its SHA-256
-    "ViT-L/14": ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41",
-                 "model.safetensors",
-                 "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
-    "ViT-B/32": ("timm/vit_base_patch32_clip_224.openai",
-                 "a6f597a30f7b82c51704746581f9a4e41421e878", "open_clip_model.safetensors",
-                 "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31")}
-BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"
+MIRRORS = (  # the same weights on Hugging Face: name, repository, revision, file, SHA-256
+    ("ViT-L/14", "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41",
+     "model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
+    ("ViT-B/32", "timm/vit_base_patch32_clip_224.openai",
+     "a6f597a30f7b82c51704746581f9a4e41421e878", "open_clip_model.safetensors",
+     "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31"))
 
 def fetch_bpe(cache_dir=None):
     """The path of the public BPE file, downloaded where it is absent. Raises as `files.fetch`."""
-    urls = [f"{place}/{BPE_FILE}" for place in (
-        "https://raw.githubusercontent.com/openai/CLIP/main/clip", HOST)]
+    file = "bpe_simple_vocab_16e6.txt.gz"
+    urls = [f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{file}", f"{HOST}/{file}"]
     digest = "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-    return files.fetch(urls, files.cache_folder(cache_dir) / BPE_FILE, digest, "pass --bpe PATH")
-
-def sources(name):
-    """[(file in our cache, its address, SHA-256)] of a public name or a repository, best first."""
-    own = name.replace("/", "-").replace("@", "-") + ".pt"
-    openai = [(own, f"{HOST}/models/{digest}/{own}", digest)
-              for public, digest in PUBLIC_CLIPS.items() if public == name]
-    return openai + [(repository.split("/")[1] + ".safetensors",
-                      f"https://huggingface.co/{repository}/resolve/{revision}/{file}", digest)
-                     for public, (repository, revision, file, digest) in MIRRORS.items()
-                     if name in (public, repository)]
+    return files.fetch(urls, files.cache_folder(cache_dir) / file, digest, "pass --bpe PATH")
 
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
            "open_clip_pytorch_model.bin")  # of a folder as Hugging Face has it, in order of choice
@@ -133,10 +121,17 @@ def find(name, cache_dir=None):
     for weights in (path, *(path / file for file in WEIGHTS)):
         if weights.is_file():
             return weights, read_listing(weights)
-    failures, folder = [], files.cache_folder(cache_dir)
-    for file, url, digest in sorted(sources(name), key=lambda one: not (folder / one[0]).exists()):
+    folder, own = files.cache_folder(cache_dir), name.replace("/", "-").replace("@", "-") + ".pt"
+    known = [(folder / own, f"{HOST}/models/{digest}/{own}", digest)
+             for public, digest in PUBLIC_CLIPS.items() if public == name]
+    known += [(folder / f"{repository.split('/')[1]}.safetensors",
+               f"https://huggingface.co/{repository}/resolve/{revision}/{file}", digest)
+              for public, repository, revision, file, digest in MIRRORS
+              if name in (public, repository)]
+    failures = []
+    for path, url, digest in sorted(known, key=lambda one: not one[0].exists()):
         try:
-            path = files.fetch([url], folder / file, f"sha256:{digest}", "pass --clip PATH")
+            files.fetch([url], path, f"sha256:{digest}", "pass --clip PATH")
             return path, {"activation": "quickgelu"}  # OpenAI's, by their digest
         except FileNotFoundError as error:
             failures.append(str(error))
@@ -150,8 +145,7 @@ def load(name_or_path, cache_dir=None, activation=None):
     said. Raises as `find` and `checkpoints.read_state_dict`."""
     path, said = find(str(name_or_path), cache_dir)
     tensors = to_openai_layout(checkpoints.read_state_dict(path))
-    archive = "input_resolution" in tensors  # OpenAI's own
-    known = said.get("activation", "quickgelu" if archive else None)
+    known = said.get("activation", "quickgelu" if "input_resolution" in tensors else None)
     if activation and known not in (None, activation):
         files.note(f"{path} has the activation {known}; {activation} is used, as asked")
     if not activation and not known:

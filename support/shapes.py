@@ -21,11 +21,10 @@ CLASSES = [f"{colour} {shape}" for colour in list(COLOURS)[:5] for shape in SHAP
 HELD_OUT = ("red star", "yellow circle", "green heart", "blue triangle", "white ring", "cyan cross")
 PHRASES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES
            if f"{colour} {shape}" not in HELD_OUT]
-MANNERS = ("", "blurry ", "cropped ", "close-up ", "bright ", "detailed ", "natural ", "realistic ",
-           "low resolution ", "high quality ")
 CAPTIONS = [f"a {manner}{medium} of a {{}}{place}"
             for medium in ("photo", "picture", "image", "sketch")
-            for manner in MANNERS
+            for manner in ("", "blurry ", "cropped ", "close-up ", "bright ", "detailed ",
+                           "natural ", "realistic ", "low resolution ", "high quality ")
             for place in ("", " in the wild")]
 
 def turn(angle, x, y):
@@ -152,8 +151,7 @@ def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, see
         tokens = [tokenizer([template.format(text) for text in texts], clip.context_length)
                   for template in templates]
         captions.append((text_of, torch.stack(tokens).to(device)))  # (templates, texts, L)
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=2.5e-3, betas=(0.9, 0.98),
-                                  weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(clip.parameters(), betas=(.9, .98), weight_decay=.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, steps, pct_start=0.15,
                                                    cycle_momentum=False)
     for step in range(steps):

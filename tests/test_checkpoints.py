@@ -87,13 +87,16 @@ def below(prefix, *others):
         "module.", "_orig_mod.", "student.", "module._orig_mod.", "net.module.",
         "_orig_mod.module.model.", "module.student._orig_mod.", "backbone.", "a.b.c.d.e.f.")),
     (below("module.student.", "module.teacher.conv.weight", "module.conv_reg.weight"),
-     "student and conv_reg, teacher; student"),
+     "student and teacher, conv_reg; student"),
     (below("student.module.", "teacher.module.conv.weight"), "student and teacher; student"),
     (below("module.", "n_averaged"), "module and n_averaged; module"),
     (below("_orig_mod.backbone.", "loss.centers"), "backbone and loss; backbone"),
     (lambda state: {"model_ema": some_state(), "model": state}, "model and model_ema; model"),
     (lambda state: {"ema": {"module": some_state(), "decay": 0.9}, "net": {"module": state}},
-     "net.module and ema.module; net.module"),
+     "net and ema; net"),
+    (lambda state: {"best_state_dict": some_state(), "optimizer_state_dict": {"state": {}},
+                    "state_dict": state}, "state_dict and best_state_dict; state_dict"),
+    (lambda state: {"best_model": state, "acc": torch.tensor(79.4)}, None),
     (lambda state: {"teacher": state, "best": torch.zeros(1)}, None)])
 def test_read_state_dict_takes_prefixes_off_and_says_which_of_several(
         content, said, tmp_path, capsys):

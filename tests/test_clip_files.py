@@ -83,8 +83,8 @@ def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path, capsys
     """OpenAI's host has nothing; at $HF_ENDPOINT lie the weights in transformers' layout. They are
     OpenAI's by their digest: no activation is guessed."""
     content = safetensors(filled(GOLDEN["transformers"]["tensors"]))
-    monkeypatch.setattr(clip_files, "MIRRORS", {
-        "ViT-L/14": (L14, "abc", "model.safetensors", hashlib.sha256(content).hexdigest())})
+    monkeypatch.setattr(clip_files, "MIRRORS", (
+        ("ViT-L/14", L14, "abc", "model.safetensors", hashlib.sha256(content).hexdigest()),))
     with web_server(content) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/good")
         monkeypatch.setattr(clip_files, "HOST", f"{server.url}/clip")
