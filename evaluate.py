@@ -7,8 +7,7 @@
     python evaluate.py --zero-shot --clip ViT-B/32 --dataset cifar100
 
 A subject is a function from images to logits, and every set of images goes once through all of
-them. report.json, beside each run, grows set by set: the same command goes on with it.
-"""
+them. report.json, beside each run, grows set by set: the same command goes on with it."""
 
 import clip_model
 import contextlib
@@ -191,13 +190,10 @@ def prepare(config):
                     f"{path}.report.json", about)]
     else:
         raise ValueError("--checkpoint takes --model NAME and --dataset NAME with it")
-    first, *others = (source[0] for source in sources)
-    own = dataclasses.replace(first, **{name: getattr(config, name) or getattr(first, name)
-                                        for name in ("dataset", "data_dir", "class_names")})
+    asked = {name: getattr(config, name) for name in ("dataset", "data_dir", "class_names")}
+    own = dataclasses.replace(sources[0][0], **{name: x for name, x in asked.items() if x})
     if config.data_dir and own.dataset == "shapes":
         raise ValueError("--data-dir: shapes are rendered")
-    if {other.holdout for other in others} - {own.holdout}:
-        raise ValueError("--run: the test images of one are another's --holdout: one after another")
     names = () if config.shift is None else data.DATASETS[own.dataset].shifts
     if config.shift == () and not names:
         raise ValueError(f"{own.dataset} has no shift split of its own: --shift DIR names one")
@@ -206,9 +202,10 @@ def prepare(config):
     students = [Student(config, splits["test"], *source) for source in sources]
     if config.fused and all(len(student.subjects) == 1 for student in students):
         raise ValueError("--fused: no run here has a teacher or CLIP")
-    size, *others = {config.image_size, *(one.about["image_size"] for one in students)} - {None}
-    if others:
-        raise ValueError(f"--run, --image-size: {size} and {others}: evaluate one size at a time")
+    size = config.image_size or students[0].about["image_size"]
+    if {(size, own.holdout)} != {(student.about["image_size"], source[0].holdout)
+                                 for student, source in zip(students, sources)}:
+        raise ValueError("--run, --image-size: of other sides or --holdout: one after another")
     return dataclasses.replace(config, image_size=size), splits, students
 
 # Sets of images -----------------------------------------------------------------------------------

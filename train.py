@@ -38,8 +38,7 @@ METHODS = {
     "crd": {"lam": 1.0, "logit_weight": 0.0},
     "richkd-l": {"feature_weight": 0.0},
     "richkd-f": {"logit_weight": 0.0},
-    "richkd": {},
-}
+    "richkd": {}}
 
 # What depends on the data set. The schedule is that of CRD (Tian 2020), which the paper follows.
 CIFAR = dict(teacher=("resnet110",), student="resnet20", clip="ViT-L/14", num_negatives=16384,
@@ -273,9 +272,7 @@ def load_clip(config):
     else:
         clip = clip_model.load_clip(config.clip, config.cache_dir, config.clip_activation)
     tokenizer = clip_model.Tokenizer()  # bytes alone, as the tiny one has it
-    if config.bpe and clip.vocab_size == tokenizer.vocab_size:
-        raise ValueError(f"--bpe {config.bpe} has no effect: this CLIP reads bytes alone")
-    if clip.vocab_size != tokenizer.vocab_size:
+    if config.bpe or clip.vocab_size != tokenizer.vocab_size:
         merges = clip_model.load_merges(config.bpe or clip_files.fetch_bpe(config.cache_dir))
         tokenizer = clip_model.Tokenizer(merges)
     scale = config.clip_scale or clip.logit_scale.exp().item()
@@ -394,10 +391,9 @@ def train_step(run, drawn):
 def step_of(run):
     """`train_step` of this run as a function of what is drawn alone: on one GPU that holds the
     images a CUDA graph of it, elsewhere (torchrun's ranks talk, streams wait for files) a call."""
-    step, called = functools.partial(train_step, run), run.config.no_graph or dist.is_initialized()
-    if called or run.config.device.type != "cuda" or not data.is_in_memory(run.split.images):
-        return step
-    return command.CudaGraph(step)
+    step, alone = functools.partial(train_step, run), not dist.is_initialized()
+    whole = run.config.device.type == "cuda" and data.is_in_memory(run.split.images)
+    return command.CudaGraph(step) if alone and whole and not run.config.no_graph else step
 
 def learning_rate(config, epoch):
     """The rate of an epoch, counted from 0: a tenth after epochs 150, 180, 210 of 240 (Tian 2020),

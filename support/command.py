@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import threading
 import warnings
 from datetime import timedelta
@@ -45,8 +44,7 @@ def normalize(config):
         object.__setattr__(config, field.name, value)
 
 def check(config):
-    """Raises ValueError for a value that its field's type or metadata rule out, naming the right
-    ones."""
+    """Raises ValueError for a value that its field's type or metadata rule out, naming others."""
     for field in dataclasses.fields(config):
         value, known = getattr(config, field.name), field.metadata
         if value is None or field.name == "device":  # which torch knows
@@ -87,9 +85,9 @@ OUT_OF_MEMORY = re.compile("out of memory|(shared|allocate) memory|ALLOC_FAILED|
                            r"worker \(pid.*(killed|exited)")  # torch has no class for most of these
 
 def main(job):
-    """Run a script's job and print the text that it returns. What one can mend is a line on stderr
-    and status 2, SIGINT and SIGTERM one and, as shells have it, 128 + the signal's number, memory
-    that ran out one and status 1; a warning is a note."""
+    """Run a script's job and print the text that it returns. A line on stderr says what one can
+    mend, with status 2, that memory ran out, with 1, and SIGINT or SIGTERM, with 128 + its number,
+    as shells have it; a warning is a note."""
     process, caught = os.getpid(), []
 
     def interrupt(number, frame):
@@ -121,8 +119,8 @@ def main(job):
             sys.exit(2)
         if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
-        files.say(f"error: {textwrap.shorten(str(error), 200)}: memory ran out; a smaller "
-                  "--batch-size, fewer --workers or --num-negatives need less", every_rank=True)
+        files.say(f"error: {str(error)[:200]}: memory ran out, perhaps; a smaller --batch-size, "
+                  "fewer --workers or --num-negatives need less", every_rank=True)
         sys.exit(1)
 
 def use_device(name, deterministic=False):

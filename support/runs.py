@@ -11,11 +11,6 @@ from pathlib import Path
 from support import checkpoints, files
 from support.command import flag, rank
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 # What does not change a result; the other fields are a run's settings.
 PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "overwrite")
 # Settings that name files: what is in these decides, not where they lie. The names of the classes
@@ -139,13 +134,12 @@ def alone(folder):
     folder.mkdir(parents=True, exist_ok=True)
     with open(lock, "ab") as file:
         try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its process
+            import fcntl  # Windows has none
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its process
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"{folder}: another process trains in it; --out names another "
-                             "folder") from None
-        except OSError as error:
-            files.note(f"{folder}: no locks ({error.strerror}); start no second run in it")
+            raise ValueError(f"{folder}: another process trains there; see --out") from None
+        except (ImportError, OSError) as error:
+            files.note(f"{folder} cannot be locked ({error}): start no second run in it")
         try:
             yield
         finally:
@@ -158,13 +152,11 @@ def open_run(folder, about, overwrite):
     there is something else than a run of these settings, data and files."""
     names = [name for name in os.listdir(folder) if name[0] != "."]
     if names and "config.json" not in names:
-        raise ValueError(f"{folder} is not empty and holds no run (no config.json); --out names "
-                         "another folder")
+        raise ValueError(f"{folder} is not empty and holds no run (no config.json); see --out")
     if overwrite or not {"last.pt", "summary.json"} & {*names}:
         return None
-    before = files.read_json(folder / "config.json", ANEW)
     with files.undamaged(folder / "config.json", ANEW):
-        differ = difference(key(before), key(about))
+        differ = difference(key(files.read_json(folder / "config.json", ANEW)), key(about))
     if differ:
         raise ValueError(f"{folder} holds another run: {differ}; --out names another folder, "
                          "--overwrite starts anew")

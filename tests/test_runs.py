@@ -336,7 +336,7 @@ replace, os.replace = os.replace, stop
 train.run(train.Config(**{vars(config)!r}))
 """)
     process = subprocess.Popen([sys.executable, place / "stopped.py"], stderr=subprocess.DEVNULL)
-    for renamed in range(1, 5):  # config.json, log.csv, last.pt, student.pt
+    for _ in range(1, 5):  # config.json, log.csv, last.pt, student.pt
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         for other in (config, with_(config, lr=0.2), with_(config, overwrite=True)):
             assert f"{place}/run" in refused(other)

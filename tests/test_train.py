@@ -234,7 +234,7 @@ def test_unread_is_every_flag_that_changes_nothing(method, teacher_file, clip_fi
         try:
             assert left(**changed) != whole, name
         except ValueError as error:
-            assert command.flag(name) in str(error), name
+            assert (command.flag(name) if name != "bpe" else "BPE") in str(error), name
 
 @pytest.mark.parametrize("flags", [
     {"bpe": "x"}, {"clip_activation": "gelu"}, {"data_dir": "x"}, {"alpha": "0", "teacher": "x"}])
