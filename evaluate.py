@@ -203,9 +203,10 @@ def prepare(config):
     if config.fused and all(len(student.subjects) == 1 for student in students):
         raise ValueError("--fused: no run here has a teacher or CLIP")
     size = config.image_size or students[0].about["image_size"]
-    if {(size, own.holdout)} != {(student.about["image_size"], source[0].holdout)
-                                 for student, source in zip(students, sources)}:
-        raise ValueError("--run, --image-size: of other sides or --holdout: one after another")
+    kinds = {(size, own.holdout), *((student.about["image_size"], source[0].holdout)
+                                    for student, source in zip(students, sources))}
+    if len(kinds) > 1:  # their test images are not the same
+        raise ValueError(f"--run: --image-size and --holdout {kinds}: evaluate one after another")
     return dataclasses.replace(config, image_size=size), splits, students
 
 # Sets of images -----------------------------------------------------------------------------------
