@@ -429,8 +429,9 @@ def class_features(clip, tokenizer, class_names, templates, batch_size=256,
     """Text features (K, M, D), float32, each of unit length, of K class names in M templates.
     progress(prompts done) follows each batch of them. Raises ValueError for a prompt that is too
     long, a template without {}, a string for a list, and another CLIP's tokenizer."""
-    if isinstance(class_names, str) or not all("{}" in text for text in templates or [""]):
-        raise ValueError(f"expected lists of names and of templates with {{}}, found "
+    bare = [template for template in templates or [""] if "{}" not in template]
+    if isinstance(class_names, str) or not class_names or bare:
+        raise ValueError("expected a list of names and a list of templates with {}, found "
                          f"{str(class_names)[:40]!r} and {str(templates)[:40]!r}")
     if tokenizer.vocab_size != clip.vocab_size:
         raise ValueError(f"{tokenizer.vocab_size} token ids, CLIP has {clip.vocab_size}: other BPE")

@@ -132,13 +132,12 @@ def by_class(root, part=0):
     return dict(sorted(listing.items()))
 
 def class_folders(root):
-    """The sorted names of the class folders in `root`. ValueError names those without a picture."""
-    names = [name for name in sorted(filter(is_data, os.listdir(root)))
-             if os.path.isdir(f"{root}/{name}")] if os.path.isdir(root) else []
+    """The sorted names of the folders in `root`. ValueError names those without a picture."""
+    names = sorted(path.name for path in Path(root).glob("*") if path.is_dir())
+    names = [name for name in names if is_data(name)]
     empty = [name for name in names if not holds_pictures(f"{root}/{name}")]
     if empty:
-        raise ValueError(f"{root}: {len(empty)} folders hold no picture, so they are no classes: "
-                         f"{empty[:5]}; remove them or put some there")
+        raise ValueError(f"{root}: no picture in {empty[:5]}; remove what is no class's folder")
     return names
 
 def alike(name):

@@ -1,8 +1,8 @@
-"""Test sets from elsewhere: CIFAR-C, CIFAR-10.1, STL-10, ImageNet-C, any class folders.
+"""Test sets from elsewhere: CIFAR-C, CIFAR-10.1, STL-10, ImageNet-C, any class folders. Errors are
+ValueError and OSError of one line that names the file.
 
     images, labels, columns = load_shift(directory, "imagenet", ids, names)  # paths; 200 of 1000
-
-Errors are ValueError and OSError of one line that names the file."""
+"""
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ def read_arrays(images_path, labels_path):
     with files.undamaged(f"{images_path} or {labels_path.name}", "unpack it again"):
         images, labels = (torch.from_numpy(np.lib.format.open_memmap(path, "c"))
                           for path in (images_path, labels_path))
-    if images.dtype != torch.uint8 or images.shape != (*labels.shape, 32, 32, 3):
-        raise ValueError(f"{images_path} is {images.dtype} {list(images.shape)}, its labels "
-                         f"{list(labels.shape)}; expected uint8 [N, 32, 32, 3] and [N]")
+    found = images.dtype, [*images.shape], labels.is_floating_point()
+    if found != (torch.uint8, [*labels.shape, 32, 32, 3], False):
+        raise ValueError(f"{images_path} is {images.dtype} {[*images.shape]}, its labels "
+                         f"{labels.dtype} {[*labels.shape]}; expected uint8 [N, 32, 32, 3] and [N]")
     return images.permute(0, 3, 1, 2), labels.long()
 
 def read_cifar_c(directory, name, severity):

@@ -14,6 +14,7 @@ import random
 import torch
 import torch.nn.functional as F
 import torchvision
+import warnings
 import zipfile
 from clip_model import CLIP, Tokenizer, build_clip, load_clip, load_merges, load_templates
 from helpers import ROOT, assert_golden, noise, refused, relative, small_clip_state, small_images
@@ -251,14 +252,41 @@ def test_load_templates(tmp_path):
                            (b"\xef\xbb\xbf# Windows\r\na {}\r\nthe {}\r\n", ["a {}", "the {}"])):
         path.write_bytes(text)
         assert load_templates(path) == expected
-    for text, found in ((b"a {}\n\nno place\n", "'no place'"), (b"# nothing\n", "''"),
-                        (b"a \xff {}", "UTF-8")):
+    for text in (b"a {}\n\nno place\n", b"# nothing\n", b"a \xff {}", b"'a {}',\n", b"a {c}\n",
+                 b"- a {}\n", b"[a {}]\n", "a {}\n".encode("utf-16")):
         path.write_bytes(text)
-        message = refused(load_templates, path)
-        assert str(path) in message and found in message
+        assert str(path) in refused(load_templates, path)
     path.write_text("a {}\nthe {}\n\na {}\n")
     with pytest.warns(UserWarning, match="prompts.txt: 'a {}'"):
         assert load_templates(path) == ["a {}", "the {}", "a {}"]
+
+@pytest.mark.parametrize("line", [
+    "{0: 'tench, Tinca tinca',", " 1: 'goldfish',", "'goldfish'", '"goldfish",', "1. tench",
+    "2) tench", "0: tench", "tench: 0", "names = (", "['tench', 'goldfish']", "- tench",
+    "<li>tench</li>", "tench,"])
+def test_load_lines_of_names_refuses_programs_and_numbered_lists(line, tmp_path):
+    names = ["Bird's nest", "7 up", "cat (wild)", "goldfish, Carassius auratus", "n01440764\ttench"]
+    (tmp_path / "names.txt").write_text("\n".join(["# names", "", *names]))
+    assert clip_model.load_lines(tmp_path / "names.txt") == names
+    (tmp_path / "names.txt").write_text("\n".join([*names, line]))
+    assert "names.txt" in refused(clip_model.load_lines, tmp_path / "names.txt")
+
+@pytest.mark.parametrize("names, expected", [
+    (["n02085620-Chihuahua", "n02085782-Toy_spaniel"], ["Chihuahua", "Toy spaniel"]),
+    (["1 001.Wren", "2 002.King_Bird"], ["Wren", "King Bird"]), (["cat_2", "dog_1"], ["cat", "dog"]),
+    (["AnnualCrop", "TVSet", "iPad"], ["Annual Crop", "TV Set", "iPad"]),
+    (["ice%20cream", "hot+dog", "C++"], ["ice cream", "hot dog", "C++"])])
+def test_in_words_says_what_it_changes(names, expected):
+    with pytest.warns(UserWarning, match=f"{expected[0]!r} for {names[0]!r}"):
+        assert clip_model.in_words(names) == expected
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("names", [
+    ["Boeing 747", "Airbus 320"], ["1 finger", "2 fingers", "10 fingers"], ["3D", "2D"],
+    ["gold-fish", "gold.fish", "goldfish"], ["T-shirt", "x-ray"], ["hot dog", "gold-fish", "aB"],
+    ["n02085620-Chihuahua"], ["F-16A", "C-130"], ["007.x", "8y"], ["\u91d1\u9c7c", "caf\xe9"]])
+def test_in_words_leaves_plain_names(names):
+    assert clip_model.in_words(names) == names
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("names, expected", [
@@ -307,6 +335,8 @@ def test_class_features_are_unit_prompts():
     assert seen == [4, 6] and not found.requires_grad
     with pytest.raises(ValueError, match="515 token ids"):
         clip_model.class_features(clip, Tokenizer([("a", "b")]), ["x"], ["{}"])
+    for names, templates in (("x", ["{}"]), ([], ["{}"]), (["x"], "a {}"), (["x"], ["a"])):
+        refused(clip_model.class_features, clip, Tokenizer(), names, templates)
 
 # The real checkpoint ------------------------------------------------------------------------------
 @torch.no_grad()
@@ -344,3 +374,15 @@ def test_load_clip_of_a_trained_checkpoint_equals_open_clip(shared):
         top1 = (logits.argmax(dim=1) == labels).float().mean().item()
         assert top1 == pytest.approx(expected["zero_shot_top1"][key], abs=1e-6)
     assert (logits[rows] - torch.tensor(expected["logits_twelve_templates"])).abs().max() < 2e-4
+
+    ids = {words[id].split(",")[0]: id for id in set(classes_of.values())}
+    for form in ("{id}-{_}", "{id} {name}", "{_}_{id}", "{k:03}.{_}", "{k}_{_}", "{_}-{k}", "{Camel}",
+                 "{id}.{Camel}", "({k}) {name}", "{id}-{-}", "{-}", "{+}", "{%20}", "{NAME}"):
+        found = [form.format(id=ids[name], k=k, name=name, NAME=name.upper(), Camel="".join(
+            word[:1].upper() + word[1:] for word in name.split()), **{
+                sign: name.replace(" ", sign) for sign in ("_", "-", "+", "%20")})
+            for k, name in enumerate(expected["classes"])]
+        with warnings.catch_warnings(action="ignore"):
+            text = clip_model.class_features(clip, tokenizer, found, templates[:1])[:, 0]
+        right = ((F.normalize(features, dim=1) @ text.T).argmax(dim=1) == labels).float().mean()
+        assert right > expected["zero_shot_top1"]["one_template"] - 0.03, form

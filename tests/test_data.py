@@ -75,6 +75,12 @@ def test_to_input_is_torchvisions():
     torch.testing.assert_close(out, to_float(images))
     assert out.is_contiguous(memory_format=torch.channels_last)
 
+@pytest.mark.parametrize("images", [
+    torch.ones(2, 3, 8, 8), torch.ones(2, 8, 8, 3).byte(), torch.ones(3, 8, 8).byte()])
+def test_to_input_and_augment_refuse_what_is_not_uint8_in_channels(images):
+    for call, others in ((data.to_input, 2), (data.augment, 3)):
+        assert str(tuple(images.shape)) in refused(call, images, *[torch.zeros(2).long()] * others)
+
 # Images of either kind ----------------------------------------------------------------------------
 def numbered_stream(tmp_path, n, size=40):
     """Image i is of the one grey i; `size` crops take all of it."""
@@ -405,6 +411,18 @@ def test_image_folders_refuses_what_has_no_certain_class(test, tmp_path):
     class_pictures(tmp_path / "train", ["a", "b", "c"])
     class_pictures(tmp_path / "val", test)
     assert f"{tmp_path}/val" in refused(data.load_dataset, "folder", tmp_path, "test")
+
+@pytest.mark.parametrize("names, splits, named", [
+    (["train/a/0.png", "train/b/0.png", "train/yak/x.gif"], ["train", "test"], "yak"),
+    ([f"{part}/images/{k}/0.png" for part in ("train", "val") for k in "ab"], ["train", "test"],
+     "['a', 'b']"),
+    (["train/a/0.png", "train/b/0.png", "val/a/0.png"], ["test"], "1 images")])
+def test_load_dataset_refuses_empty_and_single_classes_and_a_single_image(
+        names, splits, named, tmp_path):
+    write_files(tmp_path, dict.fromkeys(names, encoded()))
+    for split in splits:
+        message = refused(data.load_dataset, "folder", tmp_path, split)
+        assert str(tmp_path) in message and named in message
 
 def test_image_folders_says_which_split_it_takes_for_which(tmp_path, capsys):
     class_pictures(tmp_path / "test", ["b", "a"], n=3)

@@ -30,7 +30,7 @@ def test_list_files_lists_what_is_data_once_whatever_links_lead_to_it(tmp_path, 
     assert f"{root}: left out 5" in capsys.readouterr().err
 
 def test_unpack_once_by_content(tmp_path, monkeypatch):
-    content = {"top\\a\\0.png": b"1", "top/b/": b"", "__MACOSX/top/._0.png": b"", "top/.x": b"",
+    content = {"top\\a\\0.png": b"1", "top/b/": b"", "__MACOSX/x.png": b"", "top/@eaDir/x.png": b"",
                "../../out.txt": b"", "/absolute.txt": b"2"}
     archive = write_zip(tmp_path / "x.zip", content)
     folder = folders.unpack(archive, tmp_path / "cache")
@@ -102,13 +102,14 @@ def test_open_image_names_what_is_none_or_huge(tmp_path, content):
 
 def test_by_class_sorts_by_part_and_counts_the_rest(tmp_path, capsys):
     names = ["b/2.PNG", "b/10.jpg", "a-b/1.png", "a/1.webp", "a/x/0.tif", "b/.DS_Store", "loose",
-             "loose.png", "__MACOSX/b/._2.png", "b/clip.gif", "b/x.txt"]
+             "loose.png", "__MACOSX/b/2.png", "b/clip.gif", "b/x.txt", "b/y/3.bmp"]
     write_files(tmp_path, dict.fromkeys(names, b""))
     assert folders.by_class(tmp_path) == {
         "a": [f"{tmp_path}/a/1.webp", f"{tmp_path}/a/x/0.tif"], "a-b": [f"{tmp_path}/a-b/1.png"],
-        "b": [f"{tmp_path}/b/10.jpg", f"{tmp_path}/b/2.PNG"]}
-    assert f"{tmp_path}: left out 3 files" in capsys.readouterr().err
-    assert list(folders.by_class(tmp_path, part=-2)) == ["a", "a-b", "b", "x"]
+        "b": [f"{tmp_path}/b/10.jpg", f"{tmp_path}/b/2.PNG", f"{tmp_path}/b/y/3.bmp"]}
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: left out 3 files" in said and "below: ['x', 'y']" in said
+    assert list(folders.by_class(tmp_path, part=-2)) == ["a", "a-b", "b", "x", "y"]
     for root in (tmp_path / "a", tmp_path / "absent"):
         (tmp_path / "a/x/0.tif").unlink(missing_ok=True)
         assert str(root) in refused(folders.by_class, root)

@@ -41,8 +41,9 @@ def test_read_cifar_c_refuses(cifar_c):
                     pickle.dumps([1, 2])):
         (cifar_c / "snow.npy").write_bytes(content)
         assert "snow.npy or labels.npy" in refused(shifts.read_cifar_c, cifar_c, "snow", 1)
-    np.save(cifar_c / "labels.npy", np.arange(20))
-    assert "labels.npy" in refused(shifts.read_cifar_c, cifar_c, "fog", 1)
+    for labels in (np.arange(20), np.ones((20, 1), int), np.ones(20)):  # in no order, two, floats
+        np.save(cifar_c / "labels.npy", labels)
+        assert "labels" in refused(shifts.read_cifar_c, cifar_c, "fog", 1)
 
 def test_imagenet_c_folder(tmp_path):
     (tmp_path / "fog/2").mkdir(parents=True)
