@@ -3,14 +3,18 @@
 import ast
 import dataclasses
 import evaluate
+import io
 import os
 import pytest
 import signal
 import socket
+import sys
+import threading
 import torch
 import train
-from helpers import ROOT, python
+from helpers import ROOT, class_folders, python, script, small
 from support import command
+from unittest.mock import Mock
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "29500"}
@@ -94,6 +98,51 @@ def test_main_ends_by_a_signal_with_its_status_and_one_line(number, capsys, hand
         command.main(lambda: os.kill(os.getpid(), number))
     assert stopped.value.code == 128 + number
     assert capsys.readouterr().err.startswith("interrupted")
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"),
+    RuntimeError("unable to write to file </torch_7>: No space left on device (28)")])
+def test_main_says_that_memory_ran_out(error, capsys, handlers):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(Mock(side_effect=error))
+    [line] = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 1 and "--batch-size" in line and "--workers" in line
+
+def test_main_prints_what_a_terminal_lacks(monkeypatch, handlers):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    command.main(lambda: "höhe ≤ 3")
+    assert out.buffer.getvalue().decode("cp1252").split() == ["höhe", "\\u2264", "3"]
+
+def test_main_in_a_thread(monkeypatch, capsys, handlers):
+    """Where no signals can be handled."""
+    thread = threading.Thread(target=command.main, args=(lambda: "done",))
+    thread.start()
+    thread.join()
+    assert capsys.readouterr() == ("done\n", "")
+
+LOSES_A_WORKER = """
+import multiprocessing, os, sys, time, train
+from support import command
+step, arguments = train.train_step, {arguments}
+def killing(run, drawn):
+    os.kill(multiprocessing.active_children()[0].pid, 9)
+    time.sleep(1)
+    return step(run, drawn)
+train.train_step = killing
+command.main(lambda: train.run(train.Config(**arguments)))
+"""
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers that are forked")
+def test_main_ends_where_a_worker_was_killed(tmp_path):
+    class_folders(tmp_path / "a", n=20)
+    arguments = vars(small(tmp_path, method="scratch", workers=2))
+    code = script(tmp_path / "kill.py", LOSES_A_WORKER.format(arguments=arguments))
+    done = python(code, timeout=60)
+    assert done.returncode == 1 and "--workers" in done.stderr.splitlines()[-1], done.stderr
 
 # Processes ----------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
