@@ -311,10 +311,9 @@ def use_option_a(model):
     """Turns a CIFAR ResNet's projections into He's option A: subsample, zeros as new channels."""
     for block in model.modules():
         if isinstance(getattr(block, "downsample", None), nn.Sequential):  # of a BasicBlock
-            old = block.downsample[0]
-            half = (old.out_channels - old.in_channels) // 2
-            pad = nn.ZeroPad3d((0, 0, 0, 0, half, half))  # of width, height and channels
-            block.downsample = nn.Sequential(nn.AvgPool2d(1, old.stride), pad)
+            old = block.downsample[0]  # which doubles the channels
+            pad = (0, 0, 0, 0, old.in_channels // 2, old.in_channels // 2)  # of W, H and C
+            block.downsample = nn.Sequential(nn.AvgPool2d(1, old.stride), nn.ZeroPad3d(pad))
 
 def load_weights(model_name: str, path: str | Path, num_classes: int | None = None) -> nn.Module:
     """The network `model_name` with the weights of a file, in eval mode, float32, on the CPU.

@@ -100,6 +100,7 @@ def to_openai_layout(state):
         name = theirs.removeprefix(prefix)
         for part, ours in NAMES:
             name = name.replace(part, ours)
+        name = f"{theirs}, another {name}" if name in renamed else name  # which no CLIP has
         if not name.endswith("position_ids"):  # 0, 1, 2, ...
             renamed[name] = tensor.T if theirs.endswith("_projection.weight") else tensor
     for name in [name for name in renamed if ".attn.q_proj." in name]:

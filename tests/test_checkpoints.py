@@ -29,13 +29,11 @@ def some_state():
 class Ordered(collections.OrderedDict):
     """Of a module that a stranger does not have."""
 
-def parameters(state):
-    return {name: nn.Parameter(t, t.is_floating_point()) for name, t in state.items()}
-
 SGD = torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1, 0.9)
 WRAPPINGS = {
     "bare": lambda state: state,
-    "parameters": parameters,
+    "parameters": lambda state: {
+        name: nn.Parameter(t, t.is_floating_point()) for name, t in state.items()},
     "model": lambda state: {"model": state, "epoch": 240, "accuracy": torch.tensor(79.4)},
     "in five": lambda state: {"net": {"model": {"state_dict": {"module": {"student": state}}}}},
     "its settings": lambda state: {"model": {"name": "vgg8", "size": {"depth": 8}}, "net": state},
@@ -52,24 +50,27 @@ WRAPPINGS = {
         "scheduler": torch.optim.lr_scheduler.StepLR(SGD, 3), "history": np.zeros(3)},
 }
 
+OLD = ("bare", "parameters", "model", "in five", "an optimiser", "arguments")  # RepDistiller's
+
+def saved(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
 @pytest.mark.parametrize("kind", WRAPPINGS)
 def test_read_state_dict_of_every_wrapping(kind, tmp_path, capsys):
     state, path = some_state(), tmp_path / "weights.pt"
-    for protocol in range(2, 6):
-        torch.save(WRAPPINGS[kind](state), path, pickle_protocol=protocol)
+    content = WRAPPINGS[kind](state)
+    written = [saved(content, pickle_protocol=protocol) for protocol in range(2, 6)]
+    if kind in OLD:
+        old = saved(content, _use_new_zipfile_serialization=False)
+        written.append(old.replace(b"numpy._core", b"numpy.core"))  # NumPy's name in those years
+    for data in written:
+        path.write_bytes(data)
         found = read_state_dict(str(path))
         assert same(found, state)
         assert not any(tensor.requires_grad for tensor in found.values())
     assert not capsys.readouterr().err
-
-@pytest.mark.parametrize("kind", ["bare", "parameters", "model", "in five", "an optimiser",
-                                  "arguments"])
-def test_read_legacy_of_what_repdistiller_wrote(kind, tmp_path):
-    state, path = some_state(), tmp_path / "resnet8x4_last.pth"
-    old = saved(WRAPPINGS[kind](state), _use_new_zipfile_serialization=False)
-    path.write_bytes(old.replace(b"numpy._core", b"numpy.core"))  # NumPy's name in those years
-    found = read_state_dict(path)
-    assert same(found, state) and not any(t.requires_grad for t in found.values())
 
 @pytest.mark.parametrize("names", [
     ["model.0.weight", "fc.weight"], ["conv1.weight", "module.weight"], ["conv1.weight", "loss"],
@@ -109,21 +110,21 @@ def test_read_state_dict_refuses_what_has_none(tmp_path):
     path = tmp_path / "file.pt"
     round_about = {key: {} for key in checkpoints.KEYS}
     round_about |= {key: round_about for key in checkpoints.KEYS[:3]}
-    for content in ([1], 3, {}, {"model": {}}, {0: torch.zeros(1), "a\n": 1}, nn.Linear(2, 2),
-                    {"fc.weight": torch.tensor([[1.0, math.nan]])}, {"a": torch.tensor(math.inf)},
-                    round_about, {f"layer{i}": {} for i in range(300)}):
-        torch.save(content, path)
-        message = refused(read_state_dict, path)
-        assert str(path) in message and len(message) < 300
+    contents = [[1], 3, {}, {"model": {}}, {0: torch.zeros(1), "a\n": 1}, nn.Linear(2, 2),
+                round_about, {f"layer{i}": {} for i in range(300)}]
+    weights = [torch.tensor([math.nan]), torch.tensor(math.inf), torch.ones(2, dtype=torch.int8),
+               torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")]
+    for content in (*contents, *({"fc.weight": weight} for weight in weights)):
+        for zipped in (True, False):
+            torch.save(content, path, _use_new_zipfile_serialization=zipped)
+            message = refused(read_state_dict, path)
+            assert str(path) in message and len(message) < 300
     assert "absent.pt" in refused(read_state_dict, tmp_path / "absent.pt")
     assert str(tmp_path) in refused(read_state_dict, tmp_path)  # a folder
 
 def test_read_about_of_a_student_and_of_others(tmp_path):
-    said = {"model_name": "vgg8", "dataset": "shapes", "class_names": ["a", "b"], "mean": [0.5] * 3,
-            "std": [0.2] * 3, "image_size": 32}
-    for content, expected in [
-            ({**said, "format": 2}, {**said, "format": 2}), (some_state(), {}),
-            ({**said, "model": some_state()}, {})]:  # another program's, which says other things
+    own = {"model_name": "vgg8", "class_names": ["a", "b"], "format": 2}
+    for content, expected in ((own, own), (some_state(), {}), ({"model_name": "vgg8"}, {})):
         torch.save(content, tmp_path / "file.pt")
         assert read_about(tmp_path / "file.pt") == expected
 
@@ -131,7 +132,7 @@ def test_read_own_is_the_inverse_of_save(tmp_path):
     path, content = tmp_path / "a.pt", {"a": torch.arange(3), "b": [1, "x", {"c": None}]}
     files.save(path, content)
     found = read_own(path, "delete it")
-    assert found.pop("a").equal(torch.arange(3)) and found == {"b": [1, "x", {"c": None}]}
+    assert found["a"].equal(content["a"]) and found["b"] == content["b"] and len(found) == 2
     other = saved({**content, "format": files.FORMAT + 1})
     for damaged in (other, saved([1]), b"", other[:99]):
         path.write_bytes(damaged)
@@ -167,20 +168,24 @@ def test_read_checkpoint_of_every_kind_of_tensor(zipped, tmp_path):
     found["same"].zero_()  # a storage of two tensors, and none of the file
     assert path.read_bytes() == before and not found["part"].any()
 
+def test_read_safetensors_of_every_kind_of_tensor(tmp_path):
+    path = tmp_path / "any name"
+    plain = struct.unpack_from("<Q", safetensors(KINDS))[0]
+    for spaces in (*range(8), 0x4B50 - plain, 0x8B1F - plain):  # at any byte; as a zip, as gzip
+        path.write_bytes(safetensors(KINDS, spaces=spaces))
+        found = read_checkpoint(path)
+        assert list(found) == list(KINDS) and same(found, KINDS)
+
 # Nothing is executed ------------------------------------------------------------------------------
-class Call:
-    """A pickle that calls a function when it is loaded as pickles are."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
+class Call(tuple):
+    """(function, its arguments), called when it is loaded as pickles are."""
     def __reduce__(self):
-        return self.function, self.arguments
+        return tuple(self)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", [
-    Call(os.mkdir, "executed"), Call(open, "executed", "w"), Call(eval, "open('executed', 'w')"),
-    Call(setattr, argparse.Namespace(), "a", 1), Call(torch.load, "other.pt"), nn.Linear(2, 2)])
+    Call((os.mkdir, ("executed",))), Call((eval, ("open('executed', 'w')",))),
+    Call((setattr, (argparse.Namespace(), "a", 1))), nn.Linear(2, 2)])
 def test_read_checkpoint_calls_nothing(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = {"model": {"weight": torch.ones(2), "x": call}, "x": [call]}
@@ -223,7 +228,6 @@ def test_unpickler_leaves_what_it_knows_as_it_is(tmp_path):
         write_zip(path, {"a/data.pkl": b"\x80\x04" + name + build})
         assert str(path) in refused(read_checkpoint, path)
     assert dict(vars(checkpoints.Inert)) == before
-    assert list(collections.OrderedDict(a=1).items()) == [("a", 1)]
 
 # Damaged, or something else -----------------------------------------------------------------------
 def repacked(content, change):
@@ -231,11 +235,6 @@ def repacked(content, change):
     with zipfile.ZipFile(io.BytesIO(content)) as old:
         entries = {name: change(name, old.read(name)) for name in old.namelist()}
     return write_zip(io.BytesIO(), entries).getvalue()
-
-def saved(content, **options):
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
 
 def damaged_safetensors():
     good, two = safetensors({"a": torch.ones(9)}), {"a": torch.ones(2), "b": torch.ones(2)}
@@ -256,7 +255,6 @@ def other_files():
     small, count = saved({"weight": torch.arange(4.0)}), struct.pack("<q", 4000)
     middle = len(good) // 2
     return {
-        "text": (b"hello world\n", ""), "noise": (bytes(range(256)) * 20, ""),
         "a list": (saved([1]), "list"), "zip, cut": (good[:middle], ""),
         "zip, a bit": (good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :], "CRC"),
         "zip, short record": (repacked(
@@ -267,9 +265,8 @@ def other_files():
             small, lambda name, data: data.replace(b"K\x04\x85", b"K\x05\x85")), "larger"),
         "zip, vast tensor": (saved({"weight": torch.zeros(1).expand(10**12)}), "larger"),
         "zip, of other files": (write_zip(io.BytesIO(), {"other/a": b""}).getvalue(), "other/"),
-        "legacy, cut": (legacy[: len(legacy) // 2], "EOF"), "legacy, head": (legacy[:100], ""),
+        "legacy, cut": (legacy[: len(legacy) // 2], "EOF"),
         "legacy, another length": (legacy.replace(count, struct.pack("<q", 3999)), "size"),
-        "legacy, no storage": (legacy[: legacy.rindex(count)], "EOF"),
         "nothing": (b"", "b''"), "gzip": (b"\x1f\x8b..", "unpack"),
         "a page": (b"\xef\xbb\xbf\n <!DOCTYPE html><html><body>Sign in</body>\n", "web page"),
         "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid 0\n", "git-lfs"),
@@ -282,15 +279,6 @@ def test_read_checkpoint_of_what_is_none(kind, tmp_path):
     message = refused(read_checkpoint, tmp_path / "file.pth")
     assert "file.pth" in message and word in message and len(message) < 400
 
-# safetensors --------------------------------------------------------------------------------------
-def test_read_safetensors_of_every_kind_of_tensor(tmp_path):
-    path = tmp_path / "any name"
-    plain = struct.unpack_from("<Q", safetensors(KINDS))[0]
-    for spaces in (*range(8), 0x4B50 - plain, 0x8B1F - plain):  # at any byte; as a zip, as gzip
-        path.write_bytes(safetensors(KINDS, spaces=spaces))
-        found = read_checkpoint(path)
-        assert list(found) == list(KINDS) and same(found, KINDS)
-
 # Names --------------------------------------------------------------------------------------------
 def test_match_by_name_and_shape():
     one, two, three = torch.zeros(1), torch.zeros(2), torch.zeros(3)
@@ -300,7 +288,6 @@ def test_match_by_name_and_shape():
     assert found["a.num_batches_tracked"] == 0
     assert match({"linear.weight": one}, {"fc.weight": one}, "")["linear.weight"] is one
     # `linear` may stand for `fc`, but not where the file has an `fc` of its own
-    for state, name in (({"fc.weight": one, "linear.weight": three}, "linear.weight"),
-                        ({"fc.weight": three}, "fc.weight"), ({"stem": one}, "fc.weight")):
-        problem = refused(match, {"fc.weight": one}, state, "a.pt")
-        assert problem.startswith("a.pt: ") and f"'{name}'" in problem and [*state][0] in problem
+    for name in ("linear.weight", "stem"):
+        problem = refused(match, {"fc.weight": one}, {"fc.weight": one, name: three}, "a.pt")
+        assert problem.startswith("a.pt: ") and f"'{name}'" in problem
