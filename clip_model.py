@@ -380,8 +380,7 @@ def load_templates(path) -> list[str]:
     return templates
 
 # Names are parted where goldFish, gold-fish, gold.fish are; iPhone, T-shirt and A340-600 are not.
-JOINT = (r"(?<=\p{L}\p{Ll})(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll}{2})"
-         r"|(?<=\p{L}{2})[-.~=]+(?=\p{L})")
+JOINT = r"(?<=\p{L}\p{Ll})(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll}{2})|(?<=\p{L}{2})[-.~=]+(?=\p{L})"
 CODE = r"(?:[a-z]|(?i:class)\W?)?\d+"  # a number, or an id such as WordNet's n01443537
 
 def in_words(class_names: list[str]) -> list[str]:
@@ -419,7 +418,7 @@ def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
     unclear = [name for name in found if uses[ids[name]] > 1 or regex.fullmatch(CODE, name)]
     if unclear:
         warnings.warn(f"{len(unclear)} of {len(found)} class names, equal ones or codes, tell CLIP "
-                      f"nothing: {', '.join(unclear[:6])}; give names by --class-names FILE, or by "
+                      f"nothing: {', '.join(unclear[:6])}; give names by --class-names FILE, or in "
                       "words.txt (id<tab>name) beside train/", stacklevel=2)
     return found
 

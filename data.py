@@ -70,7 +70,7 @@ def augment(images, top, left, flip, padding=4):
     image = torch.arange(B, device=images.device)
     padded = F.pad(torch.stack([images, images.flip(3)], 1), [padding] * 4)  # (B,2,3,H+2p,W+2p)
     windows = padded.unfold(3, H, 1).unfold(4, W, 1)  # (B,2,3,2p+1,2p+1,H,W), nothing is copied
-    return windows[image, flip, :, top, left]
+    return windows[image, flip.long(), :, top, left]
 
 def to_input(images, mean, std):
     """uint8 (B,3,H,W), else ValueError -> what a classifier reads, in training and evaluation:
@@ -177,15 +177,13 @@ def rename_classes(split, lines, path):
     ids, words = split.ids, folders.split_words(lines)
     if {*ids} <= {*words}:
         lines = [words[id] for id in ids]
-    elif len(words) == len(lines):  # ids of others, or numbers, which are in the classes' order
-        numbers = [int(id) for id in words if id.isdecimal()]
-        lines = lines if numbers == sorted(numbers) and len(numbers) == len(lines) else []
+    elif len(words) == len(lines) and [*words] != sorted(filter(str.isdecimal, words), key=int):
+        lines = []  # all have ids that the data set has not, or numbers that do not ascend
     if len(lines) != len(ids):
         raise ValueError(f"{path} does not name the {len(ids)} classes: expected a name a line, in "
                          f"their order, from {ids[0]!r} to {ids[-1]!r}, or each id, a tab, a name")
-    given = [folders.alike(name) for name in lines]
     for own in (ids, split.class_names):
-        expected = [folders.alike(name) for name in own]
+        given, expected = ([folders.alike(name) for name in names] for names in (lines, own))
         if given != expected and sorted(given) == sorted(expected):
             raise ValueError(f"{path}: the classes' own names in another order; first {own[0]!r}")
     if not all(re.fullmatch(r"n\d{8}", id) for id in ids):
@@ -325,12 +323,18 @@ def tiny_imagenet(root, split, cache_dir):
 def image_folders(root, split, size, resize_to):
     """Any train/ and val/, or test/, of one folder of images a class: the classes are train's,
     sorted, and the labels of both. -> a Split of a Stream."""
+    train, ids = root / "train", folders.class_folders(root / "train")
     tests = [root / name for name in ("val", "test") if folders.holds_pictures(root / name)]
     if len(tests) > 1:
         files.note(f"{root} has val/ and test/: val/ is the test split")
-    ids = folders.class_folders(root / "train")
-    folder = root / "train" if split == "train" else (tests or [root / "val"])[0]
+    folder = train if split == "train" else (tests or [root / "val"])[0]
     listing = folders.by_class(folder)
+    empty = [id for id in ids if not (
+        id in listing if split == "train" else folders.holds_pictures(train / id))]
+    if empty:
+        raise ValueError(f"{train}: no picture of its own in {empty[:5]}, so they are no classes")
+    if split == "test" and folder.resolve() == train.resolve():
+        raise ValueError(f"{folder} leads to train/, whose images are no test")
     if not ids:
         files.note(f"{root} has no train/: the classes are those of {folder.name}/")
         ids = list(listing)

@@ -18,7 +18,8 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 
 # What macOS, Windows, Linux, Synology and QNAP lay among people's files, beside names with a dot.
 SYSTEMS = ("__macosx", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini",
-           "lost+found", "@eadir", "#recycle", "#snapshot", "@recycle", "@__thumb", "@tmp")
+           "recycler", "found.000", "lost+found", "network trash folder", "temporary items",
+           "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb")
 
 def is_data(name):
     """Whether a posix name is none that systems add: .DS_Store, ._cat.png, a/@eaDir/cat.png."""
@@ -53,9 +54,10 @@ def holder(root, name, cache_dir=None):
 
 def list_files(root):
     """Yield the posix names, relative to `root`, of the files that are data in a folder and, links
-    followed, below it, sorted by their parts. A file or folder that links lead to again is left
-    out, which is said. OSError names a broken link and a folder that cannot be read."""
-    waiting, met, again = [f"{root}"] if os.path.isdir(root) else [], set(), []
+    followed, below it, sorted by their parts. A file or folder that links lead to again, or back
+    to, is left out, which is said. OSError: a broken link, a folder that cannot be read."""
+    waiting, again = [f"{root}"] if os.path.isdir(root) else [], []
+    met = {(above.st_dev, above.st_ino) for above in map(os.stat, Path(root).resolve().parents)}
     while waiting:
         path = waiting.pop()
         found = os.stat(path)
@@ -125,20 +127,16 @@ def by_class(root, part=0):
             rest.append(name)
     if rest:
         files.note(f"{root}: left out {len(rest)} files, no pictures in class folders: {rest[:3]}")
-    if part == 0 and len(below) > 1:
+    if part == 0 and below - {"images"}:
         files.note(f"{root}: its folders are the classes, not those below: {sorted(below)[:5]}")
     if not listing:
         raise FileNotFoundError(f"{root} holds no <class>/<image>, of {', '.join(SUFFIXES)}")
     return dict(sorted(listing.items()))
 
 def class_folders(root):
-    """The sorted names of the folders in `root`. ValueError names those without a picture."""
+    """The sorted names of the folders in `root`, if any."""
     names = sorted(path.name for path in Path(root).glob("*") if path.is_dir())
-    names = [name for name in names if is_data(name)]
-    empty = [name for name in names if not holds_pictures(f"{root}/{name}")]
-    if empty:
-        raise ValueError(f"{root}: no picture in {empty[:5]}; remove what is no class's folder")
-    return names
+    return list(filter(is_data, names))
 
 def alike(name):
     """A class's name without what people write in different ways; of synonyms the first."""

@@ -280,22 +280,20 @@ def test_in_words_says_what_it_changes(names, expected):
     with pytest.warns(UserWarning, match=f"{expected[0]!r} for {names[0]!r}"):
         assert clip_model.in_words(names) == expected
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("names", [
+PLAIN = [
     ["Boeing 747", "Airbus 320"], ["1 finger", "2 fingers", "10 fingers"], ["3D", "2D"],
     ["gold-fish", "gold.fish", "goldfish"], ["T-shirt", "x-ray"], ["hot dog", "gold-fish", "aB"],
-    ["n02085620-Chihuahua"], ["F-16A", "C-130"], ["007.x", "8y"], ["\u91d1\u9c7c", "caf\xe9"]])
-def test_in_words_leaves_plain_names(names):
-    assert clip_model.in_words(names) == names
+    ["n02085620-Chihuahua"], ["F-16A", "C-130"], ["007.x", "8y"], ["\u91d1\u9c7c", "caf\xe9"]]
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("names, expected", [
+    *zip(PLAIN, PLAIN),
     (["aquarium_fish", "goldfish, Carassius auratus", " T-shirt ", ", ,_,x", "_"],
      ["aquarium fish", "goldfish", "T-shirt", "x", "_"]),
     (["bank, river bank", "bank, savings bank"], ["river bank", "savings bank"]),
     (["Crane, x", "crane,  x, hoist", "x"], ["Crane", "hoist", "x"]),
     (["missile", "projectile, missile"], ["missile", "projectile"])])
-def test_prompt_names_are_distinct(names, expected):
+def test_prompt_names_are_plain_and_distinct(names, expected):
     for given in (names, expected):
         assert clip_model.prompt_names(given, Tokenizer()) == expected
 

@@ -149,27 +149,23 @@ def test_at_size_streams_above_half_of_the_memory_and_imagenet(tmp_path, monkeyp
     assert data.is_in_memory(data.at_size(split, 6).images)
     assert data.at_size(imagenet, 32).images == data.Stream(imagenet.images.paths, 32, 37)
 
-@pytest.mark.parametrize("lines, expected", [
-    (["pepper, bell", "apple, red"], ["pepper  bell", "apple  red"]),
-    (["b\tpepper, bell", "a\tapple"], ["apple", "pepper  bell"]),  # by id
-    (["1 pepper", "2 apple"], ["1 pepper", "2 apple"]), (["7 up", "cola"], ["7 up", "cola"])])
-def test_rename_classes(lines, expected):
-    split = coded_split(7)._replace(class_names=["a", "b"])
-    renamed = data.rename_classes(split, lines, "names.txt")
-    assert renamed.class_names == expected and renamed.ids == ["a", "b"]
+WNIDS = ["n01440764", "n01443537"]
 
-@pytest.mark.parametrize("separator", ["\t", " ", ",", "-"])
-def test_rename_classes_by_id_keeps_wordnets_synonyms(separator):
-    ids = ["n00000001", "n00000002", "n00000003"]
-    lines = [f"{id}{separator}of {id[-1]}, x" for id in reversed(ids)]
-    renamed = data.rename_classes(coded_split(7)._replace(class_names=ids), lines, "names.txt")
-    assert renamed.class_names == [f"of {k}, x" for k in (1, 2, 3)]
-
-@pytest.mark.parametrize("lines", [["b", "a"], ["A", "B", "C"], [], ["2 x", "1 y"],
-                                   ["a\tx", "c\ty"], ["n00000001 x", "n00000002 y"]])
-def test_rename_classes_refuses(lines):
-    split = coded_split(7)._replace(class_names=["a", "b"])
-    assert "names.txt" in refused(data.rename_classes, split, lines, "names.txt")
+@pytest.mark.parametrize("ids, lines, expected", [
+    ("ab", ["pepper, bell", "7 up"], ["pepper  bell", "7 up"]),
+    ("ab", ["b\tpepper, bell", "a\tapple"], ["apple", "pepper  bell"]),  # by id
+    ("ab", ["1 pepper", "2 apple"], ["1 pepper", "2 apple"]),
+    (WNIDS, [f"{id} of {id}, x" for id in WNIDS[::-1]], [f"of {id}, x" for id in WNIDS]),
+    (WNIDS, [f"{id},of {id}" for id in WNIDS[::-1]], [f"of {id}" for id in WNIDS]),
+    *(("ab", lines, None) for lines in ([], ["b", "a"], ["A", "B", "C"], ["2 x", "1 y"],
+                                        ["a\tx", "c\ty"], [f"{id} x" for id in WNIDS]))])
+def test_rename_classes_in_order_or_by_id_or_refuses(ids, lines, expected):
+    split = coded_split(7)._replace(class_names=list(ids))
+    if expected is None:
+        assert "names.txt" in refused(data.rename_classes, split, lines, "names.txt")
+    else:
+        renamed = data.rename_classes(split, lines, "names.txt")
+        assert renamed.class_names == expected and renamed.ids == list(ids)
 
 # Batches ------------------------------------------------------------------------------------------
 def test_epoch_is_what_draw_epoch_says_with_its_labels_and_rows():
@@ -412,17 +408,25 @@ def test_image_folders_refuses_what_has_no_certain_class(test, tmp_path):
     class_pictures(tmp_path / "val", test)
     assert f"{tmp_path}/val" in refused(data.load_dataset, "folder", tmp_path, "test")
 
-@pytest.mark.parametrize("names, splits, named", [
-    (["train/a/0.png", "train/b/0.png", "train/yak/x.gif"], ["train", "test"], "yak"),
-    ([f"{part}/images/{k}/0.png" for part in ("train", "val") for k in "ab"], ["train", "test"],
-     "['a', 'b']"),
-    (["train/a/0.png", "train/b/0.png", "val/a/0.png"], ["test"], "1 images")])
-def test_load_dataset_refuses_empty_and_single_classes_and_a_single_image(
-        names, splits, named, tmp_path):
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("names, named", [
+    (["train/a/0.png", "train/b/0.png", "train/yak/x.gif", "val/a/0.png"], "['yak']"),
+    (["train/images/a/0.png", "train/images/b/0.png", "val/images/b/0.png"], "'b']"),
+    (["test/a/0.png", "test/b/.keep"], "test")])
+def test_load_dataset_refuses_empty_and_single_classes(names, named, split, tmp_path):
     write_files(tmp_path, dict.fromkeys(names, encoded()))
-    for split in splits:
-        message = refused(data.load_dataset, "folder", tmp_path, split)
-        assert str(tmp_path) in message and named in message
+    message = refused(data.load_dataset, "folder", tmp_path, split)
+    assert str(tmp_path) in message and named in message
+
+@pytest.mark.parametrize("link, to, split", [
+    ("train/c", "b", "train"), ("train/c", "..", "train"), ("val", "train", "test"),
+    ("val/b/0.png", "gone", "test"), ("val/b/0.png", "../../train/b/0.png", "test")])
+def test_load_dataset_refuses_links_to_what_is_elsewhere(link, to, split, tmp_path):
+    """A class of links alone, training images as a test, a broken link, a single test image."""
+    class_pictures(tmp_path / "train", ["a", "b"])
+    (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / link).symlink_to(to)
+    assert str(tmp_path) in refused(data.load_dataset, "folder", tmp_path, split)
 
 def test_image_folders_says_which_split_it_takes_for_which(tmp_path, capsys):
     class_pictures(tmp_path / "test", ["b", "a"], n=3)
