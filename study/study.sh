@@ -37,6 +37,21 @@ esac
 mkdir -p "$root" study/results
 echo "a photo of a {}" > "$root/one-template.txt"
 
+read_by() {  # the flags for all runs, but those that this one does not read, which train.py refuses
+    local clip="clip|clip-activation|clip-scale|bpe|prompts" teacher="teacher|teacher-weights"
+    local feature="num-negatives|negatives"
+    case $1 in
+    scratch*) unread="$clip|$teacher|$feature" ;;
+    crd*) unread=$clip ;;
+    kd* | dkd* | mlkd*) unread="$clip|$feature" ;;
+    richkd-l*) unread=$feature ;;
+    clip-alone*) unread=$teacher ;;
+    *) unread=none ;;
+    esac
+    sed -E "s/ --($unread)( [^-][^ ]*)+//g" <<< " $flags"
+}
+
+flags="--dataset $dataset $*"
 list=$(for seed in $(seq 0 $((seeds - 1))); do  # a line a run: the name of its folder, its own flags
     end="$share${TAG:-}-s$seed --seed $seed --epochs $epochs ${share:+--fraction ${share#-}e-2}"
     for method in $methods; do
@@ -58,12 +73,12 @@ list=$(for seed in $(seq 0 $((seeds - 1))); do  # a line a run: the name of its 
         echo "one-template$end --prompts $root/one-template.txt"
         echo "clip-scale-1$end --clip-scale 1" ;;
     esac
-done)
+done | while read -r name own; do echo "$name$(read_by "$name") $own"; done)
 folders=$(cut -d " " -f 1 <<< "$list" | sed "s|^|$root/|")
 finished=$(for folder in $folders; do ls "$folder/summary.json" 2> /dev/null || true; done | wc -l)
 echo "$part: $finished of $(wc -l <<< "$list") runs are finished"
-FLAGS="--dataset $dataset $*" ROOT=$root xargs -P "${JOBS:-1}" -L 1 bash -c \
-    'python train.py $FLAGS --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && tail -n 1 "$ROOT/$0.txt"' \
+ROOT=$root xargs -P "${JOBS:-1}" -L 1 bash -c \
+    'python train.py --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && tail -n 1 "$ROOT/$0.txt"' \
     <<< "$list"
 flags=${EVALUATE---corruptions}
 if [ "$dataset" = shapes ]; then flags="--shift $flags"; fi
