@@ -128,22 +128,6 @@ def test_load_clip_names_what_does_not_fit(missing, changed, name, tmp_path):
 def test_build_clip_refuses_what_a_listing_says_otherwise(said, name):
     assert name in refused(build_clip, small_clip_state("vit"), said)
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.filterwarnings("ignore")
-def test_load_clip_from_a_torchscript_archive(kind, dtype, tmp_path):
-    """OpenAI's files are traced modules with some integers beside the weights, in float16."""
-    clip = build_clip(small_clip_state(kind))
-    del clip.vocab_size
-    clip.register_buffer("vocab_size", torch.tensor(514))
-    clip.register_buffer("input_resolution", torch.tensor(1))
-    images = small_images(clip).to(dtype)
-    traced = torch.jit.trace_module(clip.to(dtype), {"encode_image": images}, check_trace=False)
-    traced.save(tmp_path / "clip.pt")
-    found, expected = load_clip(tmp_path / "clip.pt").state_dict(), small_clip_state(kind)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
 # Tokenizer ----------------------------------------------------------------------------------------
 def strings(count):
     """Strings that try a tokenizer: scripts, emoji, HTML, mojibake, contractions, digits,
