@@ -352,9 +352,9 @@ def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
     return x.float().sub_(mean).div_(std)
 
 # Prompts ------------------------------------------------------------------------------------------
-# Of a program or a numbered list: quotes around, brackets, a comma behind, an index, a dash.
-NO_NAME = regex.compile(
-    r"^(['\"`]).*\1$|['\"]\s*[,:)]|[][{}<>]|[,;:=(]$|^\d+\s*[.:)]\s|^[-*]\s|:\s+\d+$")
+# A line of a program or a list: a quote, bullet or index first, brackets, a comma or index last.
+NO_NAME = regex.compile(r"^['\"`\u2018\u201c\u2022|*]|^-\s|^\d+\s*[.:)]\s|['\"]\s*[,:)]|[][{}<>]"
+                        r"|\s#\s|[,;:=(]$|:\s+\d+$")
 
 def load_lines(path, holding="") -> list[str]:
     """The names or templates of a file, one a line; empty lines and `#` comments are skipped.
@@ -429,7 +429,7 @@ def class_features(clip, tokenizer, class_names, templates, batch_size=256,
     progress(prompts done) follows each batch of them. Raises ValueError for a prompt that is too
     long, a template without {}, a string for a list, and another CLIP's tokenizer."""
     bare = [template for template in templates or [""] if "{}" not in template]
-    if isinstance(class_names, str) or not class_names or bare:
+    if isinstance(class_names, str) or not len(class_names) or bare:
         raise ValueError("expected a list of names and a list of templates with {}, found "
                          f"{str(class_names)[:40]!r} and {str(templates)[:40]!r}")
     if tokenizer.vocab_size != clip.vocab_size:

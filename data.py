@@ -175,10 +175,12 @@ def rename_classes(split, lines, path):
     classes, or `id<tab>name`. A comma parts synonyms of WordNet's classes only. Raises ValueError
     where they do not name each class."""
     ids, words = split.ids, folders.split_words(lines)
+    places = [int(found[1]) for found in map(re.compile(r"\b(\d+)\W*$").search, lines) if found]
     if {*ids} <= {*words}:
         lines = [words[id] for id in ids]
-    elif len(words) == len(lines) and [*words] != sorted(filter(str.isdecimal, words), key=int):
-        lines = []  # all have ids that the data set has not, or numbers that do not ascend
+    elif (len(words) == len(lines) and [*words] != sorted(filter(str.isdecimal, words), key=int)
+          or places != sorted(places) and len(places) == len(lines) >= max(places)):
+        lines = []  # of other ids, or with numbers, before or behind, that do not ascend
     if len(lines) != len(ids):
         raise ValueError(f"{path} does not name the {len(ids)} classes: expected a name a line, in "
                          f"their order, from {ids[0]!r} to {ids[-1]!r}, or each id, a tab, a name")

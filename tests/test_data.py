@@ -157,8 +157,9 @@ WNIDS = ["n01440764", "n01443537"]
     ("ab", ["1 pepper", "2 apple"], ["1 pepper", "2 apple"]),
     (WNIDS, [f"{id} of {id}, x" for id in WNIDS[::-1]], [f"of {id}, x" for id in WNIDS]),
     (WNIDS, [f"{id},of {id}" for id in WNIDS[::-1]], [f"of {id}" for id in WNIDS]),
-    *(("ab", lines, None) for lines in ([], ["b", "a"], ["A", "B", "C"], ["2 x", "1 y"],
-                                        ["a\tx", "c\ty"], [f"{id} x" for id in WNIDS]))])
+    *(("ab", lines, None) for lines in (
+        [], ["b", "a"], ["A", "B", "C"], ["2 x", "1 y"], ["x,1", "y,0"], ["a\tx", "c\ty"],
+        [f"{id} x" for id in WNIDS]))])
 def test_rename_classes_in_order_or_by_id_or_refuses(ids, lines, expected):
     split = coded_split(7)._replace(class_names=list(ids))
     if expected is None:
