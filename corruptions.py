@@ -1,8 +1,8 @@
 """The fifteen common corruptions of images (Hendrycks and Dietterich 2019, arXiv 1903.12261), after
 hendrycks/robustness, ImageNet-C/create_c/make_*.py.
 
-Each function takes images uint8 (N, 3, H, W), a severity 1-5 and a torch.Generator (ignored where
-nothing is random) and returns new uint8 images on the same device; every image has its own draws.
+Each function takes images uint8 (N, 3, H, W), a severity 1-5 and a torch.Generator (None: torch's
+own) and returns new uint8 images on the same device; every image has its own draws.
 The first line is the published table: CIFAR-C, Tiny-ImageNet-C, ImageNet-C. Needs torch and
 torchvision alone; a function can be copied together with the few helpers that it names."""
 
@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
-def published(images, severity, cifar, tiny, imagenet):
-    """The entry for `severity` in the table made for 32, 64 or 224 pixels, whichever fits: the
-    shorter side is below 48, below 120, or above. Entries are in pixels and do not scale."""
+def published(images, severity, cifar, tiny, imagenet=None):
+    """The entry for `severity` in the table made for 32, 64 or 224 pixels, as the shorter side is
+    below 48, below 120, or above. ValueError, for all: wrong images, wrong severity."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; "
+                         "expected torch.uint8 (N, 3, H, W), N > 0")
     if severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
     side = min(images.shape[-2:])
-    table = cifar if side < 48 else tiny if side < 120 else imagenet
+    table = cifar if side < 48 else tiny if side < 120 or not imagenet else imagenet
     return table[int(severity) - 1]
 
 def to_uint8(x):
@@ -27,9 +30,10 @@ def to_uint8(x):
     return (x * 255 + 1e-4).clamp(0, 255).to(torch.uint8)
 
 def draw(sampler, shape, images, generator):
-    """sampler(shape), torch.randn or torch.rand, drawn where the generator lives and moved to the
-    images: a generator of the CPU serves any device."""
-    return sampler(shape, generator=generator, device=generator.device).to(images.device)
+    """sampler(shape), torch.randn or torch.rand, drawn where the generator lives (None: torch's own
+    of the images' device) and moved to the images: a generator of the CPU serves any device."""
+    device = (generator or images).device
+    return sampler(shape, generator=generator, device=device).to(images.device)
 
 def gaussian(taps, sigma):
     """The weights of a Gaussian at whole numbers `taps`; their sum is 1."""
@@ -83,20 +87,20 @@ def motion(x, radius, sigma, angle):
         total += weight * pixels.gather(2, index).view(x.shape)
     return (total + 1e-3).floor()  # the margin keeps flat areas as they are
 
-def gaussian_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
+def gaussian_noise(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Normal noise of standard deviation c, of a range of 1."""
     c = published(images, severity, [.04, .06, .08, .09, .10],
                   [.04, .08, .12, .15, .18], [.08, .12, .18, .26, .38])
     return to_uint8(images / 255 + c * draw(torch.randn, images.shape, images, generator))
 
-def shot_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
+def shot_noise(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Poisson noise of c photons at full brightness."""
     c = published(images, severity, [500, 250, 100, 75, 50],
                   [250, 100, 50, 30, 15], [60, 25, 12, 5, 3])
-    photons = torch.poisson((images / 255 * c).to(generator.device), generator)
+    photons = torch.poisson((images / 255 * c).to((generator or images).device), generator)
     return to_uint8(photons.to(images.device) / c)
 
-def impulse_noise(images: Tensor, severity: int, generator: Generator) -> Tensor:
+def impulse_noise(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Salt and pepper in equal parts, each channel on its own."""
     c = published(images, severity, [.01, .02, .03, .05, .07],
                   [.01, .02, .05, .08, .14], [.03, .06, .09, .17, .27])
@@ -121,7 +125,7 @@ def defocus_blur(images: Tensor, severity: int, generator: Generator | None = No
     x = F.conv2d(x, kernel.expand(x.shape[1], -1, -1, -1), groups=x.shape[1])
     return to_uint8(x.view(images.shape))
 
-def glass_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
+def glass_blur(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Blurs, gives every pixel the value of one at most `reach` away, blurs again. The published
     loop runs from the last pixel to the first and means to swap; NumPy's views make it a copy.
     Offsets go from -reach to reach - 1, so that a pixel may read one that the same pass has
@@ -148,7 +152,7 @@ def glass_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
         x = x.gather(2, source[:, None].expand(x.shape))
     return to_uint8(blur(x.view(images.shape) / 255, sigma))
 
-def motion_blur(images: Tensor, severity: int, generator: Generator) -> Tensor:
+def motion_blur(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Along a line at an angle between -45 and 45 degrees."""
     radius, sigma = published(images, severity, [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
                               [(10, 1), (10, 1.5), (10, 2), (10, 2.5), (12, 3)],
@@ -165,7 +169,7 @@ def zoom_blur(images: Tensor, severity: int, generator: Generator | None = None)
     total = sum((clipped_zoom(x, 1 + i * step) for i in range(count)), start=x)
     return to_uint8(total / (count + 1))
 
-def snow(images: Tensor, severity: int, generator: Generator) -> Tensor:
+def snow(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Thresholded noise, enlarged and blurred along a steep line, laid on twice (once turned by
     180 degrees) over the whitened image."""
     mean, deviation, zoom, threshold, radius, sigma, keep = published(
@@ -186,7 +190,7 @@ def snow(images: Tensor, severity: int, generator: Generator) -> Tensor:
     x = keep * x + (1 - keep) * torch.maximum(x, grey * 1.5 + 0.5)
     return to_uint8(x + flakes + flakes.flip(2, 3))
 
-def frost(images: Tensor, severity: int, generator: Generator) -> Tensor:
+def frost(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """The image and frost, each at its weight. The published code cuts frost from five photographs,
     which are not ours to ship. Here it is bright ridges along the zero lines of power-law noise, in
     colour, contrast and roughness like one of the five, drawn per image: of the published strength,
@@ -197,9 +201,8 @@ def frost(images: Tensor, severity: int, generator: Generator) -> Tensor:
     photographs = [[77, 148, 165, 14], [198, 203, 212, 19], [198, 203, 212, 19],
                    [145, 160, 173, 25], [102, 114, 125, 34]]  # mean R, G, B; deviation
     n, _, height, width = images.shape
-    down = torch.fft.fftfreq(height, device=images.device)[:, None]
-    across = torch.fft.fftfreq(width, device=images.device)
-    frequency = torch.hypot(down, across).clamp(min=0.5 / max(height, width))
+    down, across = (torch.fft.fftfreq(side, device=images.device) for side in (height, width))
+    frequency = torch.hypot(down[:, None], across).clamp(min=0.5 / max(height, width))
     slope = 1.12 - 8 / min(height, width)  # small images: photographs are shrunk, hence rougher
     gain = frequency ** -slope
     noise = torch.fft.fft2(draw(torch.randn, (n, height, width), images, generator))
@@ -231,7 +234,7 @@ def plasma(n, size, decay, images, generator):
     cloud -= cloud.amin(dim=(1, 2), keepdim=True)
     return cloud / cloud.amax(dim=(1, 2), keepdim=True)
 
-def fog(images: Tensor, severity: int, generator: Generator) -> Tensor:
+def fog(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Adds clouds and scales back to the image's own maximum."""
     weight, decay = published(images, severity, [(.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)],
                               [(.4, 3), (.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)],
@@ -245,8 +248,7 @@ def fog(images: Tensor, severity: int, generator: Generator) -> Tensor:
 
 def brightness(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Adds to the HSV value, which scales R, G and B alike."""
-    c = published(images, severity, [.05, .1, .15, .2, .3],
-                  [.1, .2, .3, .4, .5], [.1, .2, .3, .4, .5])
+    c = published(images, severity, [.05, .1, .15, .2, .3], [.1, .2, .3, .4, .5])
     x = images / 255
     value = x.amax(dim=1, keepdim=True)
     brighter = (value + c).clamp(max=1)
@@ -254,13 +256,12 @@ def brightness(images: Tensor, severity: int, generator: Generator | None = None
 
 def contrast(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Pulls every channel towards its own mean over the image."""
-    c = published(images, severity, [.75, .5, .4, .3, .15],
-                  [.4, .3, .2, .1, .05], [.4, .3, .2, .1, .05])
+    c = published(images, severity, [.75, .5, .4, .3, .15], [.4, .3, .2, .1, .05])
     x = images / 255
     mean = x.mean(dim=(2, 3), keepdim=True)
     return to_uint8((x - mean) * c + mean)
 
-def elastic_transform(images: Tensor, severity: int, generator: Generator) -> Tensor:
+def elastic_transform(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """A random affine map, which moves three points by up to `jitter` pixels, then a displacement
     by smooth noise. Bilinear both times; the first mirrors at the centre of the edge pixel, the
     second at its rim."""
@@ -272,9 +273,8 @@ def elastic_transform(images: Tensor, severity: int, generator: Generator) -> Te
         [(488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88),
          (29.28, 2.44, 4.88)])
     n, _, height, width = images.shape
-    row = torch.arange(height, device=images.device)[:, None].expand(height, width)
-    column = torch.arange(width, device=images.device).expand(height, width)
-    pixel = torch.stack([column, row], dim=-1).float()  # (H, W, 2): x, y
+    axes = (torch.arange(side, device=images.device) for side in (width, height))
+    pixel = torch.stack(torch.meshgrid(*axes, indexing="xy"), dim=-1).float()  # (H, W, 2): x, y
     size = torch.tensor([width, height], device=images.device)
     corners = torch.tensor([[1, 1], [1, -1], [-1, -1]], device=images.device)
     points = (size // 2 + corners * (min(height, width) // 3)).float().expand(n, 3, 2)
@@ -317,20 +317,16 @@ COMMON = {f.__name__: f for f in (  # the benchmark's fifteen, in its order
     gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur,
     snow, frost, fog, brightness, contrast, elastic_transform, pixelate, jpeg_compression)}
 
-def corrupt(images: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
+def corrupt(images: Tensor, name: str, severity: int, generator: Generator | None = None) -> Tensor:
     """Corrupts images, uint8 (N, 3, H, W) to the same; name: one of COMMON, severity: 1-5. Goes by
     parts of 2 ** 18 pixels, on a GPU 2 ** 21, to bound the memory; a call split elsewhere draws
-    otherwise, and so does a generator of another kind of device. Raises ValueError for an unknown
-    name or severity and for images of another type or shape.
+    otherwise, and so does a generator of another kind of device. ValueError: see `published`.
     >>> images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
     >>> corrupt(images, "fog", severity=3, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3, 32, 32])
     """
     if name not in COMMON:
         raise ValueError(f"unknown corruption {name!r}; known are {', '.join(COMMON)}")
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; "
-                         "expected torch.uint8 (N, 3, H, W), N > 0")
     pixels = 2 ** 21 if images.is_cuda else 2 ** 18
-    parts = images.split(max(1, pixels // (images.shape[2] * images.shape[3])))
+    parts = images.split(max(1, pixels // math.prod(images.shape[2:])))
     return torch.cat([COMMON[name](part.contiguous(), severity, generator) for part in parts])
