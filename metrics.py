@@ -1,7 +1,7 @@
 """Metrics of classifiers: accuracy, calibration, proper scores, errors under corruptions.
 
-logits (N, K) of any float dtype, target (N,) int64. Computed in float64; shares and errors lie
-between 0 and 1. p = softmax(logits); an image's confidence is its largest probability.
+logits (N, K) of any float dtype, target (N,) integers below K. Computed in float64; shares and
+errors lie between 0 and 1. p = softmax(logits); an image's confidence is its largest probability.
 
 >>> logits, target = torch.tensor([[4.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
 >>> top_k_accuracy(logits, target), round(ece(logits, target), 3)
@@ -18,18 +18,31 @@ from torch import Generator, Tensor
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e3
 
+def checked(logits: Tensor, target: Tensor, setting=1, low=1, high=math.inf):
+    """logits as float64, target as int64. ValueError: they, or a setting (k, bins, threshold, from
+    low to high), are out of order. A logit may be -inf, a class ruled out, but not all of a row."""
+    whole = not target.is_floating_point() and target.dtype != torch.bool
+    if not (whole and logits.ndim == 2 and target.shape == logits.shape[:1] and len(target)
+            and 0 <= target.min() and target.max() < logits.shape[1]
+            and logits.amax(dim=1).isfinite().all() and low <= setting <= high):
+        raise ValueError(f"{[*logits.shape]}, {target.dtype} {[*target.shape]}, {setting}: "
+                         f"expected logits (N, K), not NaN, integers (N,) below K, {low} to {high}")
+    return logits.double(), target.long()
+
 def top_k_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> float:
     """Share of the images whose target is among the k largest logits (all of them, if fewer)."""
+    logits, target = checked(logits, target, k)
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices  # (N, k)
     return (top == target[:, None]).any(dim=1).double().mean().item()
 
 def nll(logits: Tensor, target: Tensor) -> float:
     """Negative log-likelihood, mean over the images of -log p[target], in nats."""
-    return F.cross_entropy(logits.double(), target).item()
+    return F.cross_entropy(*checked(logits, target)).item()
 
 def brier(logits: Tensor, target: Tensor) -> float:
     """Brier score, mean over the images of sum_k (p[k] - [k = target])^2: 0 to 2 (Brier 1950)."""
-    p = logits.double().softmax(dim=1)
+    logits, target = checked(logits, target)
+    p = logits.softmax(dim=1)
     return (p - F.one_hot(target, logits.shape[1])).square().sum(dim=1).mean().item()
 
 def calibration_bins(logits: Tensor, target: Tensor, bins: int = 15,
@@ -38,7 +51,8 @@ def calibration_bins(logits: Tensor, target: Tensor, bins: int = 15,
     Bin b of equal width holds the confidences in (b / bins, (b + 1) / bins] (Guo 2017, section 2).
     Bins of equal mass are the sorted confidences in parts whose sizes differ by at most one, the
     larger first (Nguyen and O'Connor 2015). An empty bin has confidence and accuracy 0."""
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    logits, target = checked(logits, target, bins)
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
     if equal_mass:
         bin_of = torch.empty_like(predicted)
         for b, images in enumerate(confidence.argsort(stable=True).tensor_split(bins)):
@@ -59,13 +73,13 @@ def ece(logits: Tensor, target: Tensor, bins: int = 15, equal_mass: bool = False
 def fit_temperature(logits: Tensor, target: Tensor) -> float:
     """The T in 0.001 ... 1000 at which logits / T have the least NLL (Guo 2017, section 4.2).
     Fit it on images that are not reported. The NLL is convex in 1 / T, with the derivative
-    mean(E_p[z] - z[target]): its sign tells on which side of T the one minimum lies."""
-    logits = logits.double()
+    mean(E_p[z] - z[target]), p z = 0 at z = -inf: its sign tells on which side of T it lies."""
+    logits, target = checked(logits, target)
     of_target = logits.gather(1, target[:, None]).mean()
     low, high = LEAST_TEMPERATURE, MOST_TEMPERATURE
     for _ in range(60):
         temperature = math.sqrt(low * high)
-        expected = ((logits / temperature).softmax(dim=1) * logits).sum(dim=1).mean()
+        expected = ((logits / temperature).softmax(dim=1) * logits).nan_to_num().sum(dim=1).mean()
         # equal: in rounding, where all are right already
         low, high = (low, temperature) if expected <= of_target else (temperature, high)
     return temperature
@@ -73,9 +87,9 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
 def quadrants(logits: Tensor, target: Tensor, threshold: float) -> dict[str, Tensor]:
     """Which images are confident (confidence >= threshold) or unsure, and right or wrong: bool (N,)
     each. The paper's abstract: fusing makes more confident_right and fewer confident_wrong."""
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    confident = confidence >= threshold
-    right = predicted == target
+    logits, target = checked(logits, target, threshold, 0, 1)
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    confident, right = confidence >= threshold, predicted == target
     return {"confident_right": confident & right, "confident_wrong": confident & ~right,
             "unsure_right": ~confident & right, "unsure_wrong": ~confident & ~right}
 
@@ -84,6 +98,8 @@ def bootstrap_interval(values: Tensor, generator: Generator, resamples: int = 10
     """(low, high) of the mean of values (N,): percentiles of the means of N images drawn from these
     with replacement (Efron 1979). For a paired difference, pass each image's difference."""
     N, values = len(values), values.double().cpu()
+    if values.shape != (N,) or not values.isfinite().all() or not 0 < level < 1:
+        raise ValueError(f"values {tuple(values.shape)}, {level}: expected finite (N,), 0 to 1")
     draws = (torch.randint(N, (N,), generator=generator) for _ in range(resamples))
     means = torch.stack([values[drawn].mean() for drawn in draws])
     return means.quantile((1 - level) / 2).item(), means.quantile((1 + level) / 2).item()
@@ -103,10 +119,11 @@ def mean_corruption_error(errors: dict[str, float], clean_error: float | None = 
     """mCE: the mean over the fifteen corruptions c of E_c, the error averaged over severities; on
     ImageNet-C (alexnet=True) of E_c / E_c(AlexNet). With clean_error the relative mCE: of
     E_c - E_clean, over the same of AlexNet (Hendrycks and Dietterich 2019, section 4). errors:
-    {name: E_c}; further names are left out. Raises ValueError on a missing one."""
-    missing = [name for name in ALEXNET_ERRORS if name not in errors]
-    if missing:
-        raise ValueError(f"mCE needs all fifteen corruptions; missing are {', '.join(missing)}")
+    {name: E_c}, shares; further names are left out. ValueError: one is missing or above 1."""
+    given = {**errors, "clean_error": clean_error or 0}
+    wrong = [x for x in (*ALEXNET_ERRORS, "clean_error") if not 0 <= given.get(x, math.nan) <= 1]
+    if wrong:
+        raise ValueError(f"mCE needs all fifteen errors, as shares 0 to 1: see {', '.join(wrong)}")
     own, theirs = (0, 0) if clean_error is None else (clean_error, ALEXNET_CLEAN_ERROR)
     pairs = [(errors[name] - own, error - theirs) for name, error in ALEXNET_ERRORS.items()]
     return sum(error / baseline if alexnet else error for error, baseline in pairs) / len(pairs)

@@ -5,7 +5,7 @@ import math
 import metrics
 import pytest
 import torch
-from helpers import seeded
+from helpers import refused, seeded
 
 def probabilities_as_logits(rows):
     return torch.tensor(rows, dtype=torch.float64).log()
@@ -92,11 +92,42 @@ def test_mean_corruption_error_by_hand():
     assert found == pytest.approx(0.42)
     assert metrics.mean_corruption_error(flat, clean_error=0.1) == pytest.approx(0.3)
     assert metrics.mean_corruption_error(alexnet, alexnet=True) == pytest.approx(1)
-    relative = {name: 0.2 + 2 * (error - 0.43478) for name, error in alexnet.items()}
+    relative = {name: 0.2 + 0.5 * (error - 0.43478) for name, error in alexnet.items()}
     found = metrics.mean_corruption_error(relative, clean_error=0.2, alexnet=True)
-    assert found == pytest.approx(2)
+    assert found == pytest.approx(0.5)
     only_fog = {**dict.fromkeys(corruptions.COMMON, 0.0), "fog": 0.819324}
     assert metrics.mean_corruption_error(only_fog, alexnet=True) == pytest.approx(1 / 15)
+    for bad in (41.0, -0.1, math.nan):
+        assert "fog" in refused(metrics.mean_corruption_error, {**flat, "fog": bad})
+        assert "clean_error" in refused(metrics.mean_corruption_error, flat, bad)
     del flat["fog"]
-    with pytest.raises(ValueError, match="fog"):
-        metrics.mean_corruption_error(flat)
+    assert "fog" in refused(metrics.mean_corruption_error, flat)
+
+@pytest.mark.parametrize("name", ("top_k_accuracy", "nll", "brier", "calibration_bins", "ece",
+                                  "fit_temperature", "quadrants"))
+def test_every_metric_refuses_what_it_would_compute_wrongly(name):
+    metric, settings = getattr(metrics, name), (0.5,) if name == "quadrants" else ()
+    z, y = torch.randn(50, 50, generator=seeded()), torch.randint(50, (50,), generator=seeded())
+    expected = metric(z, y, *settings)
+    found = metric(z.double(), y.to(torch.uint8), *settings)
+    assert repr(found) == repr(expected)
+    spoiled = z.repeat(3, 1, 1)
+    spoiled[0, 7, 7], spoiled[1, 7, 7], spoiled[2, 7] = math.nan, math.inf, -math.inf
+    for target in (y[:, None], y[None], y[:49], y[:1], y.float(), y > 0, torch.eye(50)[y],
+                   torch.eye(50).long()[y], torch.where(y == y[0], -100, y), y + 50):
+        assert "(N,)" in refused(metric, z, target, *settings)
+    for logits in (z[0], z[None], z[:, :0], z[:49], *spoiled):
+        assert "(N, K)" in refused(metric, logits, y, *settings)
+    refused(metric, z[:0], y[:0], *settings)
+
+def test_metrics_refuse_settings_out_of_range_and_take_a_class_ruled_out():
+    z, y = torch.eye(3), torch.arange(3)
+    for call in (lambda: metrics.top_k_accuracy(z, y, 0), lambda: metrics.ece(z, y, bins=0),
+                 lambda: metrics.quadrants(z, y, 70), lambda: metrics.quadrants(z, y, math.nan),
+                 lambda: metrics.bootstrap_interval(z, seeded()),
+                 lambda: metrics.bootstrap_interval(z[0] * math.nan, seeded()),
+                 lambda: metrics.bootstrap_interval(z[0], seeded(), level=95)):
+        refused(call)
+    z, y = torch.tensor([[1.0, 0, -math.inf], [0, 2, -math.inf]]), torch.tensor([1, 1])
+    for metric in (metrics.nll, metrics.ece, metrics.fit_temperature):
+        assert metric(z, y) == pytest.approx(metric(z[:, :2], y))
