@@ -26,20 +26,29 @@ import math
 import torch
 import torch.nn.functional as F
 
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
-    return x if x.dtype == torch.float64 else x.float()
-
 def unit(x: torch.Tensor) -> torch.Tensor:
     """x / |x| along the last dimension: `F.normalize`, in 14 kernels instead of 17. 0 stays 0."""
-    x = at_least_float32(x)
+    x = x if x.dtype == torch.float64 else x.float()
     return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-24)
 
+def expect(name: str, x, shape=(), low=None, high=None, dtype=None):
+    """x itself, a number or tensor. ValueError: of another shape or dtype, or (with `low`) not from
+    low to high; a tensor's numbers are looked at where that is free: not on a GPU, nor compiled."""
+    tensor = isinstance(x, torch.Tensor)
+    if x is None or getattr(x, "shape", ()) != shape or dtype and getattr(x, "dtype", 0) != dtype:
+        given = f"{x.dtype} {tuple(x.shape)}" if tensor else repr(x)[:40]
+        raise ValueError(f"{name}: {given}, expected {dtype or 'shape'} {tuple(shape)}")
+    if low is not None and (not tensor or x.is_cpu and not torch.compiler.is_compiling()):
+        least, most = x.aminmax() if tensor else (x, x)
+        if not low <= least <= most <= high:
+            raise ValueError(f"{name}: {least:g} to {most:g}, expected {low:g} to {high:g}")
+    return x
+
 def same_shape(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """All float32, or float64 if one is. ValueError: not all are (B, K): one would be broadcast."""
-    shapes = [tuple(x.shape) for x in tensors]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
-        raise ValueError(f"shapes {shapes}: expected one and the same, (B, K)")
+    """All float32, or float64 if one is. ValueError: not all are one (B, K), B > 0 and K > 1."""
+    shapes = [tuple(getattr(x, "shape", ())) for x in tensors]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2 or shapes[0][0] < 1 or shapes[0][1] < 2:
+        raise ValueError(f"shapes {shapes}: expected one and the same, (B, K), B > 0 and K > 1")
     dtype = torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
     return [x.to(dtype) for x in tensors]
 
@@ -49,6 +58,7 @@ def ensemble_text_features(text_features: torch.Tensor) -> torch.Tensor:
     >>> ensemble_text_features(torch.tensor([[[3.0, 0.0], [0.0, 0.5]]]))
     tensor([[0.7071, 0.7071]])
     """
+    expect("(K, M, D)", text_features, (*text_features.shape[:2], text_features.shape[-1]))
     return unit(unit(text_features).mean(1))
 
 def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
@@ -57,47 +67,46 @@ def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
     >>> zero_shot_logits(torch.tensor([[0.0, 9.0]]), torch.tensor([[5.0, 0.0], [0.0, 5.0]]), 100)
     tensor([[  0., 100.]])
     """
+    expect("class_features", class_features, (len(class_features), image_features.shape[-1]))
     with torch.autocast(image_features.device.type, enabled=False):  # the product, too, in float32
         return scale * unit(image_features) @ unit(class_features).T
 
 def fuse_teachers(logits: list[torch.Tensor], weights: list[float] | None = None) -> torch.Tensor:
-    """Several conventional teachers as one: the mean of n logits (B, K), by n weights of any sum.
+    """Several teachers as one: the mean of n logits (B, K), by n weights >= 0 of any sum above 0.
+    One of weight 0 may be None; one that is left alone is itself, to the bit.
     >>> fuse_teachers([torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0, -2.0]])], [3, 1])
     tensor([[2., 1.]])
     """
-    weights = weights or [1.0] * len(logits)
-    return sum(w / sum(weights) * z for w, z in zip(weights, same_shape(*logits), strict=True))
+    weights = [1.0] * len(logits) if weights is None else weights
+    if not (min(weights, default=0) >= 0 and 0 < sum(weights) < math.inf):
+        raise ValueError(f"teachers' weights {weights}: expected none below 0, and one above")
+    shares = [w / sum(weights) for w in weights if w]
+    first, *others = same_shape(*(z for w, z in zip(weights, logits, strict=True) if w))
+    return sum((s * z for s, z in zip(shares[1:], others)), shares[0] * first) if others else first
 
-def mix(teacher: torch.Tensor | None, clip: torch.Tensor | None, weight: float) -> torch.Tensor:
-    """weight * teacher + (1 - weight) * CLIP. One alone (1, 0) is itself, to the bit, and the other
-    may be None."""
-    if weight in (0, 1):
-        return at_least_float32(teacher if weight == 1 else clip)
-    teacher, clip = same_shape(teacher, clip)
-    return weight * teacher + (1 - weight) * clip
-
-def fuse_logits(teacher_logits: torch.Tensor, clip_logits: torch.Tensor,
+def fuse_logits(teacher_logits: torch.Tensor | None, clip_logits: torch.Tensor | None,
                 alpha: float = 0.7) -> torch.Tensor:
     """Equation (3): alpha * teacher + (1 - alpha) * CLIP. (B, K), (B, K) -> (B, K).
     >>> fuse_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[11.0, -8.0]]), alpha=0.7)
     tensor([[ 4.0000, -1.0000]])
     """
-    return mix(teacher_logits, clip_logits, alpha)
+    return fuse_teachers([teacher_logits, clip_logits], [alpha, 1 - alpha])
 
 def fuse_features(teacher: torch.Tensor, clip: torch.Tensor, lam: float = 0.7) -> torch.Tensor:
     """Equation (4): lam * teacher + (1 - lam) * CLIP, unit length. (B, d), (B, d) -> (B, d).
     >>> fuse_features(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), lam=0.5)
     tensor([[0.7071, 0.7071]])
     """
-    return unit(mix(teacher, clip, lam))
+    return unit(fuse_logits(teacher, clip, lam))
 
 class Embed(torch.nn.Module):
     """The map g of equation (4): linear, then unit length. (B, in_features) -> (B, d)."""
-    def __init__(self, in_features: int, d: int = 128):
+    def __init__(self, in_features: int, d: int = 128, name: str = "features"):
         super().__init__()
-        self.linear = torch.nn.Linear(in_features, d)
+        self.linear, self.name = torch.nn.Linear(in_features, d), name
 
     def forward(self, features):
+        expect(self.name, features, (*getattr(features, "shape", "B")[:1], self.linear.in_features))
         with torch.autocast(features.device.type, enabled=False):
             return unit(self.linear(features.to(self.linear.weight.dtype)))
 
@@ -108,8 +117,9 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
     >>> round(kd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), temperature=1.0).item(), 4)
     0.3278
     """
-    student, teacher = same_shape(student_logits, teacher_logits.detach())
-    log_q, p = (student / temperature).log_softmax(1), (teacher / temperature).softmax(1)
+    expect("temperature", temperature, (), 1e-9, 1e9)
+    student, teacher = same_shape(student_logits, teacher_logits)
+    log_q, p = (student / temperature).log_softmax(1), (teacher.detach() / temperature).softmax(1)
     return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
 def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
@@ -118,7 +128,7 @@ def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
     >>> standardize_logits(torch.tensor([[1.0, 3.0]]))
     tensor([[-0.7071,  0.7071]])
     """
-    logits = at_least_float32(logits)
+    logits, = same_shape(logits)
     return (logits - logits.mean(1, keepdim=True)) / (1e-7 + logits.std(1, keepdim=True))
 
 def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target: torch.Tensor,
@@ -130,15 +140,15 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target:
     >>> round(dkd_loss(student, teacher, target=torch.tensor([0])).item(), 3)
     1.248
     """
-    student, teacher = same_shape(student_logits, teacher_logits.detach())
-    y = target[:, None]                                                         # (B, 1)
+    expect("temperature", temperature, (), 1e-9, 1e9)
+    student, teacher = same_shape(student_logits, teacher_logits)
+    B, K = student.shape
+    y = expect("target", target, (B,), 0, K - 1, torch.int64)[:, None]          # (B, 1)
     hide = torch.zeros_like(student).scatter_(1, y, 1000.0)                     # -inf gives NaN
-    log_b, log_q = [], []
-    for logits in (student, teacher):
-        log_p = (logits / temperature).log_softmax(1)                           # (B, K)
-        rest = (log_p - hide).logsumexp(1, keepdim=True)                        # (B, 1) log(1-p_y)
-        log_b.append(torch.cat([log_p.gather(1, y), rest], dim=1))              # (B, 2)
-        log_q.append((log_p - hide).log_softmax(1))                             # (B, K)
+    log_p = [(z / temperature).log_softmax(1) for z in (student, teacher.detach())]
+    rest = [(z - hide).logsumexp(1, keepdim=True) for z in log_p]               # (B, 1) log(1-p_y)
+    log_b = [torch.cat([z.gather(1, y), r], dim=1) for z, r in zip(log_p, rest)]            # (B, 2)
+    log_q = [(z - hide).log_softmax(1) for z in log_p]                          # (B, K)
     tckd, nckd = (F.kl_div(s, t.exp(), reduction="batchmean") for s, t in (log_b, log_q))
     return temperature**2 * (alpha * tckd + beta * nckd)
 
@@ -151,12 +161,13 @@ def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
     >>> round(mlkd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])).item(), 4)
     2.5195
     """
-    student, teacher = same_shape(student_logits, teacher_logits.detach())
+    student, teacher = same_shape(student_logits, teacher_logits)
     B, K = student.shape
     loss = 0.0
     with torch.autocast(student.device.type, enabled=False):  # the products, too, in float32
-        for T in temperatures:
-            log_q, p = (student / T).log_softmax(1), (teacher / T).softmax(1)
+        for T in tuple(temperatures) or (0,):  # no temperature: refused, as 0 is
+            expect("temperature", T, (), 1e-9, 1e9)
+            log_q, p = (student / T).log_softmax(1), (teacher.detach() / T).softmax(1)
             q = log_q.exp()
             images = (p @ p.T - q @ q.T).square().sum() / B
             classes = (p.T @ p - q.T @ q).square().sum() / K
@@ -171,7 +182,11 @@ def scores(v: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, negatives: 
     >>> scores(torch.eye(3)[:1], torch.eye(3), torch.tensor([0]), torch.tensor([1, 0]), tau=0.5)
     (tensor([2.]), tensor([[0., 2.]]))
     """
-    v = v / tau
+    B, N, J = v.shape[-2], bank.shape[-2], negatives.shape[-1]
+    expect("v", v, (*bank.shape[:-2], B, bank.shape[-1]))
+    expect("index, below num_images,", index, (B,), 0, N - 1, torch.int64)
+    expect("negatives", negatives, (J,) if negatives.ndim == 1 else (B, J), 0, N - 1, torch.int64)
+    v = v / expect("tau", tau, (), 1e-9, 1e9)
     own = bank.index_select(-2, index)                                          # (..., B, d)
     drawn = bank.index_select(-2, negatives.flatten()).unflatten(-2, negatives.shape)
     product = "...bd,...jd->...bj" if negatives.ndim == 1 else "...bd,...bjd->...bj"
@@ -182,6 +197,7 @@ def sum_kept(terms: torch.Tensor, same: torch.Tensor | None = None):
     J. same (B, J) leaves out those of an image's own class. terms is overwritten: it is large."""
     if same is None:
         return terms.sum(-1), terms.shape[-1]
+    expect("same", same, terms.shape[-2:], dtype=torch.bool)
     others = (~same).float()
     return terms.mul_(others).sum(-1), others.sum(-1).clamp(min=1)
 
@@ -196,6 +212,8 @@ def nce_loss(own: torch.Tensor, drawn: torch.Tensor, Z: torch.Tensor, N: int,
     >>> round(nce_loss(own, drawn, Z=torch.tensor(2.0), N=4).item(), 4)
     2.1333
     """
+    expect("own", own, drawn.shape[:-1])
+    expect("Z", Z, own.shape[:-1])
     J = drawn.shape[-1]
     n, c = J / N, J / N + 1e-7
     log_Zc = (Z * c).log()[..., None]
@@ -223,13 +241,13 @@ class ContrastiveMemory(torch.nn.Module):
         super().__init__()
         if negatives not in ("shared", "per-image"):
             raise ValueError(f"negatives {negatives!r}: expected one of shared, per-image")
+        if labels is not None:
+            expect("labels of num_images", labels, (num_images,), 0, 1e12, torch.int64)
         self.num_negatives, self.shared = num_negatives, negatives == "shared"
         self.temperature, self.momentum = temperature, momentum
         generator, bound = torch.Generator().manual_seed(seed), (3 / d) ** 0.5  # mean length 1
-        bank = torch.empty(2, num_images, d)  # [0] of f_F, which g_S(f_S) meets; [1] of g_S(f_S)
-        for rows in (bank[1], bank[0]):
-            rows.uniform_(-bound, bound, generator=generator)
-        self.register_buffer("bank", bank)
+        bank = torch.empty(2, num_images, d).uniform_(-bound, bound, generator=generator)
+        self.register_buffer("bank", bank.flip(0))  # [0] of f_F, which g_S(f_S) meets; [1] of it
         self.register_buffer("Z", torch.full((2,), -1.0))  # set by the first batch, as published
         self.register_buffer("labels", labels, persistent=False)
         self.has_Z = False  # known without reading Z, which would stall a GPU
@@ -239,40 +257,36 @@ class ContrastiveMemory(torch.nn.Module):
         self.has_Z = False
 
     def forward(self, student, fused, index, negatives=None):
-        """Embeddings (B, d), (B, d), image numbers (B,) int64 -> (); then both banks are updated
-        at `index`. negatives (J,) or (B, J) int64 replaces the draw. The banks have no gradient."""
-        B, (N, d) = len(index), self.bank.shape[1:]
-        if not student.shape == fused.shape == (B, d):  # one row would be broadcast
-            raise ValueError(f"embeddings {tuple(student.shape)}, {tuple(fused.shape)}, index "
-                             f"{tuple(index.shape)}: expected (B, {d}), (B, {d}), (B,)")
+        """Embeddings (B, d), (B, d), image numbers (B,) int64 -> (). In training mode the first
+        batch then sets Z, and each updates both banks at `index`; in eval mode nothing changes.
+        negatives (J,) or (B, J) int64 replaces the draw. The banks have no gradient."""
+        v = torch.stack(same_shape(student, fused))                             # (2, B, d)
+        B, N, Z, same = v.shape[1], self.bank.shape[1], self.Z, None
         if negatives is None:
             shape = (self.num_negatives,) if self.shared else (B, self.num_negatives)
-            negatives = torch.randint(N, shape, device=index.device)
-        J, labels, same = negatives.shape[-1], self.labels, None
-        if labels is not None:
-            same = labels[negatives] == labels.index_select(0, index)[:, None]  # (B, J)
-        v = torch.stack([student, fused])                                       # (2, B, d)
-        with torch.autocast(index.device.type, enabled=False):
+            negatives = torch.randint(N, shape, device=v.device)
+        with torch.autocast(v.device.type, enabled=False):
             own, drawn = scores(v, self.bank, index, negatives, self.temperature)
+            if self.labels is not None:
+                same = self.labels[negatives] == self.labels[index][:, None]    # (B, J)
             if not self.has_Z:
+                J = negatives.shape[-1]
                 negative, kept = sum_kept(drawn.detach().exp(), same)           # (2, B)
                 mean = (own.detach().exp() + J * negative / kept) / (1 + J)
-                Z = N * gather(mean, 1).mean(1)                                 # (2,), of all ranks
-                self.Z.copy_(torch.where(self.Z < 0, Z, self.Z))  # one that was loaded stays
-                self.has_Z = True
-            loss = nce_loss(own, drawn, self.Z, N, same).sum()
-        self.update(v.detach().flip(0), index)
+                mean = gather(mean, 1) if self.training else mean               # of all ranks
+                Z = torch.where(Z < 0, N * mean.mean(1), Z)  # one that was loaded stays
+            loss = nce_loss(own, drawn, Z, N, same).sum()
+        if self.training:
+            self.Z.copy_(Z)
+            self.has_Z = True
+            # r <- unit(momentum * r + (1 - momentum) * v) in both banks, by the rows of all ranks.
+            v, index = gather(v.detach().flip(0), 1), gather(index)             # (2, B, d), (B,)
+            # An image twice (DistributedSampler pads so): each write is of its last row.
+            order = torch.arange(len(index), device=index.device)
+            last = (order * (index == index[:, None])).amax(1)                  # (B,)
+            rows = torch.lerp(v[:, last], self.bank[:, index], self.momentum)
+            self.bank.index_copy_(1, index, unit(rows))
         return loss
-
-    @torch.no_grad()
-    def update(self, v, index):
-        """r <- unit(momentum * r + (1 - momentum) * v) in both banks, by the rows of all ranks."""
-        v, index = gather(v, 1), gather(index)                                  # (2, B, d), (B,)
-        # An image twice (DistributedSampler pads so): each write, in any order, is of its last row.
-        order = torch.arange(len(index), device=index.device)
-        last = (order * (index == index[:, None])).amax(1)                      # (B,)
-        rows = torch.lerp(v[:, last], self.bank[:, index], self.momentum)
-        self.bank.index_copy_(1, index, unit(rows))
 
 class RichKD(torch.nn.Module):
     """Equation (7): cross-entropy, the logit loss and the feature loss, from the fused teacher.
@@ -287,18 +301,18 @@ class RichKD(torch.nn.Module):
                  logit_loss="kd", standardize=False, d=128, num_negatives=16384,
                  nce_temperature=0.07, momentum=0.5, labels=None, negatives="shared", seed=0):
         super().__init__()
-        if not (0 <= alpha <= 1 and 0 <= lam <= 1 and temperature > 0 and nce_temperature > 0):
-            raise ValueError(f"alpha {alpha}, lam {lam}: expected 0 to 1; temperatures "
-                             f"{temperature}, {nce_temperature}: expected more than 0")
+        expect("alpha, lam, momentum", torch.tensor((alpha, lam, momentum)), (3,), 0, 1)
+        expect("weights", torch.tensor((ce_weight, logit_weight, feature_weight)), (3,), 0, 1e9)
+        expect("temperatures", torch.tensor((temperature, nce_temperature)), (2,), 1e-9, 1e9)
         if logit_loss not in ("kd", "dkd", "mlkd"):
             raise ValueError(f"logit_loss {logit_loss!r}: expected one of kd, dkd, mlkd")
         self.alpha, self.lam, self.temperature = alpha, lam, temperature
         self.ce_weight, self.logit_weight, self.logit_loss = ce_weight, logit_weight, logit_loss
         self.feature_weight, self.standardize = feature_weight, standardize
         if feature_weight:
-            self.student_embed = Embed(student_features, d)
-            self.teacher_embed = Embed(teacher_features, d) if lam > 0 else None
-            self.clip_embed = Embed(clip_features, d) if lam < 1 else None
+            self.student_embed = Embed(student_features, d, "student_features")
+            self.teacher_embed = Embed(teacher_features, d, "teacher_features") if lam > 0 else None
+            self.clip_embed = Embed(clip_features, d, "clip_features") if lam < 1 else None
             self.memory = ContrastiveMemory(num_images, d, num_negatives, nce_temperature, momentum,
                                             labels=labels, negatives=negatives, seed=seed)
 
@@ -306,14 +320,15 @@ class RichKD(torch.nn.Module):
                 clip_logits, clip_features, target, index):
         """Logits (B, K), features (B, C), (B, C), (B, D), target (B,) int64, index (B,) int64 of
         the images among all N -> (loss (), its weighted parts {"ce", "logit", "feature"})."""
-        student_logits, losses = at_least_float32(student_logits), {}
+        losses, (student_logits,) = {}, same_shape(student_logits)
+        B, K = student_logits.shape
         if self.ce_weight:
+            expect("target", target, (B,), 0, K - 1, torch.int64)
             losses["ce"] = self.ce_weight * F.cross_entropy(student_logits, target)
         if self.logit_weight:
             fused = fuse_logits(teacher_logits, clip_logits, self.alpha)
             if self.standardize:
-                student_logits = standardize_logits(student_logits)
-                fused = standardize_logits(fused)
+                student_logits, fused = map(standardize_logits, (student_logits, fused))
             if self.logit_loss == "dkd":
                 loss = dkd_loss(student_logits, fused, target, temperature=self.temperature)
             elif self.logit_loss == "mlkd":
@@ -322,10 +337,12 @@ class RichKD(torch.nn.Module):
                 loss = kd_loss(student_logits, fused, self.temperature)
             losses["logit"] = self.logit_weight * loss
         if self.feature_weight:
-            teacher = self.teacher_embed(teacher_features.detach()) if self.lam > 0 else None
-            clip = self.clip_embed(clip_features.detach()) if self.lam < 1 else None
+            teacher_features, clip_features = (
+                x if x is None else x.detach() for x in (teacher_features, clip_features))
+            teacher = self.teacher_embed(teacher_features) if self.lam > 0 else None
+            clip = self.clip_embed(clip_features) if self.lam < 1 else None
             # One alone has unit length already: lam = 1 is CRD, to the bit.
-            fused = (fuse_features if 0 < self.lam < 1 else mix)(teacher, clip, self.lam)
+            fused = (fuse_features if 0 < self.lam < 1 else fuse_logits)(teacher, clip, self.lam)
             loss = self.memory(self.student_embed(student_features), fused, index)
             losses["feature"] = self.feature_weight * loss
         return sum(losses.values()), {name: loss.detach() for name, loss in losses.items()}
