@@ -21,7 +21,6 @@ from collections import Counter, OrderedDict
 from pathlib import Path
 from torch import nn
 
-# Transformer: the text tower, and the body of the ViT ---------------------------------------------
 class Attention(nn.Module):
     """Multi-head self-attention with the parameters of nn.MultiheadAttention. Causal: a position
     sees itself and those before it. Heads are 64 wide, as OpenAI's, where no number is given."""
@@ -69,7 +68,6 @@ def transformer(layers, *block):
     blocks = [ResidualAttentionBlock(*block) for _ in range(layers)]
     return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
-# Image tower: ViT ---------------------------------------------------------------------------------
 # open_clip's ViT-H, g and bigG, whose heads are 80, 88 and 104 wide: {width: (heads, MLP's width)}
 GIANTS = {1280: (16, 5120), 1408: (16, 6144), 1664: (16, 8192)}
 
@@ -95,7 +93,6 @@ class VisionTransformer(nn.Module):
         x = self.ln_post(x[:, 0])  # (B, width), of the class token alone
         return x @ self.proj  # (B, D)
 
-# Image tower: ModifiedResNet ----------------------------------------------------------------------
 class Bottleneck(nn.Module):
     """A ResNet's, but an average pooling, not a stride, makes the image smaller."""
     def __init__(self, channels, planes, stride):
@@ -166,7 +163,6 @@ class ModifiedResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(x)))  # (B, 32 width, H / 32, W / 32)
         return self.attnpool(x)  # (B, D)
 
-# CLIP ---------------------------------------------------------------------------------------------
 class CLIP(nn.Module):
     """Image and text towers, with OpenAI's names and initialisation. vision_layers: a number of
     blocks (ViT), or four (ModifiedResNet, patch size None). Heads are 64 wide where their number is
@@ -212,13 +208,11 @@ class CLIP(nn.Module):
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end])  # (B, width)
         return x @ self.text_projection  # (B, D)
 
-# Weights ------------------------------------------------------------------------------------------
 def read_sizes(state):
     """The arguments of CLIP that the shapes of its tensors, in OpenAI's layout, tell."""
     def count(prefix):  # of blocks; at least 1, so that load_state_dict names what is missing
         return len({name.removeprefix(prefix).split(".")[0]
                     for name in state if name.startswith(prefix)}) or 1
-
     if "visual.proj" in state:
         vision_width, _, _, patch = state["visual.conv1.weight"].shape
         vision_layers = count("visual.transformer.resblocks.")
@@ -261,7 +255,6 @@ def load_clip(name_or_path, cache_dir=None, activation=None) -> CLIP:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
-# Tokenizer ----------------------------------------------------------------------------------------
 WORDS = regex.compile(  # a digit stands alone, letters and signs do not mix
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE)
@@ -330,7 +323,6 @@ def load_merges(path) -> list[tuple[str, str]]:
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path}: no BPE file, two symbols a line, or .gz: {error}") from None
 
-# Images -------------------------------------------------------------------------------------------
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
 
 def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
@@ -351,7 +343,6 @@ def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
     mean, std = (255 * torch.tensor(value, device=x.device)[:, None, None] for value in (MEAN, STD))
     return x.float().sub_(mean).div_(std)
 
-# Prompts ------------------------------------------------------------------------------------------
 # A line of a program or a list: a quote, bullet or index first, brackets, a comma or index last.
 NO_NAME = regex.compile(r"^['\"`\u2018\u201c\u2022|*]|^-\s|^\d+\s*[.:)]\s|['\"]\s*[,:)]|[][{}<>]"
                         r"|\s#\s|[,;:=(]$|:\s+\d+$")

@@ -46,7 +46,6 @@ DATASETS = {
     "folder": Info((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32),  # any class folders
 }
 
-# Augmentation -------------------------------------------------------------------------------------
 def check_images(images):
     """ValueError unless they are uint8 (B,3,H,W)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -81,7 +80,6 @@ def to_input(images, mean, std):
     images = images.float().mul_(scale).sub_(shift)  # one multiplication, one addition an element
     return images.contiguous(memory_format=torch.channels_last)
 
-# Images: a tensor, or a stream of files -----------------------------------------------------------
 @dataclasses.dataclass
 class Stream(torch.utils.data.Dataset):
     """Image files that do not fit in memory, decoded and brought to size by a loader's workers.
@@ -157,7 +155,6 @@ def decoded(images, cache_dir, workers):
         files.note(f"{N} images of {size} x {size} would take more than half of the memory: they "
                    "stream from their files, cropped as on ImageNet")
         return images
-
     def decode():
         pixels = torch.empty(N, 3, size, size, dtype=torch.uint8)
         progress = files.Progress("reading images", N)
@@ -165,7 +162,6 @@ def decoded(images, cache_dir, workers):
             pixels[progress.done : progress.done + len(block)] = block
             progress.update(progress.done + len(block))
         return pixels
-
     key = {"files": runs.digest_files(images.paths),
            "crop": str(dataclasses.replace(images, paths=[]))}
     return runs.cached(files.cache_folder(cache_dir) / f"images-{N}x{size}", key, decode)
@@ -205,7 +201,6 @@ def subset(split, low, high):
         raise ValueError(f"no image lies between the shares {low} and {high} of any class")
     return split._replace(images=take(split.images, index), labels=split.labels[index])
 
-# Batches ------------------------------------------------------------------------------------------
 def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="cpu"):
     """Yield what `look_up` makes each batch of an epoch of training from, drawn from the seed: of a
     split in memory, all of which lies on `device`, int64 (4,B), the images' index, top, left, flip;
@@ -262,7 +257,6 @@ def cores():
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-# Data sets ----------------------------------------------------------------------------------------
 ELSEWHERE = "name the folder that has it by --data-dir"
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 CIFAR_CLASSES = {
@@ -326,24 +320,23 @@ def image_folders(root, split, size, resize_to):
     """Any train/ and val/, or test/, of one folder of images a class: the classes are train's,
     sorted, and the labels of both. -> a Split of a Stream."""
     train, ids = root / "train", folders.class_folders(root / "train")
-    tests = [root / name for name in ("val", "test") if folders.holds_pictures(root / name)]
+    tests = [root / name for name in ("val", "test")
+             if any(folders.class_folders(root / name).values())]
     if len(tests) > 1:
         files.note(f"{root} has val/ and test/: val/ is the test split")
     folder = train if split == "train" else (tests or [root / "val"])[0]
     listing = folders.by_class(folder)
-    empty = [id for id in ids if not (
-        id in listing if split == "train" else folders.holds_pictures(train / id))]
+    empty = [id for id, held in ids.items() if not (id in listing if split == "train" else held)]
     if empty:
         raise ValueError(f"{train}: no picture of its own in {empty[:5]}, so they are no classes")
     if split == "test" and folder.resolve() == train.resolve():
         raise ValueError(f"{folder} leads to train/, whose images are no test")
     if not ids:
         files.note(f"{root} has no train/: the classes are those of {folder.name}/")
-        ids = list(listing)
+        ids = listing
+    ids = list(ids)
     words = folders.class_words(root, ids)
-    # A further synonym is for `clip_model.prompt_names`, where the first one is another's, too.
-    names = [", ".join([words.get(id, id.replace(",", " ")), *folders.SYNONYMS.get(id, ())])
-             for id in ids]
+    names = [words.get(id, id.replace(",", " ")) for id in ids]
     paths, labels = folders.labelled(listing, folders.match_classes(listing, ids, names, folder))
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 

@@ -31,8 +31,8 @@ ANEW = "train.py --overwrite makes the run anew"
 CORRUPTED = {f"{name} {severity}": (name, severity) for name in COMMON for severity in range(1, 6)}
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Every setting with its line of help; the command line is made from it."""
+class Config(train.Shared):
+    """Every setting; the command line is made from it. Without --clip: the data set's own."""
     run: tuple = setting(None, "run folders; without, the newest finished one in runs/", nargs="+")
     checkpoint: str = setting(None, "a bare checkpoint, with --model and --dataset")
     model: str = setting(None, "the checkpoint's architecture")
@@ -45,20 +45,9 @@ class Config:
     corrupted_share: float = setting(1.0, "of every class's images", within=(1e-9, 1))
     fused: bool = setting(False, "beside each student what taught it: teacher, CLIP, both fused")
     zero_shot: bool = setting(False, "only --clip itself on --dataset, by each template and all")
-    class_names: str = setting(None, "as in train.py; without, the run's own")
-    clip: str = setting(None, "as in train.py; without, the data set's own")
-    clip_activation: str = setting(None, "as in train.py", choices=tuple(clip_model.ACTIVATIONS))
-    bpe: str = setting(None, "as in train.py")
-    prompts: str = setting(None, "as in train.py")
     seed: int = setting(0, "of generated corruptions", within=(0, 2**31))
     amp: bool = setting(False, "bfloat16, for students; what taught them has their runs' own")
-    device: str = setting(train.Config.device, "cpu, cuda, cuda:1")
-    workers: int = setting(train.Config.workers, "as in train.py", within=(0, inf))
-    cache_dir: str = setting(None, "as in train.py")
 
-    __post_init__ = command.normalize
-
-# Measures: logits (N,K), labels int64 (N,) --------------------------------------------------------
 def measures(logits, labels):
     """What is told of every subject on every set, all but NLL in percent: top-1, top-5, NLL, ECE,
     and the images of which it is confident (from .5, from .7) and right, or wrong."""
@@ -98,7 +87,6 @@ def over_corruptions(sets, who, alexnet):
             row[name] = 100 * metrics.mean_corruption_error(errors, error, alexnet=True)
     return row
 
-# What is evaluated --------------------------------------------------------------------------------
 class Student:
     """A classifier, with --fused what taught it, and the report of them, a JSON file: {"about":
     whose numbers these are, "sets": {name: {"key": which images they are of, subject: numbers}}}.
@@ -132,11 +120,9 @@ class Student:
         if own.clip:
             (clip, tokenizer, scale), names = train.load_clip(own), splits["test"].class_names
             classes = functools.cache(lambda: train.class_embeddings(own, clip, tokenizer, names))
-
             def clip_logits(name, split):  # of plain images, which train.py may have cached
                 asked = {name: split._replace(class_names=names)}
                 return scale * train.clip_targets(own, clip, tokenizer, asked)[name][0].float()
-
             self.subjects["CLIP"] = lambda batch: scale * train.clip_view(clip, classes(), batch)[0]
             self.clip_logits, self.classes, self.clip_scale = clip_logits, classes, scale
 
@@ -209,7 +195,6 @@ def prepare(config):
         raise ValueError(f"--run: --image-size and --holdout {kinds}: evaluate one after another")
     return dataclasses.replace(config, image_size=size), splits, students
 
-# Sets of images -----------------------------------------------------------------------------------
 class Images(NamedTuple):
     """A set of images, and what tells it from others."""
     name: str
@@ -231,7 +216,6 @@ def plain_sets(config, splits):
         key["content"] = runs.identity(split)["content"]
         seen = blocks(at_size(split, config).images, config)
         return Images(name, key, split.labels, seen, split, chosen)
-
     yield from (plain(name, split) for name, split in splits.items())
     test, size = splits["test"], data.DATASETS[config.dataset].image_size
     for root in config.shift or ():
@@ -337,15 +321,13 @@ def zero_shot(config):
               for name, rows in classes.items()}
     return {name: 100 * metrics.top_k_accuracy(z, test.labels) for name, z in logits.items()}
 
-# Printed ------------------------------------------------------------------------------------------
 COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %",
            "confident_right 0.5": "right .5", "confident_wrong 0.5": "wrong .5",
            "confident_right 0.7": "right .7", "confident_wrong 0.7": "wrong .7"}
 
 def table(student):
-    """A report as text: a row a set, where not all classes are chosen among with their number, and
-    subject, and one of the student with the temperature that was fitted; its top-1 under each
-    corruption."""
+    """A report as text: a row a set (with the number of classes to choose among, if not all) and
+    subject, one of the student at the fitted temperature; its top-1 under each corruption."""
     rows = {}
     for name in (name for name in student.sets if name not in ("clean", *CORRUPTED)):
         of = dict(student.sets[name])

@@ -26,7 +26,6 @@ from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
-# Parts that several networks share ----------------------------------------------------------------
 class Head(nn.Linear):
     """The last layer of every network: returns `(logits (B, K), features (B, C))`."""
     def forward(self, features):
@@ -81,7 +80,6 @@ def init_head(model, std=None):
         nn.init.normal_(head.weight, 0, std)
     return model
 
-# ResNet -------------------------------------------------------------------------------------------
 def projection(in_channels, out_channels, stride):
     """He's option B: a 1x1 convolution where the shape changes, nothing elsewhere."""
     if stride == 1 and in_channels == out_channels:
@@ -114,12 +112,10 @@ class Bottleneck(nn.Module):
         return F.relu_(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 def resnet(block, widths, counts, head, num_classes):
-    """Three stages, as in He et al. section 4.2, or four, as in kuangliu/pytorch-cifar: no
-    max-pooling behind the 3x3 stem."""
+    """Three stages, He et al. section 4.2, or four, kuangliu/pytorch-cifar; no max-pooling."""
     body = trunk(3, block, widths, counts, (1, 2, 2, 2))
     return init_convs(chain(**body, pool=global_pool(), **{head: Head(widths[-1], num_classes)}))
 
-# WideResNet ---------------------------------------------------------------------------------------
 class WideBlock(nn.Module):
     """BatchNorm and ReLU stand before the convolutions, also before a shortcut that widens."""
     def __init__(self, in_channels, out_channels, stride):
@@ -143,7 +139,6 @@ def wrn(depth, widen, num_classes):
         conv1=conv(3, 16, 3), **blocks, bn1=nn.BatchNorm2d(widths[3]), relu=nn.ReLU(inplace=True),
         pool=global_pool(), fc=Head(widths[3], num_classes))))
 
-# VGG ----------------------------------------------------------------------------------------------
 class PoolAt64(nn.Module):
     """The fourth max-pooling, in the public code for images of 64x64 only: here maps of 8x8."""
     def forward(self, x):
@@ -159,7 +154,6 @@ def vgg(counts, num_classes):
         modules |= {f"block{i}": nn.Sequential(*block), f"pool{i}": pool}
     return init_head(init_convs(chain(**modules, classifier=Head(512, num_classes))), std=.01)
 
-# MobileNet ----------------------------------------------------------------------------------------
 class InvertedResidual(nn.Module):
     """Widen to six times, filter each channel alone, narrow again without an activation."""
     def __init__(self, in_channels, out_channels, stride):
@@ -194,7 +188,6 @@ def mobilenet_v1(num_classes):
             *conv_bn_relu(before, width, 1)))
     return chain(model=nn.Sequential(*pairs), pool=global_pool(), fc=Head(1024, num_classes))
 
-# ShuffleNet ---------------------------------------------------------------------------------------
 def shuffle(x, groups):
     """Interleave the channels of `groups` groups (ShuffleNet, section 3.1)."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)  # (B, C, H, W)
@@ -257,7 +250,6 @@ def shufflenetv2(num_classes):
     body["conv2"], body["bn2"], body["relu2"] = conv_bn_relu(464, 1024, 1)
     return chain(**body, pool=global_pool(), linear=Head(1024, num_classes))
 
-# The zoo ------------------------------------------------------------------------------------------
 def from_torchvision(name, num_classes):
     """torchvision's network with its one linear layer, the last, turned into a `Head`."""
     model = torchvision.models.get_model(name, num_classes=num_classes)
@@ -277,12 +269,10 @@ CIFAR_MODELS = {  # name: function of num_classes, for 32x32 images
     "vgg19": partial(vgg, (2, 2, 4, 4, 4)),
     "mobilenetv2": mobilenetv2, "shufflenetv1": shufflenetv1, "shufflenetv2": shufflenetv2,
     "resnet18_cifar": partial(resnet, BasicBlock, (64, 64, 128, 256, 512), (2, 2, 2, 2), "linear"),
-    "resnet50": partial(resnet, Bottleneck, (64, 256, 512, 1024, 2048), (3, 4, 6, 3), "linear"),
-}
+    "resnet50": partial(resnet, Bottleneck, (64, 256, 512, 1024, 2048), (3, 4, 6, 3), "linear")}
 IMAGENET_MODELS = {  # the same, for 224x224 images
     **{name: partial(from_torchvision, name) for name in ("resnet18", "resnet34", "mobilenet_v2")},
-    "resnet50_imagenet": partial(from_torchvision, "resnet50"), "mobilenet_v1": mobilenet_v1,
-}
+    "resnet50_imagenet": partial(from_torchvision, "resnet50"), "mobilenet_v1": mobilenet_v1}
 ZOO = {**CIFAR_MODELS, **IMAGENET_MODELS}
 
 def build_model(name: str, num_classes: int) -> nn.Module:
@@ -296,7 +286,6 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     model.num_features = head_of(model).in_features
     return model
 
-# Weights ------------------------------------------------------------------------------------------
 def imagenet_file(name: str) -> tuple[str, Path, str]:
     """(address, path in torch.hub's folder, "sha256:" and the first digits) of torchvision's first
     ImageNet weights, which the papers' teachers are. Raises ValueError where there are none."""
@@ -324,7 +313,6 @@ def load_weights(model_name: str, path: str | Path, num_classes: int | None = No
     OSError where there is no file and it cannot be had; ValueError for what is no checkpoint, an
     unknown name, a tensor that does not fit, so that of other classes."""
     from support import checkpoints, files  # here, since all else in this file stands alone
-
     if str(path) == "imagenet":
         url, path, digest = imagenet_file(model_name)
         files.fetch([url], path, digest, "name it with --teacher-weights PATH")
@@ -339,15 +327,13 @@ def load_weights(model_name: str, path: str | Path, num_classes: int | None = No
         use_option_a(model)
     matched = checkpoints.match(model.state_dict(), state, f"{path} does not fit {model_name}")
     if model_name in ("resnet18_cifar", "resnet50") and "fc.weight" in state:
-        files.note(f"{path}: torchvision's names with a 3x3 stem: read as {model_name}; a "
-                   "max-pooling behind the stem, which no tensor tells, is left out")
+        files.note(f"{path}: a 3x3 stem: read as {model_name}, without a max-pooling behind it")
     model.to_empty(device="cpu").load_state_dict(matched)
     return model.eval()
 
 def freeze(model: nn.Module) -> nn.Module:
     """A teacher: a copy of `model`, a network of this zoo, in eval mode and without gradients, each
-    BatchNorm that directly follows a convolution folded into it (the same outputs up to rounding).
-    `model` is left as it is."""
+    BatchNorm right behind a convolution folded into it (the same outputs up to rounding)."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     for parent in list(frozen.modules()):
         children = list(parent.named_children())

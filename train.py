@@ -51,9 +51,22 @@ RECIPES = {
     "imagenet": {**CIFAR, "teacher": ("resnet34",), "student": "resnet18", "epochs": 100,
                  "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4}}
 
-# Settings -----------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Shared:
+    """The settings of train.py and evaluate.py alike: what CLIP is asked, where work is done."""
+    class_names: str = setting(None, "a file of the names that CLIP is asked for, one a line")
+    clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint")
+    clip_activation: str = setting(None, "else its file's", choices=tuple(clip_model.ACTIVATIONS))
+    bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded")
+    prompts: str = setting(None, "templates, {} for the name; default: the twelve")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
+    workers: int = setting(min(8, data.cores()), "that read image files", within=(0, inf))
+    cache_dir: str = setting(None, "for what is made once; else $RICHKD_CACHE, ~/.cache/richkd")
+
+    __post_init__ = command.normalize
+
+@dataclasses.dataclass(frozen=True)
+class Config(Shared):
     """Every setting; the command line is made from it. None: what RECIPES says, or none."""
     dataset: str = setting("shapes", "data set", choices=tuple(data.DATASETS))
     data_dir: str = setting("data", "where it lies or is downloaded to; some as a zip")
@@ -64,11 +77,6 @@ class Config:
     teacher: tuple = setting(None, "architecture; several are averaged", nargs="+", metavar="NAME")
     teacher_weights: tuple = setting(None, "or `imagenet`; else trained", nargs="+", metavar="FILE")
     student: str = setting(None, "the student's architecture")
-    class_names: str = setting(None, "a file of the names that CLIP is asked for, one a line")
-    clip: str = setting(None, "tiny, a public name such as ViT-L/14, or a checkpoint")
-    clip_activation: str = setting(None, "else its file's", choices=tuple(clip_model.ACTIVATIONS))
-    bpe: str = setting(None, "CLIP's bpe_simple_vocab_16e6.txt.gz; else downloaded")
-    prompts: str = setting(None, "templates, {} for the name; default: the twelve")
     clip_scale: float = setting(None, "of cosines; default: exp(logit_scale)", within=(1e-9, 1e9))
     alpha: float = setting(0.7, "the teacher's share of the fused logits", within=(0, 1))
     lam: float = setting(0.7, "the teacher's share of the fused features", within=(0, 1))
@@ -88,13 +96,8 @@ class Config:
     amp: bool = setting(False, "bfloat16, for student and frozen teacher; on a CPU for CLIP, too")
     deterministic: bool = setting(False, "always the same numbers on CUDA, slower; a CPU has them")
     no_graph: bool = setting(False, "on one GPU call each step, instead of replaying a CUDA graph")
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
-    workers: int = setting(min(8, data.cores()), "that read image files", within=(0, inf))
-    cache_dir: str = setting(None, "for what is made once; else $RICHKD_CACHE, ~/.cache/richkd")
     out: str = setting(None, "run folder; default: runs/<data set>-<method>-...")
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
-
-    __post_init__ = command.normalize
 
 def for_size(name, image_size):
     """`resnet18` and `resnet50` as the zoo calls them: at more than 64 pixels ImageNet's networks,
@@ -139,7 +142,6 @@ def resolve(config):
         recipe["lr"] = 0.01  # as in RepDistiller's train_student.py
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing, **fixed)
-
     if not (config.logit_weight or config.feature_weight or config.ce_weight):
         raise ValueError("--ce-weight, --logit-weight, --feature-weight: all are 0")
     changes, without = {"student": for_size(student, config.image_size)}, unread(config)
@@ -148,8 +150,7 @@ def resolve(config):
     elif not config.teacher_weights:  # else the file has what it has
         changes["teacher"] = tuple(for_size(name, config.image_size) for name in config.teacher)
     elif len(config.teacher_weights) != len(config.teacher):
-        raise ValueError(f"{len(config.teacher)} --teacher, but {len(config.teacher_weights)} "
-                         "--teacher-weights: expected one a teacher")
+        raise ValueError(f"--teacher-weights: expected one for each of {config.teacher}")
     if "clip" in without:
         changes |= dict.fromkeys(("clip", "clip_activation", "bpe", "prompts"))
     device = command.use_device(config.device, config.deterministic)
@@ -159,7 +160,6 @@ def resolve(config):
             models.build_model(name, 2)
     return config
 
-# What a run depends on ----------------------------------------------------------------------------
 def load_split(config, name):
     """A split of the config's data set, with --class-names, its images as they come, for CLIP;
     "test" is, with --holdout, a part of the training images, which "train" lacks."""
@@ -178,8 +178,7 @@ def load_splits(config):
     names = ("train", "test", *data.DATASETS[config.dataset].shifts)
     splits = {name: load_split(config, name) for name in names}
     if config.holdout:
-        folders.say_absent(splits["test"].labels.tolist(), splits["train"].ids, "--holdout",
-                           "the training images")
+        folders.say_absent(splits["test"].labels.tolist(), splits["train"].ids, "--holdout")
     if min(len(splits["train"].labels), config.batch_size) < 2 * world():  # BatchNorm needs two
         raise ValueError(f"{config.data_dir}: {len(splits['train'].labels)} training images, "
                          f"--batch-size {config.batch_size}: expected two a process, at least")
@@ -203,7 +202,6 @@ def about_run(config, splits):
     identities = {name: runs.identity(split) for name, split in splits.items()}
     return {"settings": runs.settings(config), "inputs": {"data": identities, "files": named}}
 
-# The teacher --------------------------------------------------------------------------------------
 class Teachers(torch.nn.ModuleList):
     """Frozen conventional teachers as one: mean logits, concatenated features, float32. With amp
     their weights are bfloat16 once and for all: autocast would cast them at every step."""
@@ -228,8 +226,8 @@ def load_teachers(config, splits):
         path = given or trained_teacher(config, name, splits)
         size = info.image_size if path == "imagenet" else runs.input_size(path, split, info)
         if size != config.image_size:
-            raise ValueError(f"{path} reads images of {size} x {size}, here they are of "
-                             f"{config.image_size}: --image-size {size}, or another teacher")
+            raise ValueError(f"{path} reads images of {size} pixels, --image-size is "
+                             f"{config.image_size}")
         load = functools.partial(models.load_weights, name, path, len(split.class_names))
         teachers.append(models.freeze(rank_zero_first(load)))  # which may download it
     return Teachers(teachers, config.amp).to(config.device) if teachers else None
@@ -248,7 +246,6 @@ def trained_teacher(config, name, splits):
         fit(own, folder, splits, about)
     return folder / "student.pt"
 
-# CLIP ---------------------------------------------------------------------------------------------
 def tiny_clip(config):
     """The tensors of the tiny CLIP that reads `shapes`, trained first where the cache has none."""
     def train():
@@ -259,7 +256,6 @@ def tiny_clip(config):
             clip, clip_model.Tokenizer(), clip_model.preprocess, *shapes.render_captions(24000),
             shapes.CAPTIONS, progress=files.Progress("tiny CLIP", 1000, "steps").update)
         return {name: tensor.cpu() for name, tensor in clip.state_dict().items()}
-
     path = files.cache_folder(config.cache_dir) / "clip-tiny"
     return runs.cached(path, {"version": shapes.VERSION}, train)
 
@@ -317,7 +313,6 @@ def clip_targets(config, clip, tokenizer, splits):
     key["clip"] = key["clip"].hexdigest()
     # The prompts are encoded once for all splits, and only where one is not in the cache.
     classes = functools.cache(lambda: class_embeddings(config, clip, tokenizer, class_names))
-
     def look(name):
         images = data.clip_images(splits[name].images, clip.visual.input_resolution)
         rows, line = [], files.Progress(f"CLIP's targets ({name})", len(images))
@@ -328,15 +323,12 @@ def clip_targets(config, clip, tokenizer, splits):
             rows.append([part.to("cpu", torch.float16) for part in view])           # (b,K), (b,D)
             line.update(line.done + len(block))
         return tuple(torch.cat(part) for part in zip(*rows))
-
     def kept(name):
         path = files.cache_folder(config.cache_dir) / f"targets-{config.dataset}-{name}"
         own = {**key, "images": runs.identity(splits[name])["content"]}
         return runs.cached(path, own, lambda: look(name))
-
     return {name: rank_zero_first(functools.partial(kept, name)) for name in splits}
 
-# Training -----------------------------------------------------------------------------------------
 class Run(NamedTuple):
     """What every step works with, on the device."""
     config: Config
@@ -382,7 +374,6 @@ def train_step(run, drawn):
     loss.backward()
     average_gradients(run)
     run.optimizer.step()
-
     accuracy = 100 * (z_s.detach().argmax(1) == y).float().mean()
     means = torch.stack([loss.detach(), *parts.values(), accuracy]).double()
     run.sums.add_(means)
@@ -416,7 +407,6 @@ def train_epoch(run, step, epoch, progress):
         group["lr"] = run.rate  # also after a checkpoint, which brings its own
     run.student.train()
     run.sums.zero_()
-
     # Reading a number stalls a GPU, so the sums for the log stay there and are looked at rarely.
     every = 1 if config.device.type == "cpu" else 50
     batches = data.epoch(run.split, run.tables, config.batch_size, seed, rank(), world(),
@@ -427,23 +417,19 @@ def train_epoch(run, step, epoch, progress):
             loss, accuracy = means[[0, -1]].tolist()
             if not isfinite(loss):
                 break
-            progress.update(epoch * N + min(N - 1, steps * config.batch_size),  # N: `fit`'s line
-                            f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | accuracy "
-                            f"{accuracy:.1f} %")
+            text = f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | train {accuracy:.1f} %"
+            progress.update(epoch * N + min(N - 1, steps * config.batch_size), text)  # N: `fit`'s
     if not isfinite(run.sums[0]):
-        raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: the loss is not finite; epoch "
-                                 f"{epoch} is kept; a smaller --lr may help")
+        raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: the loss is not finite; the "
+                                 "epochs before are kept; a smaller --lr may help")
     if world() > 1:
         dist.all_reduce(run.sums)
     means = (run.sums / world() / steps).tolist()
     return dict(zip(["loss", *loss_parts(config), "train_accuracy"], means, strict=True))
 
-# Evaluation ---------------------------------------------------------------------------------------
 def classifier(model, config, size):
-    """A network as a function from uint8 images (B,3,H,W) on the device, which are brought to
-    `size`, to logits (B,K)."""
+    """A network as a function: uint8 images (B,3,H,W), brought to `size` -> logits (B,K)."""
     info = data.DATASETS[config.dataset]
-
     def logits(images):
         with autocast(config):
             return model(data.to_input(data.resize(images, size), info.mean, info.std))[0]
@@ -479,7 +465,6 @@ def accuracies(run, splits, targets):
             table[who][name] = 100 * metrics.top_k_accuracy(z, split.labels)
     return table
 
-# A whole run --------------------------------------------------------------------------------------
 def begin(config, split, teachers, tables, scale):
     """The `Run` of a new student. split: the training images, as the classifiers see them; tables,
     scale: CLIP's targets of them and their scale, or () and None."""
@@ -520,14 +505,12 @@ def fit(config, folder, splits, about):
     stateful = {"student": run.student, "criterion": run.criterion, "optimizer": run.optimizer}
     own = runs.digest(about)
     log = [] if config.overwrite else runs.restore(folder / "last.pt", stateful, own)
-    if rank() == 0 and not log:
-        runs.begin_run(config, folder, about)
     if log:
         files.note(f"{folder}: going on after epoch {len(log)}")
-
-    step, N = step_of(run), len(run.split.labels)
-    progress = files.Progress(f"{config.method} {config.student}", config.epochs * N,
-                              start=len(log) * N)
+    elif rank() == 0:
+        runs.begin_run(config, folder, about)
+    step, N, label = step_of(run), len(run.split.labels), f"{config.method} {config.student}"
+    progress = files.Progress(label, config.epochs * N, start=len(log) * N)
     for epoch in range(len(log), config.epochs):
         began = time.time()
         means = train_epoch(run, step, epoch, progress)
@@ -538,9 +521,9 @@ def fit(config, folder, splits, about):
                         "test_accuracy": alone["student"]["test"],
                         "images_per_second": N / seconds, "seconds": seconds})
             runs.keep_epoch(folder, log, stateful, own)
-            progress.update((epoch + 1) * N, "epoch {epoch}/{epochs} | loss {loss:.3f} | accuracy "
-                            "{train_accuracy:.1f} % | test {test_accuracy:.1f} %".format(
-                                epochs=config.epochs, **log[-1]), keep=True)
+            text = ("epoch {epoch}/{} | loss {loss:.3f} | train {train_accuracy:.1f} % | test "
+                    "{test_accuracy:.1f} %").format(config.epochs, **log[-1])
+            progress.update((epoch + 1) * N, text, keep=True)
     if rank() == 0:
         info, state = data.DATASETS[config.dataset], run.student.state_dict()
         files.save(folder / "student.pt", {

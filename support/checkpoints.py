@@ -11,8 +11,7 @@ from collections import OrderedDict
 from support import files
 
 class Inert(dict):
-    """Stands for whatever a pickle names, but for `KNOWN`: it takes arguments, items and attributes
-    (as items), and does nothing."""
+    """Whatever a pickle names, but for `KNOWN`: takes arguments and items, and does nothing."""
     __hash__ = object.__hash__  # a path, or a NumPy number, may be a key
 
     def __init__(self, *arguments, **named):
@@ -37,12 +36,10 @@ KNOWN = {
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8,  # stand for their dtype
     **{f"torch.{name}Storage": getattr(torch, name.lower())
-       for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")},
-}
+       for name in ("Half", "BFloat16", "Float", "Double", "Short", "Int", "Long", "Bool")}}
 
 class Unpickler(pickle.Unpickler):
-    """`find_class` is the only way in which a pickle comes to anything outside itself; here nothing
-    is imported."""
+    """`find_class` is a pickle's only way to anything outside itself; here nothing is imported."""
     def find_class(self, module, name):
         return KNOWN.get(f"{module}.{name}", Inert)
 
@@ -59,14 +56,12 @@ def read_zip(file):
     byteorder = f"{folder}/byteorder"
     if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
         raise ValueError("its numbers are big-endian")
-
     @functools.cache  # several tensors may be views of one storage
     def storage(key):
         _, dtype, record, _, count = key  # "storage", dtype, record's name, device, elements
         data = bytearray(archive.read(f"{folder}/data/{record}"))
         empty = torch.empty(0, dtype=dtype)  # of no bytes frombuffer makes none
         return torch.frombuffer(data, dtype=dtype, count=count) if data else empty
-
     unpickler = Unpickler(archive.open(f"{folder}/data.pkl"))
     unpickler.persistent_load = storage
     content = unpickler.load()
@@ -188,8 +183,7 @@ def read_state_dict(path):
     return state
 
 def read_about(path):
-    """What this project's own student.pt says of itself, its tensors too; {} for a file by another
-    program. Raises as `read_checkpoint`."""
+    """What our own student.pt says of itself, its tensors too; {} for another program's file."""
     content = read_checkpoint(path)
     return content if {"model_name", "format"} <= content.keys() else {}
 

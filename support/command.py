@@ -61,7 +61,6 @@ def parse(config_class, text, arguments=None, unread=lambda config: ()):
     that are given and named by unread(config), those without an effect."""
     def refuse(message):
         raise ValueError(f"{message}; --help lists the flags")
-
     parser = argparse.ArgumentParser(description=text, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
@@ -89,13 +88,11 @@ def main(job):
     mend, with status 2, that memory ran out, with 1, and SIGINT or SIGTERM, with 128 + its number,
     as shells have it; a warning is a note."""
     process, caught = os.getpid(), []
-
     def interrupt(number, frame):
         if os.getpid() != process:  # a loader's worker, which was sent it, too, ends without a word
             os._exit(0)
         caught.append(number)
         raise KeyboardInterrupt(number)
-
     sys.unraisablehook = lambda lost: (  # what a fork or a destructor drops: a signal, once more
         threading.Timer(0.1, signal.raise_signal, caught[:1]).start() if caught
         else sys.__unraisablehook__(lost))
@@ -148,7 +145,6 @@ class CudaGraph:
     one a kernel. The first calls are plain ones, in which cuDNN chooses its kernels and everything
     that lasts is allocated; then it is captured, and from then on replayed. What it returns is
     overwritten by the next call. An argument of another shape, an epoch's last batch, is called.
-
     The function must neither read from the device nor copy to it; a replay runs no Python."""
     def __init__(self, function, plain_calls=3):
         self.function, self.plain_calls = function, plain_calls

@@ -73,14 +73,9 @@ def list_files(root):
         files.note(f"{root}: left out {len(again)}, links to what is there already: {again[:3]}")
 
 def split_words(lines):
-    """{id: words} of the lines `id<tab>words`, or `id words` where the id is one like n01443537, or
-    a number."""
+    """{id: words} of the lines `id<tab>words`, and `id words` of ids like n01443537 or a number."""
     rows = [re.match(r"([^\t]+(?=\t)|[a-z]?\d+)[\s,._-]+(.+)", line.strip()) for line in lines]
     return {row[1].strip(): row[2] for row in rows if row}
-
-SYNONYMS = {  # of ImageNet's thousand, for those whose names, as listed, are another's too
-    "n02012849": ["crane bird"], "n03126707": ["construction crane"],
-    "n02113186": ["Cardigan Welsh corgi"]}
 
 def class_words(root, ids):
     """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
@@ -111,9 +106,6 @@ def open_image(path):
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is not a readable image ({error})") from None
 
-def holds_pictures(folder):
-    return any(name.lower().endswith(SUFFIXES) for name in list_files(folder))
-
 def by_class(root, part=0):
     """{class: paths} in ImageFolder's order; what is left out is said. A picture's class is the
     first part of its name in `root`; -2: the folder it lies in. FileNotFoundError: no picture."""
@@ -134,9 +126,10 @@ def by_class(root, part=0):
     return dict(sorted(listing.items()))
 
 def class_folders(root):
-    """The sorted names of the folders in `root`, if any."""
-    names = sorted(path.name for path in Path(root).glob("*") if path.is_dir())
-    return list(filter(is_data, names))
+    """{name: whether a picture lies in it} of the folders in `root`, sorted, if any."""
+    paths = sorted(path for path in Path(root).glob("*") if path.is_dir() and is_data(path.name))
+    return {path.name: any(name.lower().endswith(SUFFIXES) for name in list_files(path))
+            for path in paths}
 
 def alike(name):
     """A class's name without what people write in different ways; of synonyms the first."""
@@ -166,7 +159,7 @@ def match_classes(listing, class_ids, class_names, where, partial=False):
         kind = "numbers, places in the sorted list" if by_place else "classes spelled otherwise"
         files.note(f"{where}: {len(rest)} {kind}: {rest[0]} for {class_ids[known[rest[0]]]}")
     if not partial:
-        say_absent(numbers, class_ids, where, "the data set")
+        say_absent(numbers, class_ids, where)
     return dict(zip(listing, numbers))
 
 def labelled(listing, matched):
@@ -174,8 +167,8 @@ def labelled(listing, matched):
     return ([path for paths in listing.values() for path in paths],
             [matched[name] for name, paths in listing.items() for _ in paths])
 
-def say_absent(present, class_ids, where, other):
-    """One line about the classes of `other` that `where` lacks, if any; present: their numbers."""
+def say_absent(present, class_ids, where):
+    """One line about the classes that `where` has no image of; present: the others' numbers."""
     absent = [class_ids[k] for k in sorted({*range(len(class_ids))} - {*present})]
     if absent:
-        files.note(f"{where} has no image of {len(absent)} classes of {other}: {absent[:5]}")
+        files.note(f"{where} has no image of {len(absent)} classes: {absent[:5]}")

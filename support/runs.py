@@ -13,8 +13,7 @@ from support.command import flag, rank
 
 # What does not change a result; the other fields are a run's settings.
 PLACES = ("data_dir", "no_graph", "device", "workers", "cache_dir", "out", "overwrite")
-# Settings that name files: what is in these decides, not where they lie. The names of the classes
-# are part of the data.
+# Settings that name files, whose content decides; the classes' names are part of the data.
 FILES = ("teacher_weights", "clip", "bpe", "prompts", "class_names")
 ANEW = "--overwrite, of a cached teacher removing its folder, starts it anew"
 
@@ -158,8 +157,7 @@ def open_run(folder, about, overwrite):
     with files.undamaged(folder / "config.json", ANEW):
         differ = difference(key(files.read_json(folder / "config.json", ANEW)), key(about))
     if differ:
-        raise ValueError(f"{folder} holds another run: {differ}; --out names another folder, "
-                         "--overwrite starts anew")
+        raise ValueError(f"{folder} holds another run: {differ}; see --out, --overwrite")
     return files.read_json(folder / "summary.json", ANEW) if "summary.json" in names else None
 
 def begin_run(config, folder, about):

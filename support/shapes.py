@@ -63,35 +63,28 @@ def render(phrases, style, generator):
     """N phrases, style (N,) from 0 (plain) to 1 (wild) -> images uint8 (N,3,32,32)."""
     N = len(phrases)
     colours, shapes = zip(*(phrase.split() for phrase in phrases))
-
     def draw(plain, wild, size=(1, 1)):  # (N,1,1): one an image, for use with maps (N,H,W)
         """Uniform numbers (N, *size) between bounds that go from `plain` to `wild` with style."""
         weight = style.view(N, *[1] * len(size))
         low, high = (p + (w - p) * weight for p, w in zip(plain, wild))
         return low + (high - low) * torch.rand(N, *size, generator=generator)
-
     def cover(canvas, paint, coverage):  # coverage (N,H,W), 0 to 1; edges are as soft as a pixel
         return canvas + (paint - canvas) * coverage.clamp(0, 1).unsqueeze(1)
-
     middle = torch.arange(SIDE) + 0.5 - SIDE / 2
     py, px = middle.view(1, SIDE, 1), middle.view(1, 1, SIDE)  # pixel centres
-
     colour = torch.tensor([COLOURS[c] for c in colours]) + draw((-0.12, 0.12), (-0.12, 0.12), [3])
     back = (draw((0.05, 0.3), (0, 1), [1]) + draw((-0.02, 0.02), (-0.25, 0.25), [3])).clamp(0, 1)
     hidden = ((back - colour).norm(dim=1, keepdim=True) < 0.45) & (style.view(N, 1) > 0)
     back = torch.where(hidden, (back + 0.5) % 1, back).view(N, 3, 1, 1)  # at least 0.41 apart
-
     u, v = turn(draw((0, 0), (0, math.pi)), px, py)  # background texture: stripes to checks
     waves = (u * draw((0.3, 0.3), (0.2, 1.2))).sin() * (v * draw((0.3, 0.3), (0, 1))).cos()
     canvas = back + (waves * draw((0, 0), (-0.2, 0.2))).unsqueeze(1)  # (N,3,H,W)
-
     for _ in range(4):  # clutter: short strokes of any colour; none in the plain style
         angle = draw((0, 0), (0, math.pi))
         u, v = turn(angle, px - draw((0, 0), (-16, 16)), py - draw((0, 0), (-16, 16)))
         length = draw((0, 0), (0, 7))
         stroke = torch.hypot((u.abs() - length).clamp(min=0), v) - draw((-1, -1), (0.3, 1.5))
         canvas = cover(canvas, torch.rand(N, 3, 1, 1, generator=generator), 0.5 - stroke)
-
     radius = draw((5.5, 8), (5, 12))
     room = (SIDE / 2 - radius).clamp(max=6 + 10 * style.view(N, 1, 1))  # how far from the middle
     x, y = px - room * draw((-1, 1), (-1, 1)), py - room * draw((-1, 1), (-1, 1))

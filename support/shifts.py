@@ -1,8 +1,7 @@
 """Test sets from elsewhere: CIFAR-C, CIFAR-10.1, STL-10, ImageNet-C, any class folders. Errors are
 ValueError and OSError of one line that names the file.
 
-    images, labels, columns = load_shift(directory, "imagenet", ids, names)  # paths; 200 of 1000
-"""
+    images, labels, columns = load_shift(directory, "imagenet", ids, names)  # paths; 200 of 1000"""
 
 import numpy as np
 import torch
