@@ -15,7 +15,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 def published(images, severity, cifar, tiny, imagenet=None):
     """The entry for `severity` in the table made for 32, 64 or 224 pixels, as the shorter side is
     below 48, below 120, or above. ValueError, for all: wrong images, wrong severity."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; "
                          "expected torch.uint8 (N, 3, H, W), N > 0")
     if severity not in (1, 2, 3, 4, 5):
@@ -328,5 +328,5 @@ def corrupt(images: Tensor, name: str, severity: int, generator: Generator | Non
     if name not in COMMON:
         raise ValueError(f"unknown corruption {name!r}; known are {', '.join(COMMON)}")
     pixels = 2 ** 21 if images.is_cuda else 2 ** 18
-    parts = images.split(max(1, pixels // math.prod(images.shape[2:])))
+    parts = images.split(max(1, pixels // max(1, math.prod(images.shape[2:]))))
     return torch.cat([COMMON[name](part.contiguous(), severity, generator) for part in parts])

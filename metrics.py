@@ -25,8 +25,8 @@ def checked(logits: Tensor, target: Tensor, setting=1, low=1, high=math.inf):
     if not (whole and logits.ndim == 2 and target.shape == logits.shape[:1] and len(target)
             and 0 <= target.min() and target.max() < logits.shape[1]
             and logits.amax(dim=1).isfinite().all() and low <= setting <= high):
-        raise ValueError(f"{[*logits.shape]}, {target.dtype} {[*target.shape]}, {setting}: "
-                         f"expected logits (N, K), not NaN, integers (N,) below K, {low} to {high}")
+        raise ValueError(f"logits {[*logits.shape]}, target {target.dtype} {[*target.shape]}: "
+                         f"expected (N, K), no NaN, integers (N,) below K; {setting}: {low}-{high}")
     return logits.double(), target.long()
 
 def top_k_accuracy(logits: Tensor, target: Tensor, k: int = 1) -> float:
@@ -98,7 +98,7 @@ def bootstrap_interval(values: Tensor, generator: Generator, resamples: int = 10
     """(low, high) of the mean of values (N,): percentiles of the means of N images drawn from these
     with replacement (Efron 1979). For a paired difference, pass each image's difference."""
     N, values = len(values), values.double().cpu()
-    if values.shape != (N,) or not values.isfinite().all() or not 0 < level < 1:
+    if values.shape != (N,) or not N or not values.isfinite().all() or not 0 < level < 1:
         raise ValueError(f"values {tuple(values.shape)}, {level}: expected finite (N,), 0 to 1")
     draws = (torch.randint(N, (N,), generator=generator) for _ in range(resamples))
     means = torch.stack([values[drawn].mean() for drawn in draws])

@@ -35,8 +35,9 @@ def expect(name: str, x, shape=(), low=None, high=None, dtype=None):
     """x itself, a number or tensor. ValueError: of another shape or dtype, or (with `low`) not from
     low to high; a tensor's numbers are looked at where that is free: not on a GPU, nor compiled."""
     tensor = isinstance(x, torch.Tensor)
-    if x is None or getattr(x, "shape", ()) != shape or dtype and getattr(x, "dtype", 0) != dtype:
-        given = f"{x.dtype} {tuple(x.shape)}" if tensor else repr(x)[:40]
+    size = x.shape if tensor else ()
+    if x is None or size != shape or dtype and not (tensor and x.dtype == dtype):
+        given = f"{x.dtype} {tuple(x.shape)}" if hasattr(x, "shape") else repr(x)[:40]
         raise ValueError(f"{name}: {given}, expected {dtype or 'shape'} {tuple(shape)}")
     if low is not None and (not tensor or x.is_cpu and not torch.compiler.is_compiling()):
         least, most = x.aminmax() if tensor else (x, x)
@@ -69,7 +70,7 @@ def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
     """
     expect("class_features", class_features, (len(class_features), image_features.shape[-1]))
     with torch.autocast(image_features.device.type, enabled=False):  # the product, too, in float32
-        return scale * unit(image_features) @ unit(class_features).T
+        return expect("scale", scale, (), 1e-9, 1e9) * unit(image_features) @ unit(class_features).T
 
 def fuse_teachers(logits: list[torch.Tensor], weights: list[float] | None = None) -> torch.Tensor:
     """Several teachers as one: the mean of n logits (B, K), by n weights >= 0 of any sum above 0.
@@ -293,7 +294,7 @@ class RichKD(torch.nn.Module):
     Here, student_features, teacher_features, clip_features are widths; num_images: N. RichKD (L) is
     feature_weight=0, (F) logit_weight=0: a part of weight 0 is neither computed nor allocated.
     alpha = lam = 1 is the teacher alone (KD, DKD, CRD, ...), 0 is CLIP alone; what has no weight
-    may be None. For several teachers: `fuse_teachers(logits)` and their features concatenated.
+    (but student_logits) may be None. Several teachers: `fuse_teachers`, features concatenated.
     logit_loss: "kd", "dkd", "mlkd" (with its own temperatures); standardize: equation (8); all from
     d on: see `ContrastiveMemory`. The parameters are the maps g: give them to the optimiser."""
     def __init__(self, student_features, teacher_features, clip_features, num_images, *, alpha=0.7,
@@ -337,6 +338,7 @@ class RichKD(torch.nn.Module):
                 loss = kd_loss(student_logits, fused, self.temperature)
             losses["logit"] = self.logit_weight * loss
         if self.feature_weight:
+            expect("index", index, (B,), dtype=torch.int64)
             teacher_features, clip_features = (
                 x if x is None else x.detach() for x in (teacher_features, clip_features))
             teacher = self.teacher_embed(teacher_features) if self.lam > 0 else None
