@@ -3,6 +3,7 @@
 import data
 import evaluate
 import io
+import itertools
 import json
 import math
 import metrics
@@ -41,11 +42,9 @@ def report(method, seed, top1, teacher="resnet20", test="t1", train="a1", epochs
 def compared(*reports):
     return compare.groups([compare.run_of(report) for report in reports])
 
-def test_student_t_has_the_published_quantiles():
+def test_statistics_by_hand_and_published_quantiles():
     for df, quantile in {1: 12.7062, 2: 4.3027, 4: 2.7764, 30: 2.0423, 1000: 1.9623}.items():
         assert compare.student_t(df) == pytest.approx(quantile, abs=2e-4)
-
-def test_statistics_by_hand():
     assert compare.statistics([3.0]) == {"n": 1, "mean": 3.0}
     std, half = math.sqrt(7), 4.3027 * math.sqrt(7 / 3)
     expected = {"n": 3, "mean": 3, "std": std, "low": 3 - half, "high": 3 + half}
@@ -232,48 +231,31 @@ def test_samples_have_corruptions_as_columns():
     assert picture.shape == (10 * 98 + 2, 15 * 98 + 2, 3)  # 32 pixels are enlarged to 96
     assert (picture[8 * 98 + 2:9 * 98, 10 * 98 + 2:11 * 98] == 40).all()  # the second's severity 4
 
-def groups_of(name):
-    return compare.groups(compare.read_reports(ROOT / f"study/results/{name}.json"))
-
 def test_comparison_of_each_study_is_in_the_readme():
     readme = (ROOT / "study/README.md").read_text()
     for path in ROOT.glob("study/results/*.json"):
         assert f"study/results/{path.name}" in readme
-        for table in compare.as_markdown(groups_of(path.stem)).split("\n\n"):
+        for table in compare.as_markdown(compare.groups(compare.read_reports(path))).split("\n\n"):
             assert table in readme, (path, table)
 
-def test_comparison_is_what_the_tables_of_claims_say():
-    readme = (ROOT / "study/README.md").read_text()
-    claims = [line for line in readme.split("**In short.**")[0].splitlines() if line[:1] == "|"][2:]
-    fused, confident, better, nll, corrupted, features, alpha = claims
-    cifar, tiny = "cifar100-core-10-resnet20-resnet8", tuple(
-        f"tiny-imagenet-{part}" for part in ("methods", "fraction-30", "fraction-10"))
-    reports = json.loads((ROOT / f"study/results/{cifar}.json").read_text())
-    [test] = [report["sets"]["test"] for report in reports if "fusion" in report]
-    for name in ("right 0.5", "wrong 0.5", "right 0.7", "wrong 0.7"):
-        before, after = (test[who][f"confident_{name}"] for who in ("teacher", "fused"))
-        assert f"{before:.2f} → {after:.2f}" in confident
-    top1, generated = "test top-1 %", "generated corruptions top-1 %"
-    for name in (cifar, *tiny):
-        teacher, both = (groups_of(name)[0]["rows"][who][top1]["mean"]
-                         for who in ("teacher", "fused teacher"))
-        assert f"{teacher:.2f} → {both:.2f}" in fused
-    for claim, row, column, *names in (
-            (better, "richkd", top1, cifar, *tiny, "shapes-methods"),
-            (nll, "richkd", "NLL", cifar, *tiny), (corrupted, "richkd", generated, *tiny),
-            (corrupted, "richkd", "generated corruptions, 20 % of the images, top-1 %", cifar),
-            (features, "richkd-l", top1, cifar),
-            (features, "richkd-f", top1, tiny[0], "shapes-methods"),
-            *((alpha, f"richkd{flag}", top1, "tiny-imagenet-sweeps-30")
-              for flag in ("", " --alpha 0.0", " --alpha 0.3", " --alpha 1.0"))):
-        for name in names:
-            more = groups_of(name)[0]["rows"][row][column]["difference"]
-            mean, low, high = (f"{more[end]:+.{2 + (column == 'NLL')}f}"
-                               for end in ("mean", "low", "high"))
-            assert f"{mean} ({low} to {high})" in claim
-    for number in re.findall(r"\d+\.\d+ → \d+\.\d+|[+-]\d+\.\d+ \([^)]* to [^)]*\)",
-                             (ROOT / "README.md").read_text()):  # what it repeats is the same
-        assert number in readme, number
+def test_comparison_is_what_both_readmes_claim():
+    """Intervals and changes are those of the study's tables, whose confident rows a report has."""
+    claims, tables = (ROOT / "study/README.md").read_text().split("**In short.**")
+    for text in (claims, (ROOT / "README.md").read_text()):
+        intervals = re.findall(r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)", text)
+        changes = re.findall(r"(\d+\.\d\d) → (\d+\.\d\d)", text)
+        assert len(intervals) > 2 and len(changes) > 2
+        for mean, low, high in intervals:
+            assert f"({mean}; {low} to {high})" in tables
+        for number in sum(changes, ()):
+            assert f"| {number} |" in tables
+    path = ROOT / "study/results/cifar100-core-10-resnet20-resnet8.json"
+    [test] = [report["sets"]["test"] for report in json.loads(path.read_text())
+              if "fusion" in report]
+    for place, kind in itertools.product((5, 7), ("right", "wrong")):
+        row = [f"{test[who][f'confident_{kind} 0.{place}']:.2f}"
+               for who in ("teacher", "CLIP", "fused")]
+        assert f"| confident (above .{place}) and {kind} | {' | '.join(row)} |" in tables
 
 def test_published_has_ours_beside_theirs():
     def run(top1, **change):
