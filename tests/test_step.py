@@ -6,18 +6,15 @@ import data
 import dataclasses
 import models
 import pytest
-import subprocess
-import sys
 import torch
 import train
-from pathlib import Path
+from helpers import ROOT, python
 from support import command
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = {**{method: {} for method in train.METHODS}, "per-image": {"negatives": "per-image"},
            "standardize": {"standardize": True}, "amp": {"amp": True},
            "two teachers": {"teacher": ("resnet8", "wrn_16_1")}}
@@ -65,15 +62,8 @@ def on_fake_gpu(run):
     def fake(value):
         return torch.empty(value.shape, dtype=value.dtype, device="cuda")
 
-    for module in (run.student, run.criterion, run.teachers):
-        for part in module.modules() if module else ():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    part._parameters[name] = torch.nn.Parameter(fake(parameter),
-                                                                parameter.requires_grad)
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    part._buffers[name] = fake(buffer)
+    for module in filter(None, (run.student, run.criterion, run.teachers)):
+        module._apply(fake)
     parameters = [*run.student.parameters(), *run.criterion.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
     rate = optimizer.param_groups[0]["lr"] = fake(run.rate)
@@ -189,9 +179,8 @@ def test_graph_has_the_losses_of_called_steps(method, monkeypatch):
 
 @pytest.mark.slow
 def test_bench_gpu_runs_in_miniature():
-    done = subprocess.run(
-        [sys.executable, "bench/bench_gpu.py", "--device", "cpu", "--small", "--steps", "2",
-         "--images", "64"], cwd=ROOT, capture_output=True, text=True)
+    done = python("bench/bench_gpu.py", "--device", "cpu", "--small", "--steps", 2, "--images", 64,
+                  cwd=ROOT)
     assert done.returncode == 0, done.stderr
     rows = {tuple(line.split()[:4]) for line in done.stdout.splitlines()}
     for method in ("scratch", "kd", "richkd-l", "richkd"):
