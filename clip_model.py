@@ -27,8 +27,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads, causal):
         super().__init__()
         if width % (heads or 64):
-            raise ValueError(f"a width of {width} does not divide by {heads or 64} into heads; a "
-                             "config beside the weights can say how many there are")
+            raise ValueError(f"a width of {width} does not divide by {heads or 64}: see its config")
         self.heads, self.causal = heads or width // 64, causal
         self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -204,9 +203,8 @@ class CLIP(nn.Module):
         end = tokens.argmax(dim=1)  # (B,): the end token has the largest id
         L = int(end.max()) + 1  # what stands behind the end has no influence
         x = self.token_embedding(tokens[:, :L]) + self.positional_embedding[:L]  # (B, L, width)
-        x = self.transformer(x)
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), end])  # (B, width)
-        return x @ self.text_projection  # (B, D)
+        x = self.transformer(x)[torch.arange(len(x), device=x.device), end]  # (B, width)
+        return self.ln_final(x) @ self.text_projection  # (B, D)
 
 def read_sizes(state):
     """The arguments of CLIP that the shapes of its tensors, in OpenAI's layout, tell."""
@@ -312,8 +310,7 @@ class Tokenizer:
         return tokens
 
 def load_merges(path) -> list[tuple[str, str]]:
-    """The merges of a BPE file, plain or .gz, as (left, right) symbols in order of priority. Raises
-    ValueError for another kind of file."""
+    """The merges (left, right), by priority, of a BPE file, plain or .gz; else ValueError."""
     data = Path(path).read_bytes()
     try:
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
@@ -349,8 +346,7 @@ NO_NAME = regex.compile(r"^['\"`\u2018\u201c\u2022|*]|^-\s|^\d+\s*[.:)]\s|['\"]\
 
 def load_lines(path, holding="") -> list[str]:
     """The names or templates of a file, one a line; empty lines and `#` comments are skipped.
-    Raises ValueError for what is no UTF-8, and where a line, or the file, does not hold `holding`
-    or is of a program or a numbered list."""
+    ValueError: no UTF-8, a line without `holding`, none at all, a program or a numbered list."""
     try:
         text = Path(path).read_text("utf-8-sig")  # with or without the mark that Windows writes
     except UnicodeDecodeError:
@@ -408,9 +404,8 @@ def prompt_names(class_names: list[str], tokenizer: Tokenizer) -> list[str]:
     uses = Counter(ids[name] for name in found)
     unclear = [name for name in found if uses[ids[name]] > 1 or regex.fullmatch(CODE, name)]
     if unclear:
-        warnings.warn(f"{len(unclear)} of {len(found)} class names, equal ones or codes, tell CLIP "
-                      f"nothing: {', '.join(unclear[:6])}; give names by --class-names FILE, or in "
-                      "words.txt (id<tab>name) beside train/", stacklevel=2)
+        warnings.warn(f"{len(unclear)} of {len(found)} class names, equal or codes, tell CLIP "
+                      f"nothing: {', '.join(unclear[:5])}; see --class-names", stacklevel=2)
     return found
 
 @torch.no_grad()

@@ -16,8 +16,7 @@ def published(images, severity, cifar, tiny, imagenet=None):
     """The entry for `severity` in the table made for 32, 64 or 224 pixels, as the shorter side is
     below 48, below 120, or above. ValueError, for all: wrong images, wrong severity."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; "
-                         "expected torch.uint8 (N, 3, H, W), N > 0")
+        raise ValueError(f"{images.dtype} {[*images.shape]}: expected uint8 (N, 3, H, W), N > 0")
     if severity not in (1, 2, 3, 4, 5):
         raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
     side = min(images.shape[-2:])
@@ -46,14 +45,12 @@ def blur(x, sigma, truncate=4, mirror=False):
     reach = int(truncate * sigma + 0.5)
     taps = torch.arange(-reach, reach + 1)
     weight = gaussian(taps, sigma)
-
     def matrix(size):
         source = torch.arange(size)[:, None] + taps  # (size, taps), on the CPU: one order of sums
         if mirror:
             source = torch.minimum(source % (2 * size), (-1 - source) % (2 * size))
         source = source.clamp(0, size - 1)
         return torch.zeros(size, size).scatter_add_(1, source, weight.expand(size, -1)).to(x.device)
-
     return matrix(x.shape[-2]) @ (x @ matrix(x.shape[-1]).T)
 
 def crop_centre(x, height, width):
@@ -61,8 +58,7 @@ def crop_centre(x, height, width):
     return x[..., top:top + height, left:left + width]
 
 def clipped_zoom(x, factor):
-    """Enlarges the centre of x float (N, C, H, W) by the factor, bilinear with aligned corners, and
-    cuts the result to the old size."""
+    """Enlarges x float (N, C, H, W), bilinear with aligned corners, and cuts it to its old size."""
     height, width = x.shape[-2:]
     x = crop_centre(x, math.ceil(height / factor), math.ceil(width / factor))
     size = [int(side * factor + 0.5) for side in x.shape[-2:]]
@@ -170,8 +166,7 @@ def zoom_blur(images: Tensor, severity: int, generator: Generator | None = None)
     return to_uint8(total / (count + 1))
 
 def snow(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
-    """Thresholded noise, enlarged and blurred along a steep line, laid on twice (once turned by
-    180 degrees) over the whitened image."""
+    """Thresholded noise, enlarged, blurred along a steep line, laid twice on the whitened image."""
     mean, deviation, zoom, threshold, radius, sigma, keep = published(
         images, severity,
         [(.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
@@ -193,8 +188,7 @@ def snow(images: Tensor, severity: int, generator: Generator | None = None) -> T
 def frost(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """The image and frost, each at its weight. The published code cuts frost from five photographs,
     which are not ours to ship. Here it is bright ridges along the zero lines of power-law noise, in
-    colour, contrast and roughness like one of the five, drawn per image: of the published strength,
-    but other pictures."""
+    colour, contrast and roughness like one of the five: as strong, but other pictures."""
     keep, weight = published(images, severity, [(1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45)],
                              [(1, .3), (.9, .4), (.8, .45), (.75, .5), (.7, .55)],
                              [(1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)])
@@ -218,10 +212,8 @@ def plasma(n, size, decay, images, generator):
     torus, the random part divided by `decay` at each halving of the step."""
     cloud = torch.zeros(n, size, size, device=images.device)
     step, wibble = size, 100.0
-
     def mean(total):
         return total / 4 + wibble ** 2 * (2 * draw(torch.rand, total.shape, images, generator) - 1)
-
     while step >= 2:
         half = step // 2
         corner = cloud[:, ::step, ::step]
@@ -262,9 +254,8 @@ def contrast(images: Tensor, severity: int, generator: Generator | None = None) 
     return to_uint8((x - mean) * c + mean)
 
 def elastic_transform(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
-    """A random affine map, which moves three points by up to `jitter` pixels, then a displacement
-    by smooth noise. Bilinear both times; the first mirrors at the centre of the edge pixel, the
-    second at its rim."""
+    """A random affine map, which moves three points by up to `jitter` pixels, then smooth noise.
+    Both bilinear; the first mirrors at the centre of the edge pixel, the second at its rim."""
     amount, sigma, jitter = published(
         images, severity,
         [(0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, .96, .96)],
@@ -289,11 +280,9 @@ def elastic_transform(images: Tensor, severity: int, generator: Generator | None
     return to_uint8(F.grid_sample(x, grid, padding_mode="reflection", align_corners=False))
 
 def pixelate(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
-    """Shrinks and enlarges with Pillow's box filter: windows go by pixel centre, every pass rounds
-    to whole levels."""
+    """Shrinks and enlarges with Pillow's box filter: windows go by pixel centre, passes round."""
     c = published(images, severity, [.95, .9, .85, .75, .65],
                   [.9, .8, .7, .6, .5], [.6, .5, .4, .3, .25])
-
     def resize(x, size):  # the last axis
         scale = x.shape[-1] / size
         half = max(scale, 1) / 2
@@ -302,7 +291,6 @@ def pixelate(images: Tensor, severity: int, generator: Generator | None = None) 
         pixel = torch.arange(x.shape[-1], device=x.device)
         window = (pixel >= first) & (pixel < end)  # (size, old size)
         return (x @ (window / window.sum(dim=1, keepdim=True)).T + 0.5).floor()
-
     height, width = images.shape[-2:]
     small = resize(resize(images.float(), int(width * c)).mT, int(height * c)).mT
     return resize(resize(small, width).mT, height).mT.to(torch.uint8)

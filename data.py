@@ -49,8 +49,7 @@ DATASETS = {
 def check_images(images):
     """ValueError unless they are uint8 (B,3,H,W)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected images uint8 (B,3,H,W), found {images.dtype} "
-                         f"{tuple(images.shape)}")
+        raise ValueError(f"images {images.dtype} {tuple(images.shape)}: expected uint8 (B,3,H,W)")
 
 def draw_epoch(N, seed, padding=4):
     """All that an epoch of N images draws, from one seed: (order, top, left, flip), each int64 (N,)
@@ -105,8 +104,7 @@ class Stream(torch.utils.data.Dataset):
             image = TF.resize(image, [self.resize_to], self.interpolation)
             image = TF.center_crop(image, [self.size])
         elif image.size != (self.size, self.size):
-            raise ValueError(f"{self.paths[index]} has {image.width} x {image.height} pixels; "
-                             f"expected {self.size} x {self.size}, as in all of this data set")
+            raise ValueError(f"{self.paths[index]}: {image.size}, not {self.size} x {self.size}")
         return TF.pil_to_tensor(image), index
 
 def is_in_memory(images):
@@ -167,9 +165,8 @@ def decoded(images, cache_dir, workers):
     return runs.cached(files.cache_folder(cache_dir) / f"images-{N}x{size}", key, decode)
 
 def rename_classes(split, lines, path):
-    """The split with class names from the lines of a file, `path`: one a line in the order of its
-    classes, or `id<tab>name`. A comma parts synonyms of WordNet's classes only. Raises ValueError
-    where they do not name each class."""
+    """The split with class names from the lines of a file, `path`: one a class in their order, or
+    `id<tab>name`; else ValueError. A comma parts synonyms of WordNet's classes only."""
     ids, words = split.ids, folders.split_words(lines)
     places = [int(found[1]) for found in map(re.compile(r"\b(\d+)\W*$").search, lines) if found]
     if {*ids} <= {*words}:
@@ -205,8 +202,7 @@ def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="c
     """Yield what `look_up` makes each batch of an epoch of training from, drawn from the seed: of a
     split in memory, all of which lies on `device`, int64 (4,B), the images' index, top, left, flip;
     of a Stream the batch itself. Rank r of `world` gets every world-th image of one process's
-    batches, as many as the others, over which gradients are averaged. A batch of less than two
-    images a rank is left out, since BatchNorm needs two."""
+    batches, as many as the others, and two at least, which BatchNorm needs."""
     in_memory = is_in_memory(split.images)
     drawn = torch.stack(draw_epoch(len(split.labels), seed)).to(device if in_memory else "cpu")
     batches = [batch[:, rank : batch.shape[1] // world * world : world]
@@ -292,8 +288,7 @@ def cifar(name, root, split, cache_dir):
 
 def tiny_imagenet(root, split, cache_dir):
     """The original layout, a zip or unpacked, in `root` or one folder below: wnids.txt, words.txt,
-    train/<wnid>/images/*, val/images/* with val_annotations.txt, or val/<wnid>/*. The classes are
-    sorted by id, as in an ImageFolder."""
+    train/<wnid>/images/*, val/images/* with val_annotations.txt, or val/<wnid>/*; sorted by id."""
     if not root.is_file() and not folders.holder(root, "wnids.txt"):
         root = files.fetch([TINY_IMAGENET_URL], root / Path(TINY_IMAGENET_URL).name,
                            "md5:90528d7ca1a48142e341f4ef8d21d0de", ELSEWHERE)
@@ -317,8 +312,7 @@ def tiny_imagenet(root, split, cache_dir):
     return Split(images, torch.tensor(labels), [words.get(wnid, wnid) for wnid in wnids], wnids)
 
 def image_folders(root, split, size, resize_to):
-    """Any train/ and val/, or test/, of one folder of images a class: the classes are train's,
-    sorted, and the labels of both. -> a Split of a Stream."""
+    """Any train/ and val/, or test/, of a folder a class; the classes, sorted, are train's."""
     train, ids = root / "train", folders.class_folders(root / "train")
     tests = [root / name for name in ("val", "test")
              if any(folders.class_folders(root / name).values())]
@@ -365,6 +359,6 @@ def load_dataset(name, root, split, cache_dir=None):
     classes = len(read.labels.unique()) if split == "train" else len(read.ids)
     if classes < 2 or len(read.labels) < 2:
         below = sorted({Path(path).parent.name for path in getattr(read.images, "paths", ())})
-        raise ValueError(f"{root}, {split}: {len(read.labels)} images of {classes} classes, "
-                         f"{read.ids[:3]}; expected two of both; the pictures lie in {below[:5]}")
+        raise ValueError(f"{root}, {split}: {len(read.labels)} images of {classes} classes, in "
+                         f"{below[:5]}; expected two of both, at least")
     return read

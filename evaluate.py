@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import metrics
 import models
-import os
 import richkd
 import torch
 import train
@@ -75,8 +74,7 @@ def calibrated(logits, labels):
 
 def over_corruptions(sets, who, alexnet):
     """A subject's means over the fifteen corruptions and five severities; "by_severity": {name:
-    top-1 at each}; with alexnet ImageNet-C's "mce" and "relative_mce" in percent. sets: {"clean",
-    "fog 1" and so on: {subject: `measures`}}."""
+    top-1 at each}; with alexnet ImageNet-C's "mce" and "relative_mce" in percent."""
     clean = sets["clean"][who]
     row = {name: sum(sets[x][who][name] for x in CORRUPTED) / len(CORRUPTED) for name in clean}
     row["by_severity"] = {name: [sets[f"{name} {severity}"][who]["top1"]
@@ -91,12 +89,11 @@ class Student:
     """A classifier, with --fused what taught it, and the report of them, a JSON file: {"about":
     whose numbers these are, "sets": {name: {"key": which images they are of, subject: numbers}}}.
     A report about something else is begun anew, and so is a set with another key."""
-
     def __init__(self, config, test, own, run, weights, report, about):
         """`own` and on: as `read_run`. Raises ValueError for weights of other classes or images."""
         info = data.DATASETS[config.dataset]
-        info = info._replace(image_size=config.image_size or info.image_size)
-        size = runs.input_size(weights, test, info, run and runs.digest(run))
+        size = runs.input_size(weights, test, info, run and files.json_digest(runs.key(run)))
+        size = size or config.image_size or info.image_size
         model = models.freeze(models.load_weights(own.student, weights, len(test.class_names)))
         self.subjects = {"student": train.classifier(model.to(config.device), config, size)}
         self.path, self.alpha, self.sets = Path(report), own.alpha, {}
@@ -140,13 +137,12 @@ class Student:
 
 def newest_run(fused, root="runs"):
     """The folder below `root` whose run finished last, with `fused` one with teacher and CLIP."""
-    for path in sorted(Path(root).glob("*/summary.json"), key=os.path.getmtime, reverse=True):
+    for path in sorted(Path(root).glob("*/summary.json"), key=lambda p: -p.stat().st_mtime):
         summary = files.read_json(path, ANEW)
         if not fused or summary["teacher"] and summary["clip"]:
             files.note(f"evaluating {path.parent}")
             return path.parent
-    raise FileNotFoundError(f"no finished run{' with a teacher and CLIP (--fused)' * fused} below "
-                            f"{root}/: python train.py makes one; --run names one elsewhere")
+    raise FileNotFoundError(f"no finished run{' for --fused' * fused} in {root}/: see --run")
 
 def read_run(folder, config):
     """What a `Student` is made of: the `train.Config` of a finished run, in the places of this
@@ -237,8 +233,7 @@ def published(config, test, name, severity):
         size = seen.shape[-1] if data.is_in_memory(seen) else seen.size
         images = data.Stream(paths, size, size)  # which they have already
     if sorted(labels.tolist()) != sorted(test.labels.tolist()):  # their order may differ
-        raise ValueError(f"{config.corruptions}, {name} {severity}: {len(labels)} images, or their "
-                         f"classes, are not those of the {len(test.labels)} test images")
+        raise ValueError(f"{config.corruptions}, {name} {severity}: other classes than the test's")
     return images, labels
 
 def corrupted_sets(config, test):

@@ -8,8 +8,7 @@ errors lie between 0 and 1. p = softmax(logits); an image's confidence is its la
 (0.5, 0.449)
 
 References: Brier 1950; Efron 1979; Guo 2017, arXiv 1706.04599; Hendrycks and Dietterich 2019, arXiv
-1903.12261; Nguyen and O'Connor 2015, arXiv 1508.05154. Needs torch alone.
-"""
+1903.12261; Nguyen and O'Connor 2015, arXiv 1508.05154. Needs torch alone."""
 
 import math
 import torch

@@ -13,9 +13,8 @@ teachers load as they are, and torchvision's in the networks for ImageNet.
 `resnet50_imagenet` and `resnet18` torchvision's: a file tells `load_weights` which is meant.
 `mobilenetv2` (width 0.5) is CIFAR's, `mobilenet_v2` ImageNet's; `load_weights` needs support/, too.
 
-References: He et al. 2016 (ResNet), Zagoruyko & Komodakis 2016 (WRN), Simonyan & Zisserman 2015
-(VGG), Howard et al. 2017 and Sandler et al. 2018 (MobileNet), Zhang et al. 2018 and Ma et al. 2018
-(ShuffleNet); as laid out in HobbitLong/RepDistiller `models/` and megvii-research/mdistiller."""
+References: He 2016 (ResNet), Zagoruyko 2016 (WRN), Simonyan 2015 (VGG), Howard 2017 and Sandler
+2018 (MobileNet), Zhang and Ma 2018 (ShuffleNet), as in RepDistiller `models/` and mdistiller."""
 
 import copy
 import torch
@@ -50,8 +49,7 @@ def global_pool():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, C, H, W) -> (B, C)
 
 def stages(name, block, widths, counts, strides):
-    """{name1: stage, name2: ...}: stage i has counts[i] blocks, of which the first one goes from
-    widths[i] channels to widths[i + 1], by strides[i]."""
+    """{name1: stage, ...}: counts[i] blocks, widths[i] channels to widths[i + 1], by strides[i]."""
     modules = {}
     for before, width, count, stride in zip(widths, widths[1:], counts, strides):
         blocks = [block(before, width, stride), *(block(width, width, 1) for _ in range(count - 1))]

@@ -27,7 +27,6 @@ from support.command import autocast, flag, rank, rank_zero_first, setting, worl
 from typing import NamedTuple
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # the authors' templates
-
 # What a method fixes. All else is shared, so that methods differ in their loss alone.
 METHODS = {
     "scratch": {"logit_weight": 0.0, "feature_weight": 0.0},
@@ -39,7 +38,6 @@ METHODS = {
     "richkd-l": {"feature_weight": 0.0},
     "richkd-f": {"logit_weight": 0.0},
     "richkd": {}}
-
 # What depends on the data set. The schedule is that of CRD (Tian 2020), which the paper follows.
 CIFAR = dict(teacher=("resnet110",), student="resnet20", clip="ViT-L/14", num_negatives=16384,
              epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4)
@@ -100,8 +98,7 @@ class Config(Shared):
     overwrite: bool = setting(False, "start anew where the run folder holds a run")
 
 def for_size(name, image_size):
-    """`resnet18` and `resnet50` as the zoo calls them: at more than 64 pixels ImageNet's networks,
-    else those that papers on CIFAR call so."""
+    """`resnet18` and `resnet50` in the zoo: above 64 pixels ImageNet's, else CIFAR papers'."""
     other = {"resnet50": "resnet50_imagenet"} if image_size > 64 else {"resnet18": "resnet18_cifar"}
     if name in other:
         files.note(f"{name} for images of {image_size} x {image_size} is {other[name]} here")
@@ -180,8 +177,7 @@ def load_splits(config):
     if config.holdout:
         folders.say_absent(splits["test"].labels.tolist(), splits["train"].ids, "--holdout")
     if min(len(splits["train"].labels), config.batch_size) < 2 * world():  # BatchNorm needs two
-        raise ValueError(f"{config.data_dir}: {len(splits['train'].labels)} training images, "
-                         f"--batch-size {config.batch_size}: expected two a process, at least")
+        raise ValueError(f"{config.data_dir}, --batch-size: fewer than two images a process")
     return splits
 
 def about_run(config, splits):
@@ -220,14 +216,12 @@ class Teachers(torch.nn.ModuleList):
 def load_teachers(config, splits):
     """The conventional teachers, frozen, on the device, or None. One without a file is trained
     first. Raises ValueError where a file says that its classes or its images are others."""
-    split, teachers = splits["train"], []
-    info = data.DATASETS[config.dataset]._replace(image_size=config.image_size)
+    split, teachers, info = splits["train"], [], data.DATASETS[config.dataset]
     for name, given in zip(config.teacher, config.teacher_weights or [None] * len(config.teacher)):
         path = given or trained_teacher(config, name, splits)
-        size = info.image_size if path == "imagenet" else runs.input_size(path, split, info)
-        if size != config.image_size:
-            raise ValueError(f"{path} reads images of {size} pixels, --image-size is "
-                             f"{config.image_size}")
+        size = None if path == "imagenet" else runs.input_size(path, split, info)
+        if size not in (None, config.image_size):
+            raise ValueError(f"{path} needs --image-size {size}, here {config.image_size}")
         load = functools.partial(models.load_weights, name, path, len(split.class_names))
         teachers.append(models.freeze(rank_zero_first(load)))  # which may download it
     return Teachers(teachers, config.amp).to(config.device) if teachers else None
@@ -240,7 +234,7 @@ def trained_teacher(config, name, splits):
     own = resolve(Config(method="scratch", student=name,
                          **{field: getattr(config, field) for field in shared}))
     about = about_run(own, {"train": splits["train"]})
-    name = f"teacher-{config.dataset}-{name}-{runs.digest(about)[:16]}"
+    name = f"teacher-{config.dataset}-{name}-{files.json_digest(runs.key(about))[:16]}"
     folder = files.cache_folder(config.cache_dir) / name
     if not (folder / "summary.json").is_file():
         fit(own, folder, splits, about)
@@ -420,8 +414,7 @@ def train_epoch(run, step, epoch, progress):
             text = f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | train {accuracy:.1f} %"
             progress.update(epoch * N + min(N - 1, steps * config.batch_size), text)  # N: `fit`'s
     if not isfinite(run.sums[0]):
-        raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: the loss is not finite; the "
-                                 "epochs before are kept; a smaller --lr may help")
+        raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: loss not finite: a smaller --lr?")
     if world() > 1:
         dist.all_reduce(run.sums)
     means = (run.sums / world() / steps).tolist()
@@ -503,7 +496,7 @@ def fit(config, folder, splits, about):
                                       for name, split in splits.items()})
     run = begin(config, splits.pop("train"), teachers, targets.get("train", ()), scale)
     stateful = {"student": run.student, "criterion": run.criterion, "optimizer": run.optimizer}
-    own = runs.digest(about)
+    own = files.json_digest(runs.key(about))
     log = [] if config.overwrite else runs.restore(folder / "last.pt", stateful, own)
     if log:
         files.note(f"{folder}: going on after epoch {len(log)}")

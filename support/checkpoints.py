@@ -49,8 +49,7 @@ def flatten(module, prefix=""):
         yield from flatten(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", value)]
 
 def read_zip(file):
-    """What `torch.save` (since 1.6) wrote, or {dotted name: attribute} of a TorchScript module.
-    zipfile compares what it reads with its CRC."""
+    """What `torch.save` (since 1.6) wrote, or {dotted name: attribute} of TorchScript, by CRC."""
     archive = zipfile.ZipFile(file)
     folder = archive.namelist()[0].partition("/")[0]  # all is in one
     byteorder = f"{folder}/byteorder"
@@ -82,8 +81,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,  # b
 
 def read_safetensors(file):
     """{name: tensor} of a .safetensors file (github.com/huggingface/safetensors, Format): the
-    header's length, the header in JSON, the tensors without a gap. The format has no checksums: a
-    changed bit in a tensor goes unnoticed."""
+    header's length, the header in JSON, the tensors without a gap, and no checksums."""
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     end, tensors = 0, {}
@@ -112,8 +110,7 @@ def read_checkpoint(path):
             elif head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # a magic number
                 content = read_legacy(file)
             else:
-                raise ValueError(f"it begins with {head[:23]!r}, as none does: unpack an archive, "
-                                 "get what a web page or a pointer of git-lfs stands for")
+                raise ValueError(f"it begins with {head[:23]!r}: unpack it? a web page, git-lfs?")
             if not isinstance(content, dict):
                 raise ValueError(f"it holds a {type(content).__name__}, no dict")
         except Exception as error:  # a damaged file may raise anything
@@ -122,8 +119,7 @@ def read_checkpoint(path):
     return content
 
 def read_own(path, advice):
-    """The dict in a file that `files.save` wrote. Raises FileNotFoundError; `files.Damaged`, which
-    ends in `advice`, for another file or version."""
+    """What `files.save` wrote; else FileNotFoundError, `files.Damaged`, which ends in `advice`."""
     with files.undamaged(path, advice):
         content = read_checkpoint(path)
         if content.pop("format") != files.FORMAT:
@@ -172,14 +168,12 @@ def read_state_dict(path):
     content = read_checkpoint(path)
     state = unwrapped(dict(tensors(content)), path)
     if not state:
-        raise ValueError(f"{path}: expected a state dict, bare or under 'state_dict', 'model', "
-                         f"..., found only {textwrap.shorten(str(list(content)), 80)}")
+        raise ValueError(f"{path}: expected a state dict, found only {str([*content])[:80]}")
     for name, tensor in state.items():
         plain = tensor.dtype in DTYPES.values() and not (tensor.is_sparse or tensor.is_meta)
         whole = name.endswith("weight") and not tensor.is_floating_point()
         if not plain or whole or not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name!r} holds other than plain, finite numbers: training "
-                             "failed, or the weights are quantised, sparse or left out")
+            raise ValueError(f"{path}: {name!r} holds other than plain, finite numbers")
     return state
 
 def read_about(path):

@@ -76,8 +76,7 @@ def read_listing(path):
         items = [item for part in (config, vision, text, images) for item in part.items()]
     for key, value in items:
         if value and value not in PLAIN.get(key, [value]):
-            raise ValueError(f"{listing}: {key} is {value!r} there or beside it; expected "
-                             f"{' or '.join(map(str, PLAIN[key])) or 'none'}, as in OpenAI's CLIP")
+            raise ValueError(f"{listing}: {key} is {value!r}, expected {PLAIN[key]}, as OpenAI's")
     return said
 
 NAMES = (  # parts of transformers' names, and what OpenAI's have
@@ -136,9 +135,8 @@ def find(name, cache_dir=None):
             return path, {"activation": "quickgelu"}  # OpenAI's, by their digest
         except FileNotFoundError as error:
             failures.append(str(error))
-    raise FileNotFoundError("; ".join(failures) or (
-        f"{name!r} is neither a file, nor a folder with {' or '.join(WEIGHTS)}, nor a public CLIP, "
-        f"one of {', '.join(PUBLIC_CLIPS)} or an org/name that `hf download` has fetched"))
+    raise FileNotFoundError("; ".join(failures) or f"{name!r} is no file, no folder with one of "
+                            f"{WEIGHTS}, no {', '.join(PUBLIC_CLIPS)}, nor of `hf download`'s")
 
 def load(name_or_path, cache_dir=None, activation=None):
     """-> (path, tensors in OpenAI's layout, what is said of them). Its activation is the one asked

@@ -84,9 +84,8 @@ OUT_OF_MEMORY = re.compile("out of memory|(shared|allocate) memory|ALLOC_FAILED|
                            r"worker \(pid.*(killed|exited)")  # torch has no class for most of these
 
 def main(job):
-    """Run a script's job and print the text that it returns. A line on stderr says what one can
-    mend, with status 2, that memory ran out, with 1, and SIGINT or SIGTERM, with 128 + its number,
-    as shells have it; a warning is a note."""
+    """Print the text that a script's job returns. A line on stderr says what one can mend (status
+    2), that memory ran out (1), a signal (128 + its number, as shells have it), a warning."""
     process, caught = os.getpid(), []
     def interrupt(number, frame):
         if os.getpid() != process:  # a loader's worker, which was sent it, too, ends without a word

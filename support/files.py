@@ -60,8 +60,7 @@ def save(path, content):
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
 
 def write_json(path, content):
-    """A dict of JSON values, atomically, with a digest by which `read_json` notices a change. What
-    is no finite number becomes null: JSON has no NaN."""
+    """A dict of JSON values (NaN, which JSON lacks, is null), atomically, and their digest."""
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     text = json.dumps({"format": FORMAT, **content, "digest": json_digest(content)}, indent=1)
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -15,7 +15,6 @@ from PIL import Image
 from support import files
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
 # What macOS, Windows, Linux, Synology and QNAP lay among people's files, beside names with a dot.
 SYSTEMS = ("__macosx", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini",
            "recycler", "found.000", "lost+found", "network trash folder", "temporary items",

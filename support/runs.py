@@ -80,9 +80,8 @@ def cached(path, key, make):
     return torch.load(path, mmap=True, weights_only=True)["content"]
 
 def input_size(path, split, info, run=None):
-    """The side of the images that a checkpoint reads: what it says of itself, else that of `info`,
-    a data set's. Raises ValueError where its classes are not the split's, its images' mean and std
-    not info's, or its run not `run`, a digest."""
+    """The side of the images that a checkpoint says it reads, or None. ValueError: it says other
+    classes than the split's, other mean and std than those of a data set's `info`, another run."""
     about = checkpoints.read_about(path)
     with files.undamaged(path, "expected what train.py leaves"):
         known = list(about.get("class_ids") or about.get("class_names") or split.ids)
@@ -91,7 +90,7 @@ def input_size(path, split, info, run=None):
                 "std": list(info.std), "run": run and about.get("run")}
         there = {"class": known, "mean": list(map(float, about.get("mean", info.mean))),
                  "std": list(map(float, about.get("std", info.std))), "run": run}
-        size = int(about.get("image_size", info.image_size))
+        size = about.get("image_size") and int(about["image_size"])
     differ = difference(there, here)
     if differ:
         raise ValueError(f"{path} is not of this data set, or run: its {differ}")
@@ -112,14 +111,10 @@ def key(about):
               for name, split in about["inputs"]["data"].items()}
     return {**{flag(name): value for name, value in flags.items()}, **splits}
 
-def digest(about):
-    """What tells a run from all others, in 64 letters; `about` as for `key`."""
-    return files.json_digest(key(about))
-
 def run_folder(config, about):
     """Where a run lies: --out, or a folder whose name changes with all that decides its result."""
     name = (config.dataset, config.method, "+".join(config.teacher) or "none", config.student,
-            f"s{config.seed}", digest(about)[:8])
+            f"s{config.seed}", files.json_digest(key(about))[:8])
     return Path(config.out or Path("runs", "-".join(name)))
 
 @contextlib.contextmanager

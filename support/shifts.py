@@ -26,8 +26,7 @@ def read_cifar_c(directory, name, severity):
     images, labels = read_arrays(Path(directory, f"{name}.npy"), Path(directory, "labels.npy"))
     n = len(labels) // 5
     if severity not in range(1, 6) or not labels.equal(labels[:n].repeat(5)):
-        raise ValueError(f"{directory}: severity {severity} of {len(labels)} images; expected 1 to "
-                         "5, and in labels.npy the same labels five times over")
+        raise ValueError(f"{directory}: severity {severity} of 1 to 5, or labels.npy not 5 x one")
     part = slice((severity - 1) * n, severity * n)
     return images[part].contiguous(), labels[part]
 
