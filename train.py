@@ -414,7 +414,7 @@ def train_epoch(run, step, epoch, progress):
             text = f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | train {accuracy:.1f} %"
             progress.update(epoch * N + min(N - 1, steps * config.batch_size), text)  # N: `fit`'s
     if not isfinite(run.sums[0]):
-        raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: loss not finite: a smaller --lr?")
+        raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: loss not finite; see --lr")
     if world() > 1:
         dist.all_reduce(run.sums)
     means = (run.sums / world() / steps).tolist()

@@ -58,9 +58,8 @@ def difference(there, here, name=""):
     return next(filter(None, itertools.starmap(difference, parts)), None)
 
 def cached(path, key, make):
-    """What make() returns, tensors in a tuple or a dict, kept in a file PATH-DIGEST.pt that is
-    mapped into memory, so that processes share it; made where there is none, or a damaged one.
-    key: a dict of JSON values, all that it depends on."""
+    """What make() returns, tensors in a tuple or dict, kept in PATH-DIGEST.pt, which is mapped into
+    memory and so shared. key: a dict of JSON values, all that it depends on."""
     digest = files.json_digest(key)
     path = Path(f"{path}-{digest[:16]}.pt")
     if path.is_file():
