@@ -143,8 +143,7 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target:
     """
     expect("temperature", temperature, (), 1e-9, 1e9)
     student, teacher = same_shape(student_logits, teacher_logits)
-    B, K = student.shape
-    y = expect("target", target, (B,), 0, K - 1, torch.int64)[:, None]          # (B, 1)
+    y = expect("target", target, student.shape[:1], 0, student.shape[1] - 1, torch.int64)[:, None]
     hide = torch.zeros_like(student).scatter_(1, y, 1000.0)                     # -inf gives NaN
     log_p = [(z / temperature).log_softmax(1) for z in (student, teacher.detach())]
     rest = [(z - hide).logsumexp(1, keepdim=True) for z in log_p]               # (B, 1) log(1-p_y)
@@ -304,7 +303,6 @@ class RichKD(torch.nn.Module):
         super().__init__()
         expect("alpha, lam, momentum", torch.tensor((alpha, lam, momentum)), (3,), 0, 1)
         expect("weights", torch.tensor((ce_weight, logit_weight, feature_weight)), (3,), 0, 1e9)
-        expect("temperatures", torch.tensor((temperature, nce_temperature)), (2,), 1e-9, 1e9)
         if logit_loss not in ("kd", "dkd", "mlkd"):
             raise ValueError(f"logit_loss {logit_loss!r}: expected one of kd, dkd, mlkd")
         self.alpha, self.lam, self.temperature = alpha, lam, temperature
@@ -339,10 +337,8 @@ class RichKD(torch.nn.Module):
             losses["logit"] = self.logit_weight * loss
         if self.feature_weight:
             expect("index", index, (B,), dtype=torch.int64)
-            teacher_features, clip_features = (
-                x if x is None else x.detach() for x in (teacher_features, clip_features))
-            teacher = self.teacher_embed(teacher_features) if self.lam > 0 else None
-            clip = self.clip_embed(clip_features) if self.lam < 1 else None
+            pairs = (self.teacher_embed, teacher_features), (self.clip_embed, clip_features)
+            teacher, clip = (embed and embed(x if x is None else x.detach()) for embed, x in pairs)
             # One alone has unit length already: lam = 1 is CRD, to the bit.
             fused = (fuse_features if 0 < self.lam < 1 else fuse_logits)(teacher, clip, self.lam)
             loss = self.memory(self.student_embed(student_features), fused, index)
