@@ -47,6 +47,14 @@ def weights(folder):
     from support import checkpoints
     return checkpoints.read_state_dict(Path(folder) / "student.pt")
 
+@torch.no_grad()
+def logits_of(folder, images, name="shapes"):
+    """What the resnet8 that a run has left says of images, uint8, of a data set."""
+    import data
+    import models
+    model = models.load_weights("resnet8", Path(folder) / "student.pt").eval()
+    return model(data.to_input(images, data.DATASETS[name].mean, data.DATASETS[name].std))[0]
+
 def equal(a, b):
     """Whether two state dicts are the same to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
