@@ -176,8 +176,10 @@ def load_splits(config):
     splits = {name: load_split(config, name) for name in names}
     if config.holdout:
         folders.say_absent(splits["test"].labels.tolist(), splits["train"].ids, "--holdout")
-    if min(len(splits["train"].labels), config.batch_size) < 2 * world():  # BatchNorm needs two
-        raise ValueError(f"{config.data_dir}, --batch-size: fewer than two images a process")
+    sizes = {name: len(split.labels) for name, split in splits.items()}
+    if min(sizes["train"], config.batch_size) < 2 * world() or sizes["test"] < 2:
+        raise ValueError(f"{config.data_dir}, --batch-size {config.batch_size}: {sizes} images, not "
+                         "two a process, at least, as BatchNorm needs, and two to test")
     return splits
 
 def about_run(config, splits):
