@@ -16,11 +16,6 @@ from support.files import fetch, write_atomically
 def new(file):
     file.write(b"new")
 
-def test_write_atomically(tmp_path):
-    write_atomically(str(tmp_path / "deep/file"), new)
-    assert (tmp_path / "deep/file").read_bytes() == b"new"
-    assert os.listdir(tmp_path / "deep") == ["file"]
-
 def fail(*_):
     raise OSError(errno.EIO, "Input/output error")
 

@@ -1,25 +1,24 @@
 """Nothing is lost, nothing is trusted: runs that are killed and interrupted, full disks, and files
 of every kind with bytes changed. The long ones are slow: python -m pytest -m slow."""
 
+import clip_model
 import contextlib
 import errno
 import json
+import models
 import os
 import pytest
 import random
+import shutil
 import signal
 import stat
 import sys
 import time
 import torch
+import train
+from helpers import BYTES_CLIP, ROOT, python, safetensors
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import clip_model  # noqa: E402
-import models  # noqa: E402
-import train  # noqa: E402
-from helpers import BYTES_CLIP, python, safetensors  # noqa: E402
-from support import checkpoints, command, files, runs, shapes  # noqa: E402
+from support import checkpoints, command, files, runs, shapes
 
 SIZES = {"train": 100, "test": 25, "shift": 25}
 
@@ -132,7 +131,7 @@ def main(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_run_killed_and_interrupted_ends_in_the_uninterrupted_ones_bits(tmp_path):
-    done = python(__file__, tmp_path)
+    done = python(__file__, tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert {*counts["times"], *counts["writes"]} == {-signal.SIGKILL}
@@ -140,24 +139,28 @@ def test_run_killed_and_interrupted_ends_in_the_uninterrupted_ones_bits(tmp_path
     assert {*counts["signals"]} == {130, 143}
 
 # A full disk --------------------------------------------------------------------------------------
-def test_write_atomically_on_a_full_disk_leaves_the_last_epoch(tmp_path, monkeypatch):
+def test_write_atomically_on_a_full_disk_leaves_the_last_epoch(clip_file, tmp_path, monkeypatch):
+    """From which the same command goes on, to the bits of the uninterrupted run."""
     monkeypatch.setattr(shapes, "SIZES", SIZES)
-    calls = []
+    asked, calls = config(tmp_path, clip=clip_file), []
+    train.run(asked)
+    whole = result(tmp_path)
+    shutil.rmtree(tmp_path / "run")
 
     def full(descriptor):
         calls.append(1)
         if len(calls) > 3:  # config.json, log.csv and last.pt of one epoch
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    scratch = config(tmp_path, method="scratch")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError) as error:
-        train.run(scratch)
+    with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+        patch.setattr(os, "fsync", full)
+        train.run(asked)
     assert error.value.filename == f"{tmp_path}/run/log.csv"
     assert {*os.listdir(tmp_path / "run")} == {"config.json", "log.csv", "last.pt"}
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    train.run(scratch)
-    assert len(os.listdir(tmp_path / "run")) == 5
+    begun = os.stat(tmp_path / "run/config.json").st_mtime_ns
+    train.run(asked)
+    assert result(tmp_path) == whole
+    assert os.stat(tmp_path / "run/config.json").st_mtime_ns == begun
 
 # Bytes changed: every outcome is success or one line ----------------------------------------------
 def mutated(content, draw):
