@@ -178,8 +178,8 @@ def load_splits(config):
         folders.say_absent(splits["test"].labels.tolist(), splits["train"].ids, "--holdout")
     sizes = {name: len(split.labels) for name, split in splits.items()}
     if min(sizes["train"], config.batch_size) < 2 * world() or sizes["test"] < 2:
-        raise ValueError(f"{config.data_dir}, --batch-size {config.batch_size}: {sizes} images, not "
-                         "two a process, at least, as BatchNorm needs, and two to test")
+        raise ValueError(f"{config.data_dir}, --batch-size {config.batch_size}: {sizes} images: "
+                         "expected two a process, which BatchNorm needs, and two to test")
     return splits
 
 def about_run(config, splits):
