@@ -13,7 +13,7 @@ from support import command
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 METHODS = {**{method: {} for method in train.METHODS}, "per-image": {"negatives": "per-image"},
            "standardize": {"standardize": True}, "amp": {"amp": True},
@@ -127,10 +127,7 @@ class Recorded:
     def __init__(self, function):
         self.calls, self.captured, Recorded.current = [], lambda: function(self.argument), self
 
-    def Stream(self, device=None):
-        return SimpleNamespace(wait_stream=lambda other: None)
-
-    current_stream = Stream
+    Stream = current_stream = Mock()
 
     def stream(self, stream):
         self.calls.append("plain")

@@ -92,12 +92,10 @@ EQUATIONS = {1: ("ensemble_text_features", {}), 2: ("zero_shot_logits", {}),
 class Called(Exception):
     """Where a function is replaced by one that raises it."""
 
-stop = Mock(side_effect=Called)
-
 @pytest.mark.parametrize("number", EQUATIONS)
 def test_run_uses_the_function_that_bears_an_equations_number(config, number, monkeypatch):
     name, changes = EQUATIONS[number]
-    monkeypatch.setattr(richkd, name, stop)
+    monkeypatch.setattr(richkd, name, Mock(side_effect=Called))
     if number < 3:  # CLIP's targets are not in the cache, so that they are computed
         config = with_(config, cache_dir=config.out + "-cache")
         with pytest.raises(Called):
@@ -293,10 +291,14 @@ def test_load_clip_trains_the_tiny_one_once_from_a_seed_of_its_own(asked, tmp_pa
     calls = []
     monkeypatch.setattr(shapes, "train_tiny_clip", lambda clip, *_, **__: calls.append(1) or clip)
     monkeypatch.setattr(shapes, "render_captions", lambda n: ([], []))
-    places = [str(tmp_path / name) for name in ("one", "one", "other")]
-    found = [train.load_clip(with_(asked, clip="tiny", cache_dir=place))[0] for place in places]
-    assert len(calls) == 2
-    assert equal(found[0].state_dict(), found[2].state_dict())
+    states = []
+    for place in ("one", "one", "other"):
+        torch.rand(1)
+        before = torch.get_rng_state()
+        tiny = with_(asked, clip="tiny", cache_dir=str(tmp_path / place))
+        states.append(train.load_clip(tiny)[0].state_dict())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len(calls) == 2 and equal(states[0], states[2])
 
 def test_clip_targets_are_made_anew_where_they_depend_on_it(asked, tmp_path, monkeypatch):
     clip, tokenizer, _ = train.load_clip(asked)
