@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import clip_model
+import models
 import os
 import pytest
 import torch
@@ -31,6 +32,14 @@ def clip_file(tmp_path_factory):
     clip = clip_model.CLIP(*BYTES_CLIP)
     path = tmp_path_factory.mktemp("clip") / "clip.pt"
     files.save(path, {"model": clip.state_dict()})
+    return str(path)
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory):
+    """The path of a resnet8 of random weights for the 25 classes of `shapes`."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "resnet8.pt"
+    torch.save(models.build_model("resnet8", 25).state_dict(), path)
     return str(path)
 
 @pytest.fixture(scope="module")

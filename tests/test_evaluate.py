@@ -60,15 +60,12 @@ def run(tmp_path_factory, few_shapes):
     return folder
 
 @pytest.fixture(scope="module")
-def rich(tmp_path_factory, few_shapes, clip_file):
+def rich(tmp_path_factory, few_shapes, clip_file, teacher_file):
     """The places of a run of RichKD with a teacher and a CLIP of random weights."""
     folder = tmp_path_factory.mktemp("rich")
-    torch.manual_seed(0)
-    torch.save(models.build_model("resnet8", 25).state_dict(), folder / "teacher.pt")
-    train.run(train.Config(
-        teacher=("resnet8",), teacher_weights=(str(folder / "teacher.pt"),), student="resnet8",
-        clip=clip_file, epochs=1, alpha=0.4, cache_dir=str(folder / "cache"),
-        out=str(folder / "run"), device="cpu"))
+    train.run(train.Config(teacher=("resnet8",), teacher_weights=(teacher_file,), student="resnet8",
+                           clip=clip_file, epochs=1, alpha=0.4, cache_dir=str(folder / "cache"),
+                           out=str(folder / "run"), device="cpu"))
     return folder
 
 @pytest.fixture
@@ -355,7 +352,7 @@ def test_evaluate_fused_agrees_with_the_run(rich, tmp_path, counted):
     counted.clear()
     assert evaluated(folder, fused=True, **own) == sets and not counted
 
-def test_evaluate_fused_under_corruptions(rich, clip_file, tmp_path, monkeypatch):
+def test_evaluate_fused_under_corruptions(rich, clip_file, teacher_file, tmp_path, monkeypatch):
     folder = shutil.copytree(rich / "run", tmp_path / "run")
     monkeypatch.setattr(evaluate, "corrupt",
                         lambda images, name, severity, generator: images // severity)
@@ -363,7 +360,7 @@ def test_evaluate_fused_under_corruptions(rich, clip_file, tmp_path, monkeypatch
                                          corruptions="generated", corrupted_share=0.4))
     test = data.subset(data.load_dataset("shapes", "", "test"), 0, 0.4)
     info, clip = data.DATASETS["shapes"], clip_model.load_clip(clip_file)
-    teacher = models.load_weights("resnet8", rich / "teacher.pt").eval()
+    teacher = models.load_weights("resnet8", teacher_file).eval()
     text = clip_model.class_features(clip, clip_model.Tokenizer(), test.class_names,
                                      clip_model.load_templates(train.PROMPTS))
     with torch.no_grad():
@@ -378,13 +375,13 @@ def test_evaluate_fused_under_corruptions(rich, clip_file, tmp_path, monkeypatch
     lines = evaluate.table(student).splitlines()
     assert len(lines) <= 30 and max(map(len, lines)) <= 100  # a screen
 
-def test_evaluate_fused_refuses_what_did_not_teach_the_run(run, rich, tmp_path, counted):
+def test_evaluate_fused_refuses_what_did_not_teach_it(run, rich, teacher_file, tmp_path, counted):
     assert "--fused" in refused(evaluate.evaluate, config(run, fused=True))
     folder = shutil.copytree(rich / "run", tmp_path / "run")
     about = files.read_json(folder / "config.json", "")
     about["settings"]["teacher_weights"] = [str(tmp_path / "teacher.pt")]  # in another place
     files.write_json(folder / "config.json", about)
-    shutil.copy(rich / "teacher.pt", tmp_path / "teacher.pt")
+    shutil.copy(teacher_file, tmp_path / "teacher.pt")
     own = config(folder, cache_dir=str(rich / "cache"), fused=True)
     evaluate.evaluate(own)
     counted.clear()

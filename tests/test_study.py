@@ -141,15 +141,10 @@ def test_read_reports_alone_or_as_a_list(tmp_path):
         path.write_text(content)
         assert str(path) in refused(compare.read_reports, path)
 
-@pytest.fixture
-def logits():
-    """teacher, CLIP, target."""
+def test_fusion_table_is_of_teacher_clip_and_both():
     target = torch.randint(5, (200,), generator=seeded(0))
-    return *(3 * torch.randn(200, 5, generator=seeded(k)) + 2 * F.one_hot(target, 5)
-             for k in (1, 2)), target
-
-def test_fusion_table_is_of_teacher_clip_and_both(logits):
-    teacher, clip, target = logits
+    teacher, clip = (3 * torch.randn(200, 5, generator=seeded(k)) + 2 * F.one_hot(target, 5)
+                     for k in (1, 2))
     fused = fusion.fusion_table(teacher, clip, target, 0.4, torch.eye(5),
                                 {"kind": torch.arange(5) % 2}, seeded())
     logits = {"teacher": teacher, "CLIP": clip, "fused": 0.4 * teacher + 0.6 * clip}

@@ -21,21 +21,12 @@ import train
 from dataclasses import replace as with_
 from helpers import equal, logits_of, python, script, weights
 from pathlib import Path
-from PIL import Image
 from support import checkpoints, command, files, runs, shapes
 from torch.nn.functional import normalize
-from torchvision.transforms import PILToTensor
 from unittest.mock import Mock
 
 FILES = {"config.json", "log.csv", "last.pt", "student.pt", "summary.json"}
 pytestmark = pytest.mark.usefixtures("few_shapes")
-
-@pytest.fixture(scope="module")
-def teacher_file(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("teacher") / "resnet8.pt"
-    torch.save(models.build_model("resnet8", 25).state_dict(), path)
-    return str(path)
 
 @pytest.fixture
 def config(clip_file, teacher_file, tmp_path):
@@ -348,7 +339,7 @@ def test_clip_view_in_float16_as_on_a_gpu_has_the_cosines_of_float32(shared, nam
                           bpe=str(shared / "clip/bpe_simple_vocab_16e6.txt.gz"))
     clip, tokenizer, _ = train.load_clip(config)
     root = shared / "data/cifar10-test-100"
-    images = torch.stack([PILToTensor()(Image.open(path)) for path in sorted(root.rglob("*.png"))])
+    [images] = data.blocks(data.Stream(sorted(map(str, root.rglob("*.png"))), 32, 32))
     classes = train.class_embeddings(config, clip, tokenizer, data.CIFAR_CLASSES["cifar10"])
     exact, _ = train.clip_view(clip, classes, images)
     clip.visual.half()
@@ -364,18 +355,13 @@ from support import shapes
 shapes.SIZES = {"train": 250, "test": 50, "shift": 50}
 torch.set_num_threads(1)
 losses, path = [], Path(f"{sys.argv[4]}-{os.environ.get('RANK', 0)}.json")
-load, to_input, begin, step = train.load_teachers, data.to_input, train.begin, train.train_step
-
-def load_teachers(*arguments):
-    teachers = load(*arguments).double()
-    teachers.dtype = torch.float64
-    return teachers
+to_input, begin, step = data.to_input, train.begin, train.train_step
 
 def begin_in_float64(*arguments):
     run = begin(*arguments)
-    run.student.double().eval()
-    run.student.train = lambda mode=True: run.student
-    run.criterion.double()
+    for part in (run.student.eval(), run.criterion, run.teachers):
+        part.double()
+    run.student.train, run.teachers.dtype = lambda mode=True: run.student, torch.float64
     return run
 
 def noted(run, drawn):
@@ -383,7 +369,7 @@ def noted(run, drawn):
     losses.append(means[:-1].tolist())
     return means
 
-train.load_teachers, train.begin, train.train_step = load_teachers, begin_in_float64, noted
+train.begin, train.train_step = begin_in_float64, noted
 data.to_input = lambda *arguments: to_input(*arguments).double()
 train.run(train.Config(teacher=("resnet8",), teacher_weights=(sys.argv[1],), student="resnet8",
                        clip=sys.argv[2], epochs=4, batch_size=50, num_negatives=64,
