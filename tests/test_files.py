@@ -109,12 +109,20 @@ def test_fetch_asks_once_or_the_mirror_of_hugging_face(server, tmp_path, monkeyp
     assert server.asked[1:] == ["/good/a/b"]
 
 @pytest.mark.filterwarnings("error")  # of files and sockets left open, too
-@pytest.mark.parametrize("bad", ["missing", "page", "other", "half", "no server"])
-def test_fetch_goes_on_with_the_next_address(server, bad, tmp_path):
-    first = "http://127.0.0.1:1/file" if bad == "no server" else f"{server.url}/{bad}/file"
-    fetch([first, f"{server.url}/good/file"], tmp_path / "file", DIGEST, "-")
+@pytest.mark.parametrize("kinds, left, asked", [
+    *((f"{bad} good", b"", "/good/file") for bad in ("nowhere", "missing", "page", "other")),
+    ("half good", b"", f"/good/file bytes={HALF}-"),
+    ("all", CONTENT[:HALF], f"/all/file bytes={HALF}-"),  # a server that does not know Range
+    ("good good", b"x" * HALF, "/good/file"),             # the beginning of another file
+    ("good good", b"x" * 30_000, "/good/file")])          # which is longer
+def test_fetch_goes_on_with_the_next_address(kinds, left, asked, server, tmp_path):
+    if left:
+        (tmp_path / "file.part").write_bytes(left)
+    urls = [f"{server.url}/{kind}/file".replace(f"{server.url}/nowhere", "http://127.0.0.1:1")
+            for kind in kinds.split()]
+    fetch(urls, tmp_path / "file", DIGEST, "-")
     assert (tmp_path / "file").read_bytes() == CONTENT and os.listdir(tmp_path) == ["file"]
-    assert server.asked[-1] == "/good/file" + f" bytes={HALF}-" * (bad == "half")
+    assert server.asked[-1] == asked and len(server.asked) == len(urls) - ("nowhere" in kinds)
 
 def test_fetch_names_every_address_and_leaves_nothing(server, tmp_path):
     urls = [f"{server.url}/{name}/file" for name in ("missing", "page", "other")]
@@ -132,16 +140,6 @@ def test_fetch_goes_on_where_the_connection_ended(server, tmp_path):
     assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
     assert server.asked[1] == f"/half/file bytes={HALF}-"
     assert server.asked[-1] == f"/good/file bytes={HALF + HALF // 2}-"
-
-@pytest.mark.parametrize("kind, left, requests", [
-    ("all", CONTENT[:HALF], 1),    # a server that does not know Range
-    ("good", b"x" * HALF, 2),      # the beginning of another file
-    ("good", b"x" * 30_000, 2)])   # which is longer
-def test_fetch_and_what_was_left(server, kind, left, requests, tmp_path):
-    (tmp_path / "file.part").write_bytes(left)
-    fetch([f"{server.url}/{kind}/file"] * 2, tmp_path / "file", DIGEST, "-")
-    assert (tmp_path / "file").read_bytes() == CONTENT and os.listdir(tmp_path) == ["file"]
-    assert len(server.asked) == requests
 
 def test_fetch_beside_another_process(server, tmp_path, monkeypatch):
     """The other one, which began later, has renamed the partial file when this one ends."""

@@ -182,5 +182,3 @@ def test_bench_gpu_runs_in_miniature():
     rows = {tuple(line.split()[:4]) for line in done.stdout.splitlines()}
     for method in ("scratch", "kd", "richkd-l", "richkd"):
         assert ("resnet8,", "resnet8,", method, "amp") in rows
-    for said in ("CPU, torch", "CLIP (tiny)", "changes a cosine", "jpeg_compression", "fifteen"):
-        assert said in done.stdout
