@@ -312,8 +312,8 @@ def test_alone_refuses_a_folder_in_which_another_process_trains(place, monkeypat
     """Of any settings, wherever that process has been stopped; afterwards the folder is free."""
     config = small(place, method="scratch")
     script(place / "stopped.py", f"""
-import os, signal, train
-from support import files
+import os, signal, torch, train
+torch.set_num_threads({torch.get_num_threads()})
 def stop(*_):
     os.kill(os.getpid(), signal.SIGSTOP)
     replace(*_)
