@@ -185,7 +185,8 @@ def keep_epoch(folder, log, stateful, run):
 
 def summary_table(summary):
     """The summary's accuracies as text: a row a model, a column a split."""
-    names = {"clip": f"CLIP zero-shot ({summary['clip']})",
+    clip = summary["clip"] or ""
+    names = {"clip": f"CLIP zero-shot ({Path(clip).name if Path(clip).exists() else clip})",
              "teacher": f"teacher {summary['teacher']}", "fused": "fused teacher",
              "student": f"student {summary['student']} ({summary['method']})"}
     rows = {who: row for who, row in summary["accuracies"].items() if row}
