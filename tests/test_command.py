@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import evaluate
 import io
+import json
+import numpy as np
 import os
 import pytest
 import signal
@@ -13,6 +15,7 @@ import threading
 import torch
 import train
 from helpers import ROOT, class_folders, python, script, small
+from pathlib import Path
 from support import command
 from unittest.mock import Mock
 
@@ -144,7 +147,6 @@ def test_main_ends_where_a_worker_was_killed(tmp_path):
     done = python(code, timeout=60)
     assert done.returncode == 1 and "--workers" in done.stderr.splitlines()[-1], done.stderr
 
-# Processes ----------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
     device: torch.device = torch.device("cpu")
@@ -162,6 +164,17 @@ def test_join_ranks_without_torchrun(left, environment):
     """What is left over in a shell starts nothing."""
     environment(**{name: "3" for name in left.split()})
     assert command.join_ranks(Config()) == Config() and not command.dist.is_initialized()
+
+def test_normalize_takes_what_python_users_write(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = train.Config(data_dir=Path("~/data"), teacher="resnet8", teacher_weights=["~/t.pt"],
+                          epochs=np.int64(3), alpha=1, lr=np.float64(0.1), out="~/x")
+    assert (config.data_dir, config.out) == ("/home/me/data", "/home/me/x")
+    assert (config.teacher, config.teacher_weights) == (("resnet8",), ("/home/me/t.pt",))
+    assert json.dumps([config.epochs, config.alpha, config.lr]) == "[3, 1.0, 0.1]"
+    for name, value in (("epochs", "3"), ("epochs", 2.5), ("lr", float("nan")), ("amp", "no")):
+        with pytest.raises(ValueError, match=command.flag(name)):
+            command.check(train.Config(**{name: value}))
 
 def test_join_ranks_as_torchrun_starts_one(environment, capsys):
     with socket.socket() as free:

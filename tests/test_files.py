@@ -12,7 +12,6 @@ from pathlib import Path
 from support import checkpoints, files
 from support.files import fetch, write_atomically
 
-# Written and read ---------------------------------------------------------------------------------
 def new(file):
     file.write(b"new")
 
@@ -57,8 +56,9 @@ def test_read_json(tmp_path):
     path = tmp_path / "a.json"
     with pytest.raises(FileNotFoundError, match="a.json"):
         files.read_json(path, "-")
-    files.write_json(path, {"names": ["é"], "mean": [0.5]})
-    assert files.read_json(path, "-") == {"names": ["é"], "mean": [0.5]}
+    files.write_json(path, {"names": ["é"], "mean": [0.5, float("nan"), -float("inf")]})
+    json.loads(path.read_text(), parse_constant=pytest.fail)  # as strict readers take it
+    assert files.read_json(path, "-") == {"names": ["é"], "mean": [0.5, None, None]}
     whole = path.read_text()
     another_version = json.dumps({**json.loads(whole), "format": files.FORMAT + 1})
     for text in (whole.replace("0.5", "0.6"), another_version, "", "null", "[[1, 2, 3]]", "{}",
@@ -88,7 +88,6 @@ def test_cache_folder(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where no home is known
     assert "--cache-dir" in refused(files.cache_folder)
 
-# Downloads ----------------------------------------------------------------------------------------
 CONTENT = bytes(range(256)) * 100
 DIGEST = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
 HALF = len(CONTENT) // 2
@@ -160,7 +159,6 @@ def test_fetch_leaves_a_file_with_another_digest(server, tmp_path):
     assert str(path) in message and "--bpe" in message
     assert path.read_bytes() == b"the user's own" and not server.asked
 
-# What is said -------------------------------------------------------------------------------------
 def test_note_once_and_by_rank_0(capsys, monkeypatch):
     for _ in range(2):
         files.note("two\nlines")

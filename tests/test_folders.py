@@ -10,7 +10,6 @@ from helpers import encoded, refused, write_files, write_zip
 from PIL import Image
 from support import files, folders
 
-# Files --------------------------------------------------------------------------------------------
 def test_list_files_lists_what_is_data_once_whatever_links_lead_to_it(tmp_path, capsys):
     root, systems = tmp_path / "root", ("__MACOSX", "a/@eaDir/c.png", "$Recycle.Bin", "lost+found",
                                         "a/.git", "System Volume Information", "#recycle")
@@ -73,7 +72,6 @@ def test_class_words_of_imagenet_without_a_list(tmp_path):
     words = folders.class_words(tmp_path, ids)
     assert [words[ids[k]] for k in (0, 388, 999)] == ["tench", "giant panda", "toilet tissue"]
 
-# Pictures -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_open_image_of_8_bits_is_pils(mode, tmp_path):
     pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
@@ -114,7 +112,6 @@ def test_by_class_sorts_by_part_and_counts_the_rest(tmp_path, capsys):
         (tmp_path / "a/x/0.tif").unlink(missing_ok=True)
         assert str(root) in refused(folders.by_class, root)
 
-# Two listings of the classes ----------------------------------------------------------------------
 IDS, NAMES = ["n01", "n02", "n03"], ["tench, Tinca", "sea horse", "crane"]
 
 @pytest.mark.parametrize("listing, expected, line", [

@@ -46,7 +46,6 @@ def result(folder):
                 {key: value.contiguous().numpy().tobytes() for key, value in tensors.items()}]
     return out
 
-# Processes: this file run as a script forks each one, so that torch is imported once --------------
 def start(folder, sabotage=lambda: None):
     """A process that trains in `folder`, its stderr in the file `stderr` there; -> its id."""
     pid = os.fork()
@@ -138,7 +137,6 @@ def test_run_killed_and_interrupted_ends_in_the_uninterrupted_ones_bits(tmp_path
     assert len(counts["times"]) > 3 and len(counts["writes"]) > 5
     assert {*counts["signals"]} == {130, 143}
 
-# A full disk --------------------------------------------------------------------------------------
 def test_write_atomically_on_a_full_disk_leaves_the_last_epoch(clip_file, tmp_path, monkeypatch):
     """From which the same command goes on, to the bits of the uninterrupted run."""
     monkeypatch.setattr(shapes, "SIZES", SIZES)
@@ -162,7 +160,6 @@ def test_write_atomically_on_a_full_disk_leaves_the_last_epoch(clip_file, tmp_pa
     assert result(tmp_path) == whole
     assert os.stat(tmp_path / "run/config.json").st_mtime_ns == begun
 
-# Bytes changed: every outcome is success or one line ----------------------------------------------
 def mutated(content, draw):
     """Bytes with some of them changed, cut, removed, repeated or put elsewhere."""
     content, way = bytearray(content), draw.randrange(6)

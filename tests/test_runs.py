@@ -18,7 +18,6 @@ from pathlib import Path
 from PIL import Image
 from support import checkpoints, files, folders, runs
 
-# Identity -----------------------------------------------------------------------------------------
 def some_split(**change):
     images = torch.arange(4 * 3 * 6 * 8).view(4, 3, 6, 8).to(torch.uint8)
     return data.Split(images, torch.tensor([0, 1, 1, 0]), ["cat", "dog"])._replace(**change)
@@ -99,7 +98,6 @@ def test_cached_is_made_once_and_anew_for_another_key_or_damage(tmp_path, capsys
         assert one.name in capsys.readouterr().err or number == 3
         files.note.cache_clear()
 
-# Other data ---------------------------------------------------------------------------------------
 @pytest.fixture
 def place(tmp_path):
     """a and b: the same names of files and classes, other pictures."""
@@ -159,7 +157,6 @@ def test_open_run_refuses_other_data_and_settings(place, finished):
     shutil.move(place / "b", place / "gone")
     assert f"{place}/b" in refused(train.run, with_(anew, overwrite=False))
 
-# Other files --------------------------------------------------------------------------------------
 @pytest.fixture
 def rich(place, clip_file):
     """A finished run that names a teacher's, CLIP's and a prompts file."""
@@ -212,7 +209,6 @@ def test_inputs_are_those_that_a_method_reads(rich):
     tiny = train.resolve(with_(rich, clip="tiny"))
     assert train.about_run(tiny, {})["inputs"]["files"]["clip"] == "tiny"
 
-# What a checkpoint says of itself -----------------------------------------------------------------
 def test_load_teachers_compares_what_a_checkpoint_says_of_itself(place):
     student = place / "teacher/student.pt"
     train.run(small(place, method="scratch", out=str(place / "teacher")))
@@ -240,7 +236,6 @@ def test_load_teachers_compares_what_a_checkpoint_says_of_itself(place):
     torch.save(about["model"], student)  # a file that says nothing: the data set's mean and std
     train.run(again)
 
-# What is refused leaves nothing behind ------------------------------------------------------------
 @pytest.mark.parametrize("changes, named", [
     ({"dataset": "mnist"}, "--dataset 'mnist'"), ({"method": "magic"}, "--method 'magic'"),
     ({"student": "resnet9"}, "resnet9"), ({"teacher": ("resnet9",)}, "resnet9"),
@@ -275,7 +270,6 @@ def test_begin_run_is_after_all_that_can_be_refused(place, clip_file, monkeypatc
     assert {path.read_text() for path in Path("run").iterdir()} == {"precious"}
     assert {*place.rglob("*")} >= before
 
-# Processes that meet ------------------------------------------------------------------------------
 def test_run_folder_is_another_one_for_whatever_changes_the_result(place, monkeypatch):
     """And the same one for what does not; each then finds its own run."""
     monkeypatch.chdir(place)
@@ -333,7 +327,6 @@ train.run(train.Config(**{vars(config)!r}))
     assert {path.name for path in (place / "run").iterdir()} == {
         "config.json", "last.pt", "student.pt", "summary.json", "log.csv"}
 
-# Signals ------------------------------------------------------------------------------------------
 def stream_command(place, out):
     config = small(place, method="scratch", epochs=6, workers=2, out=str(out))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(config).items()
