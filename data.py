@@ -171,7 +171,8 @@ def rename_classes(split, lines, path):
     places = [int(found[1]) for found in map(re.compile(r"\b(\d+)\W*$").search, lines) if found]
     if {*ids} <= {*words}:
         lines = [words[id] for id in ids]
-    elif (len(words) == len(lines) and [*words] != sorted(filter(str.isdecimal, words), key=int)
+    elif (all(map(str.isdecimal, ids)) and ids != sorted(ids, key=int)  # 10 stands before 2
+          or len(words) == len(lines) and [*words] != sorted(filter(str.isdecimal, words), key=int)
           or places != sorted(places) and len(places) == len(lines) >= max(places)):
         lines = []  # of other ids, or with numbers, before or behind, that do not ascend
     if len(lines) != len(ids):
