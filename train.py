@@ -15,6 +15,7 @@ import functools
 import hashlib
 import metrics
 import models
+import os
 import richkd
 import time
 import torch
@@ -236,10 +237,14 @@ def trained_teacher(config, name, splits):
     own = resolve(Config(method="scratch", student=name,
                          **{field: getattr(config, field) for field in shared}))
     about = about_run(own, {"train": splits["train"]})
-    name = f"teacher-{config.dataset}-{name}-{files.json_digest(runs.key(about))[:16]}"
-    folder = files.cache_folder(config.cache_dir) / name
+    cache, kind = files.cache_folder(config.cache_dir), f"teacher-{config.dataset}-{name}-"
+    folder = cache / (kind + files.json_digest(runs.key(about))[:16])
     if not (folder / "summary.json").is_file():
-        fit(own, folder, splits, about)
+        kept = [path.with_name("config.json") for path in cache.glob(f"{kind}*/summary.json")]
+        for path in sorted(kept, key=os.path.getmtime)[-1:]:
+            differ = runs.difference(runs.key(files.read_json(path, runs.ANEW)), runs.key(about))
+            files.note(f"teacher {name} is trained anew; of the one that is kept {differ}")
+        fit(own, folder, splits, about, f"teacher {name}")
     return folder / "student.pt"
 
 def tiny_clip(config):
@@ -391,10 +396,14 @@ def learning_rate(config, epoch):
 def loss_parts(config):
     return [name for name in ("ce", "logit", "feature") if getattr(config, f"{name}_weight")]
 
+def told(config, means):
+    return " + ".join(f"{name} {means[name]:.2f}" for name in loss_parts(config))
+
 def train_epoch(run, step, epoch, progress):
     """One pass over the training images. step: `step_of(run)`, the same in every epoch. -> {"loss",
     its parts, "train_accuracy"}, means over the steps. FloatingPointError: a loss not finite."""
     config, N = run.config, len(run.split.labels)
+    names = ["loss", *loss_parts(config), "train_accuracy"]
     # All that an epoch draws is a function of seed and epoch: it can be repeated to the bit.
     seed = config.seed * 100_003 + epoch
     torch.manual_seed(seed)  # of negatives and dropout
@@ -410,17 +419,16 @@ def train_epoch(run, step, epoch, progress):
     for steps, drawn in enumerate(batches, 1):
         means = step(drawn)
         if steps % every == 0:
-            loss, accuracy = means[[0, -1]].tolist()
-            if not isfinite(loss):
+            now = dict(zip(names, means.tolist(), strict=True))
+            if not isfinite(now["loss"]):
                 break
-            text = f"epoch {epoch + 1}/{config.epochs} | loss {loss:.3f} | train {accuracy:.1f} %"
-            progress.update(epoch * N + min(N - 1, steps * config.batch_size), text)  # N: `fit`'s
+            done = min(N - 1, steps * config.batch_size)  # the last line is `fit`'s
+            progress.update(epoch * N + done, told(config, now))
     if not isfinite(run.sums[0]):
         raise FloatingPointError(f"epoch {epoch + 1}, step {steps}: loss not finite; see --lr")
     if world() > 1:
         dist.all_reduce(run.sums)
-    means = (run.sums / world() / steps).tolist()
-    return dict(zip(["loss", *loss_parts(config), "train_accuracy"], means, strict=True))
+    return dict(zip(names, (run.sums / world() / steps).tolist(), strict=True))
 
 def classifier(model, config, size):
     """A network as a function: uint8 images (B,3,H,W), brought to `size` -> logits (B,K)."""
@@ -483,9 +491,9 @@ def begin(config, split, teachers, tables, scale):
     return Run(config, split, tables, scale, teachers, student, criterion, optimizer, mean, std,
                rate, sums)
 
-def fit(config, folder, splits, about):
+def fit(config, folder, splits, about, label):
     """Train config.student, from folder/last.pt on where there is one; write student.pt and
-    summary.json. -> the summary. about: `about_run`'s, for config.json."""
+    summary.json. -> the summary. about: `about_run`'s, for config.json; label: of progress."""
     # What can be missing comes before what takes long: given teachers, CLIP, teachers to train.
     teachers = load_teachers(config, splits) if config.teacher_weights else None
     targets, scale = {}, None
@@ -504,7 +512,7 @@ def fit(config, folder, splits, about):
         files.note(f"{folder}: going on after epoch {len(log)}")
     elif rank() == 0:
         runs.begin_run(config, folder, about)
-    step, N, label = step_of(run), len(run.split.labels), f"{config.method} {config.student}"
+    step, N = step_of(run), len(run.split.labels)
     progress = files.Progress(label, config.epochs * N, start=len(log) * N)
     for epoch in range(len(log), config.epochs):
         began = time.time()
@@ -516,8 +524,8 @@ def fit(config, folder, splits, about):
                         "test_accuracy": alone["student"]["test"],
                         "images_per_second": N / seconds, "seconds": seconds})
             runs.keep_epoch(folder, log, stateful, own)
-            text = ("epoch {epoch}/{} | loss {loss:.3f} | train {train_accuracy:.1f} % | test "
-                    "{test_accuracy:.1f} %").format(config.epochs, **log[-1])
+            text = f"epoch {epoch + 1}/{config.epochs} | train {means['train_accuracy']:.1f} % | test "
+            text += f"{log[-1]['test_accuracy']:.1f} % | {told(config, means)}"
             progress.update((epoch + 1) * N, text, keep=True)
     if rank() == 0:
         info, state = data.DATASETS[config.dataset], run.student.state_dict()
@@ -540,8 +548,8 @@ def fit(config, folder, splits, about):
         dist.barrier()  # the files are there
     return files.read_json(folder / "summary.json", runs.ANEW)
 
-def run(config):
-    """Train, unless the run folder holds the finished run. -> the summary, a dict."""
+def finished(config):
+    """Train, unless the run folder holds the finished run. -> the folder, the summary."""
     config = command.join_ranks(resolve(config))
     splits = rank_zero_first(lambda: load_splits(config))
     about = rank_zero_first(lambda: about_run(config, splits))
@@ -550,7 +558,20 @@ def run(config):
         summary = rank_zero_first(lambda: runs.open_run(folder, about, config.overwrite))
         if summary:
             files.note(f"{folder} holds this run, finished; --overwrite trains anew")
-        return summary or fit(config, folder, splits, about)
+        label = f"student {config.student} ({config.method})"
+        return folder, summary or fit(config, folder, splits, about, label)
+
+def run(config):
+    """Train, unless the run folder holds the finished run. -> the summary, a dict."""
+    return finished(config)[1]
+
+def job(config):
+    """The table of a run, and where it lies. Of the embedded example that of KD, too: what the same
+    student is with the teacher alone."""
+    example = config.dataset == "shapes" and config.method == "richkd" and not config.out
+    methods = ("kd", "richkd") if example else (config.method,)
+    return runs.summary_table([finished(dataclasses.replace(config, method=name, **METHODS[name]))
+                               for name in methods])
 
 if __name__ == "__main__":
-    command.main(lambda: runs.summary_table(run(command.parse(Config, __doc__, unread=unread))))
+    command.main(lambda: job(command.parse(Config, __doc__, unread=unread)))

@@ -183,16 +183,24 @@ def keep_epoch(folder, log, stateful, run):
     files.save(folder / "last.pt", {"run": run, "log": log, **{
         name: part.state_dict() for name, part in stateful.items()}})
 
-def summary_table(summary):
-    """The summary's accuracies as text: a row a model, a column a split."""
-    clip = summary["clip"] or ""
-    names = {"clip": f"CLIP zero-shot ({Path(clip).name if Path(clip).exists() else clip})",
-             "teacher": f"teacher {summary['teacher']}", "fused": "fused teacher",
-             "student": f"student {summary['student']} ({summary['method']})"}
-    rows = {who: row for who, row in summary["accuracies"].items() if row}
-    width = max(len(names[who]) for who in rows)
-    lines = [" " * width + "".join(f"{split:>10}" for split in rows["student"])]
-    for who, row in rows.items():
-        cells = "".join(f"{value:10.1f}" for value in row.values())
-        lines.append(f"{names[who]:{width}}{cells}")
-    return "\n".join(lines)
+def summary_table(finished):
+    """Runs of one teacher, [(folder, summary)], as text: a row a model, a column a split; then, if
+    so, that fusion does harm at the last one's alpha; where students and logs lie."""
+    rows = {}
+    for who in ("clip", "teacher", "fused", "student"):
+        for _, summary in finished:
+            clip = summary["clip"] or ""
+            names = {"clip": f"CLIP zero-shot ({Path(clip).name if Path(clip).exists() else clip})",
+                     "teacher": f"teacher {summary['teacher']}", "fused": "fused teacher",
+                     "student": f"student {summary['student']} ({summary['method']})"}
+            rows[names[who]] = summary["accuracies"][who]
+    rows = {name: row for name, row in rows.items() if row}
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{split:>10}" for split in summary["accuracies"]["student"])]
+    for name, row in rows.items():
+        lines.append(f"{name:{width}}" + "".join(f"{value:10.1f}" for value in row.values()))
+    folder, of = finished[-1][0], {who: summary[f"{who}_accuracy"] for who in ("clip", "teacher")}
+    if summary["fused_accuracy"] is not None and summary["fused_accuracy"] < max(of.values()):
+        lines.append(f"The fused teacher is below {max(of, key=of.get)} alone; for other alphas: "
+                     f"python study/fusion.py {folder}")
+    return "\n".join([*lines, *(f"{folder}/ has student.pt, log.csv" for folder, _ in finished)])
