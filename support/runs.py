@@ -146,6 +146,9 @@ def open_run(folder, about, overwrite):
     names = [name for name in os.listdir(folder) if name[0] != "."]
     if names and "config.json" not in names:
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); see --out")
+    contents = [split["content"] for split in about["inputs"]["data"].values()]
+    if len({*contents}) < len(contents):
+        files.note("the test split is a copy of the training images: it tests nothing")
     if overwrite or not {"last.pt", "summary.json"} & {*names}:
         return None
     with files.undamaged(folder / "config.json", ANEW):
@@ -160,8 +163,9 @@ def begin_run(config, folder, about):
                  "samples.png", "fusion.json") if config.overwrite else ():
         (folder / name).unlink(missing_ok=True)
     places = {name: getattr(config, name) for name in PLACES}
+    places |= {"device": str(config.device), "data_dir": str(Path(config.data_dir).absolute())}
     files.write_json(folder / "config.json", {
-        **about, "torch": torch.__version__, "places": {**places, "device": str(config.device)}})
+        **about, "torch": torch.__version__, "places": places})
 
 def restore(path, stateful, run):
     """Read last.pt into modules and optimiser, `stateful`; -> its log, [] where there is no file.

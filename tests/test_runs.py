@@ -270,17 +270,19 @@ def test_begin_run_is_after_all_that_can_be_refused(place, clip_file, monkeypatc
     assert {path.read_text() for path in Path("run").iterdir()} == {"precious"}
     assert {*place.rglob("*")} >= before
 
-def test_run_folder_is_another_one_for_whatever_changes_the_result(place, monkeypatch):
+def test_run_folder_is_another_one_for_whatever_changes_the_result(place, monkeypatch, capsys):
     """And the same one for what does not; each then finds its own run."""
     monkeypatch.chdir(place)
     base = small(place, method="scratch", out=None)
     class_folders(place / "c", WNIDS[2:])
     changes = [{}, {"lr": 0.01}, {"epochs": 2}, {"fraction": 0.5}, {"ce_weight": 2.0}, {"seed": 1},
-               {"data_dir": str(place / "b")}, {"data_dir": str(place / "c")}, {"holdout": 0.25}]
+               {"data_dir": "b"}, {"data_dir": str(place / "c")}, {"holdout": 0.25}]
     for change in changes:
         train.run(with_(base, **change))
     folders_ = sorted(Path("runs").iterdir())
-    assert len(folders_) == len(changes)
+    assert len(folders_) == len(changes) and "test split" in capsys.readouterr().err  # a copy
+    assert {files.read_json(folder / "config.json", "")["places"]["data_dir"]
+            for folder in folders_} == {str(place / name) for name in "abc"}
     shutil.copytree(place / "a", place / "moved")
     for change in ({"data_dir": str(place / "moved")}, {"workers": 1}, {"no_graph": True}):
         train.run(with_(base, **change))
