@@ -98,7 +98,10 @@ def main(job):
     if threading.current_thread() is threading.main_thread():  # no other may handle signals
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a character that a terminal lacks
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    reconfigure = getattr(sys.stdout, "reconfigure", dict)  # Jupyter's has none
+    reconfigure(errors="backslashreplace")  # a character that a terminal lacks
     warnings.showwarning = lambda message, *_: files.note(str(message))
     try:
         text = job()
@@ -107,6 +110,9 @@ def main(job):
         if dist.is_initialized():  # whose threads must end before Python does
             dist.destroy_process_group()
     except BaseException as error:
+        if isinstance(error, BrokenPipeError):  # who read what is printed has left, as `head` does
+            sys.stdout = sys.stderr = None  # Python would write the rest once more
+            sys.exit(128 + 13)
         if caught:  # whatever came of it, a worker's end perhaps
             files.say("interrupted; the same command goes on")
             sys.exit(128 + caught[0])

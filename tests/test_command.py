@@ -16,7 +16,7 @@ import torch
 import train
 from helpers import ROOT, class_folders, python, script, small
 from pathlib import Path
-from support import command
+from support import command, files
 from unittest.mock import Mock
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
@@ -118,6 +118,20 @@ def test_main_prints_what_a_terminal_lacks(monkeypatch, handlers):
     monkeypatch.setattr(sys, "stdout", out)
     command.main(lambda: "höhe ≤ 3")
     assert out.buffer.getvalue().decode("cp1252").split() == ["höhe", "\\u2264", "3"]
+
+def test_main_without_a_terminal(monkeypatch, handlers):
+    """No stream, another program's, and one that nobody reads any longer."""
+    monkeypatch.setattr(sys, "stderr", None)
+    for out in (None, io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", out)
+        command.main(lambda: files.say("said") or "done")
+    assert out.getvalue() == "done\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
+    with pytest.raises(SystemExit) as stopped:
+        command.main(lambda: "done")
+    assert stopped.value.code == 141
 
 def test_main_in_a_thread(monkeypatch, capsys, handlers):
     """Where no signals can be handled."""
