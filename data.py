@@ -166,13 +166,16 @@ def decoded(images, cache_dir, workers):
 
 def rename_classes(split, lines, path):
     """The split with class names from the lines of a file, `path`: one a class in their order, or
-    `id<tab>name`; else ValueError. A comma parts synonyms of WordNet's classes only."""
-    ids, words = split.ids, folders.split_words(lines)
+    each with its id, in any order; else ValueError. A comma parts synonyms of WordNet's only."""
+    ids, rows = split.ids, folders.words_by_id(lines, split.ids)
+    padded = [re.sub(r"\d+", lambda number: number[0].zfill(20), id) for id in ids]
+    before = re.compile(r"([^\t:;|=]+(?=[\t:;|=])|[a-z]?\d+)[\s,.:;|=_-]+\S")
+    codes = [found[1] for found in map(before.match, lines) if found]
     places = [int(found[1]) for found in map(re.compile(r"\b(\d+)\W*$").search, lines) if found]
-    if {*ids} <= {*words}:
-        lines = [words[id] for id in ids]
-    elif (all(map(str.isdecimal, ids)) and ids != sorted(ids, key=int)  # 10 stands before 2
-          or len(words) == len(lines) and [*words] != sorted(filter(str.isdecimal, words), key=int)
+    if len(rows) == len(dict(rows)) == len(ids) and any(id != words for id, words in rows):
+        lines = [dict(rows)[id] for id in ids]
+    elif (ids == sorted(ids) and padded != sorted(padded)  # class_10 stands before class_2
+          or len(codes) == len(lines) and codes != sorted(filter(str.isdecimal, codes), key=int)
           or places != sorted(places) and len(places) == len(lines) >= max(places)):
         lines = []  # of other ids, or with numbers, before or behind, that do not ascend
     if len(lines) != len(ids):
@@ -182,7 +185,7 @@ def rename_classes(split, lines, path):
         given, expected = ([folders.alike(name) for name in names] for names in (lines, own))
         if given != expected and sorted(given) == sorted(expected):
             raise ValueError(f"{path}: the classes' own names in another order; first {own[0]!r}")
-    if not all(re.fullmatch(r"n\d{8}", id) for id in ids):
+    if not all(map(folders.WORDNET.fullmatch, ids)):
         lines = [line.replace(",", " ") for line in lines]
     return split._replace(class_names=lines, class_ids=ids)
 
@@ -315,21 +318,19 @@ def tiny_imagenet(root, split, cache_dir):
 def image_folders(root, split, size, resize_to):
     """Any train/ and val/, or test/, of a folder a class; the classes, sorted, are train's."""
     train, ids = root / "train", folders.class_folders(root / "train")
-    tests = [root / name for name in ("val", "test")
-             if any(folders.class_folders(root / name).values())]
+    tests = [root / name for name in ("val", "test") if folders.class_folders(root / name)]
     if len(tests) > 1:
         files.note(f"{root} has val/ and test/: val/ is the test split")
     folder = train if split == "train" else (tests or [root / "val"])[0]
     listing = folders.by_class(folder)
-    empty = [id for id, held in ids.items() if not (id in listing if split == "train" else held)]
+    empty = sorted({*ids} - {*(folders.by_class(train) if ids else ())})
     if empty:
         raise ValueError(f"{train}: no picture of its own in {empty[:5]}, so they are no classes")
     if split == "test" and folder.resolve() == train.resolve():
         raise ValueError(f"{folder} leads to train/, whose images are no test")
     if not ids:
         files.note(f"{root} has no train/: the classes are those of {folder.name}/")
-        ids = listing
-    ids = list(ids)
+        ids = list(listing)
     words = folders.class_words(root, ids)
     names = [words.get(id, id.replace(",", " ")) for id in ids]
     paths, labels = folders.labelled(listing, folders.match_classes(listing, ids, names, folder))

@@ -14,15 +14,14 @@ from pathlib import Path
 from PIL import Image
 from support import files
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# What macOS, Windows, Linux, Synology and QNAP lay among people's files, beside names with a dot.
-SYSTEMS = ("__macosx", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini",
-           "recycler", "found.000", "lost+found", "network trash folder", "temporary items",
-           "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb")
+SUFFIXES = tuple(".bmp .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+# What macOS, Windows, Linux, Python, Synology and QNAP lay among people's files.
+SYSTEMS = re.compile(r"(?i)[.~@#$]|__|(found\.\d+|lost\+found|recycler|system volume information|"
+                     r"thumbs\.db|thumbnails|desktop\.ini|network trash folder|temporary items)$")
 
 def is_data(name):
     """Whether a posix name is none that systems add: .DS_Store, ._cat.png, a/@eaDir/cat.png."""
-    return not any(part[:1] == "." or part.lower() in SYSTEMS for part in name.split("/"))
+    return not any(map(SYSTEMS.match, name.split("/")))
 
 def unpack(archive, cache_dir=None):
     """The folder in the cache, named by its content, that a zip's data are unpacked into, once."""
@@ -53,38 +52,56 @@ def holder(root, name, cache_dir=None):
 
 def list_files(root):
     """Yield the posix names, relative to `root`, of the files that are data in a folder and, links
-    followed, below it, sorted by their parts. A file or folder that links lead to again, or back
-    to, is left out, which is said. OSError: a broken link, a folder that cannot be read."""
-    waiting, again = [f"{root}"] if os.path.isdir(root) else [], []
+    followed, below it, sorted by their parts. What links lead to again, or back to, what is no
+    file, and systems' own, but for names with a dot, are left out, which is said. OSError: a broken
+    link, a folder that cannot be read."""
+    waiting, left = [f"{root}"] if os.path.isdir(root) else [], []
     met = {(above.st_dev, above.st_ino) for above in map(os.stat, Path(root).resolve().parents)}
     while waiting:
         path = waiting.pop()
         found = os.stat(path)
-        if (found.st_dev, found.st_ino) in met:
-            again.append(path)
-        elif stat.S_ISDIR(found.st_mode):
-            names = sorted(filter(is_data, os.listdir(path)), reverse=True)
-            waiting += [f"{path}/{name}" for name in names]
+        kind = stat.S_IFMT(found.st_mode)
+        if (found.st_dev, found.st_ino) in met or kind not in (stat.S_IFDIR, stat.S_IFREG):
+            left.append(path)  # reading a pipe would never end
+        elif kind == stat.S_IFDIR:
+            names = sorted(os.listdir(path), reverse=True)
+            waiting += [f"{path}/{name}" for name in names if is_data(name)]
+            left += [f"{path}/{name}" for name in names if name[0] != "." and not is_data(name)]
         else:
             yield path.removeprefix(f"{root}/")
         met.add((found.st_dev, found.st_ino))
-    if again:
-        files.note(f"{root}: left out {len(again)}, links to what is there already: {again[:3]}")
+    if left:
+        files.note(f"{root}: left out {len(left)}, systems' own or there already: {left[:3]}")
 
-def split_words(lines):
-    """{id: words} of the lines `id<tab>words`, and `id words` of ids like n01443537 or a number."""
-    rows = [re.match(r"([^\t]+(?=\t)|[a-z]?\d+)[\s,._-]+(.+)", line.strip()) for line in lines]
-    return {row[1].strip(): row[2] for row in rows if row}
+WORDNET = re.compile(r"n\d{8}")
+
+def words_by_id(lines, ids, behind=True):
+    """[(id, words)] of the lines that hold just one of the ids as a word; behind=False: that begin
+    with it. Words are the line without the id where a tab or one of `,:;|=` parts them, or where it
+    is a code, like 12 and n01443537, or all ids differ in digits alone; else the whole line."""
+    rows, known, codes = [], {*ids}, len({re.sub(r"\d+", "", id) for id in ids}) == 1
+    for line in map(str.strip, lines):
+        fields = re.split(r"\s*[\t,:;|=]\s*", line)
+        held = known & {*fields, *line.split(), *re.findall(r"\w+", line)}
+        if len(held) == 1:
+            [id] = held
+            left, right = re.split(rf"(?<!\w){re.escape(id)}(?!\w)", line, maxsplit=1)
+            if codes or re.fullmatch(r"[a-z]?\d+", id) or id in (fields[0], fields[-1]):
+                left, right = left.rstrip("\t ,:;|=._-("), right.lstrip("\t ,:;|=._-)")
+                line = ", ".join(filter(None, (left, right))) or id
+            if behind or not left:
+                rows.append((id, line))
+    return rows
 
 def class_words(root, ids):
     """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
-    LOC_synset_mapping.txt, in `root` or up to three folders above, where Kaggle's lies."""
+    LOC_synset_mapping.txt, in `root` or, of WordNet's ids, up to three folders above, where
+    Kaggle's lies."""
     names = ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt")
-    places = [folder / name for folder in (root, *root.resolve().parents[:3]) for name in names]
-    for path in filter(Path.is_file, places):
-        words = split_words(files.read_text(path).splitlines())
-        words = {id: words[id] for id in ids if id in words}
-        if 0 < len(words) < len(ids):
+    above = root.resolve().parents[:3] if any(map(WORDNET.fullmatch, ids)) else ()
+    for path in filter(Path.is_file, [where / name for where in (root, *above) for name in names]):
+        words = dict(words_by_id(files.read_text(path).splitlines(), ids, behind=False))
+        if len(words) < len(ids):
             files.note(f"{path} names {len(words)} of the {len(ids)} classes")
         if words:
             return words
@@ -121,14 +138,14 @@ def by_class(root, part=0):
     if part == 0 and below - {"images"}:
         files.note(f"{root}: its folders are the classes, not those below: {sorted(below)[:5]}")
     if not listing:
-        raise FileNotFoundError(f"{root} holds no <class>/<image>, of {', '.join(SUFFIXES)}")
+        beside = [path.name for path in sorted(Path(root).parent.glob("*"))]
+        raise FileNotFoundError(f"{root} holds no <class>/<image>, of {', '.join(SUFFIXES)}; in "
+                                f"the folder above are {beside[:9]}")
     return dict(sorted(listing.items()))
 
 def class_folders(root):
-    """{name: whether a picture lies in it} of the folders in `root`, sorted, if any."""
-    paths = sorted(path for path in Path(root).glob("*") if path.is_dir() and is_data(path.name))
-    return {path.name: any(name.lower().endswith(SUFFIXES) for name in list_files(path))
-            for path in paths}
+    """The names of the folders in `root` that are data, sorted, if any."""
+    return sorted(path.name for path in root.glob("*") if path.is_dir() and is_data(path.name))
 
 def alike(name):
     """A class's name without what people write in different ways; of synonyms the first."""

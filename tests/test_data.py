@@ -154,11 +154,16 @@ WNIDS = ["n01440764", "n01443537"]
     ("ab", ["pepper, bell", "7 up"], ["pepper  bell", "7 up"]),
     ("ab", ["b\tpepper, bell", "a\tapple"], ["apple", "pepper  bell"]),  # by id
     ("ab", ["1 pepper", "2 apple"], ["1 pepper", "2 apple"]),
+    *(("ab", [f"big {by}b", f"a{by}small"], ["small", "big"]) for by in (" | ", ",", ": ", ";", "=")),
+    (["cat", "sea dog"], ["sea dog", "tabby cat"], ["tabby cat", "sea dog"]),
+    (["class_2", "class_10"], ["x class_10", "class_2: y"], ["y", "x"]),
+    (WNIDS, [f"{k},{id},of {k}" for k, id in enumerate(WNIDS[::-1])], ["1, of 1", "0, of 0"]),
     (WNIDS, [f"{id} of {id}, x" for id in WNIDS[::-1]], [f"of {id}, x" for id in WNIDS]),
     (WNIDS, [f"{id},of {id}" for id in WNIDS[::-1]], [f"of {id}" for id in WNIDS]),
     *(("ab", lines, None) for lines in (
         [], ["b", "a"], ["A", "B", "C"], ["2 x", "1 y"], ["x,1", "y,0"], ["a\tx", "c\ty"],
-        [f"{id} x" for id in WNIDS]))])
+        ["x|1", "y|0"], ["c: x", "d: y"], [f"{id} x" for id in WNIDS])),
+    *((ids, ["x", "y"], None) for ids in (["10", "2"], ["class_10", "class_2"]))])
 def test_rename_classes_in_order_or_by_id_or_refuses(ids, lines, expected):
     split = coded_split(7)._replace(class_names=list(ids))
     if expected is None:
@@ -412,6 +417,7 @@ def test_image_folders_refuses_what_has_no_certain_class(test, tmp_path):
 @pytest.mark.parametrize("names, named", [
     (["train/a/0.png", "train/b/0.png", "train/yak/x.gif", "val/a/0.png"], "['yak']"),
     (["train/images/a/0.png", "train/images/b/0.png", "val/images/b/0.png"], "'b']"),
+    (["Train/a/0.png", "valid/b/0.png"], "'Train', 'valid'"),
     (["test/a/0.png", "test/b/.keep"], "test")])
 def test_load_dataset_refuses_empty_and_single_classes(names, named, split, tmp_path):
     write_files(tmp_path, dict.fromkeys(names, encoded()))

@@ -6,13 +6,14 @@ import pytest
 import struct
 import zipfile
 import zlib
-from helpers import encoded, refused, write_files, write_zip
+from helpers import WNIDS, encoded, refused, write_files, write_zip
 from PIL import Image
 from support import files, folders
 
 def test_list_files_lists_what_is_data_once_whatever_links_lead_to_it(tmp_path, capsys):
-    root, systems = tmp_path / "root", ("__MACOSX", "a/@eaDir/c.png", "$Recycle.Bin", "lost+found",
-                                        "a/.git", "System Volume Information", "#recycle")
+    root, systems = tmp_path / "root", (
+        "__MACOSX", "a/@eaDir/c.png", "$Recycle.Bin", "lost+found", "a/.git", "#recycle", ".snapshot",
+        "System Volume Information", "~snapshot", "@SynoEAStream", "__pycache__", "found.001")
     names = ["a/b/c.png", "a-b/d.png", "e.txt", *(f"{name}/x.png" for name in systems)]
     write_files(root, dict.fromkeys(names, b""))
     assert list(folders.list_files(root)) == ["a/b/c.png", "a-b/d.png", "e.txt"]
@@ -25,8 +26,9 @@ def test_list_files_lists_what_is_data_once_whatever_links_lead_to_it(tmp_path, 
     with pytest.raises(OSError, match="loop"):
         list(folders.list_files(root))
     (root / "a/b/loop").unlink()
+    os.mkfifo(root / "a/pipe.png")
     assert list(folders.list_files(root)) == ["a/b/c.png", "a-b/d.png", "c/1.png", "e.txt"]
-    assert f"{root}: left out 5" in capsys.readouterr().err
+    assert f"{root}: left out {5 + 10 + 1}" in capsys.readouterr().err
 
 def test_unpack_once_by_content(tmp_path, monkeypatch):
     content = {"top\\a\\0.png": b"1", "top/b/": b"", "__MACOSX/x.png": b"", "top/@eaDir/x.png": b"",
@@ -57,13 +59,16 @@ def test_unpack_refuses(tmp_path):
 @pytest.mark.parametrize("name", ["LOC_synset_mapping.txt", "words.txt", "synset_words.txt"])
 def test_class_words_are_found_where_kaggle_lays_them(above, name, tmp_path, capsys):
     root = tmp_path / "imagenet/ILSVRC/Data/CLS-LOC"
-    write_files(root / above, {name: b"\xef\xbb\xbfn01 tench, Tinca\nn02 goldfish\n"})
+    one, two, three, word = *WNIDS[:3], "goldfish"
+    text = f"\ufeff{one} tench, Tinca\n{two},{word}\n{word}\tfish\nn1\tgold, {word}\n"
+    write_files(root / above, {name: text.encode()})
     root.mkdir(parents=True, exist_ok=True)
-    assert folders.class_words(root, ["n01", "n02"]) == {"n01": "tench, Tinca", "n02": "goldfish"}
+    assert folders.class_words(root, [one, two]) == {one: "tench, Tinca", two: word}
     assert not capsys.readouterr().err
-    assert folders.class_words(root, ["n02", "n03"]) == {"n02": "goldfish"}
+    assert folders.class_words(root, [two, three]) == {two: word}
     assert name in capsys.readouterr().err  # it names one of two
-    assert folders.class_words(root, ["n03"]) == {}
+    assert folders.class_words(root, [three]) == {}
+    assert folders.class_words(root, [word]) == ({} if above else {word: "fish"})
 
 def test_class_words_of_imagenet_without_a_list(tmp_path):
     ids = [f"n9{k:07d}" for k in range(1000)]
