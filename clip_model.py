@@ -345,15 +345,17 @@ NO_NAME = regex.compile(r"^['\"`\u2018\u201c\u2022|*]|^-\s|^\d+\s*[.:)]\s|['\"]\
                         r"|\s#\s|[,;:=(]$|:\s+\d+$")
 
 def load_lines(path, holding="") -> list[str]:
-    """The names or templates of a file, one a line; empty lines and `#` comments are skipped.
-    ValueError: no UTF-8, a line without `holding`, none at all, a program or a numbered list."""
+    """The names or templates, which hold "{}", of a file, one a line; empty lines and `#` comments
+    are skipped. ValueError: no UTF-8, no line, one that does not hold `holding` once, or names with
+    {}, a program or a numbered list."""
     try:
         text = Path(path).read_text("utf-8-sig")  # with or without the mark that Windows writes
     except UnicodeDecodeError:
         raise ValueError(f"{path}: expected text in UTF-8; save it as that") from None
     lines = [line for line in map(str.strip, text.splitlines()) if line and line[0] != "#"]
     for line in lines or [""]:
-        if holding not in line or NO_NAME.search(line.replace("{}", "")):
+        numbered = holding and regex.search(r"^\d+\s*[,;|=\t]|[,;|=\t]\s*\d+$", line)
+        if numbered or line.count("{}") != bool(holding) or NO_NAME.search(line.replace("{}", "")):
             raise ValueError(f"{path}: expected one name or template a line, with {{}} in templates"
                              f", without a program's quotes and indices; found {line[:80]!r}")
     return lines

@@ -12,16 +12,16 @@ from pathlib import Path
 from support import checkpoints, files
 
 HOST = "https://openaipublic.blob.core.windows.net/clip"  # the one in OpenAI's code is dead
-PUBLIC_CLIPS = {  # name: SHA-256 of OpenAI's archive (openai/CLIP, clip/clip.py)
-    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
-    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
-    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
-    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
-    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
+PUBLIC_CLIPS = {  # name: MB and SHA-256 of OpenAI's archive (openai/CLIP, clip/clip.py)
+    "RN50": (244, "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
+    "RN101": (278, "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
+    "RN50x4": (402, "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
+    "RN50x16": (630, "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
+    "RN50x64": (1260, "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
+    "ViT-B/32": (338, "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16": (335, "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14": (890, "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L/14@336px": (891, "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02")}
 MIRRORS = (  # the same weights on Hugging Face: name, repository, revision, file, SHA-256
     ("ViT-L/14", "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41",
      "model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
@@ -123,20 +123,22 @@ def find(name, cache_dir=None):
             return weights, read_listing(weights)
     folder, own = files.cache_folder(cache_dir), name.replace("/", "-").replace("@", "-") + ".pt"
     known = [(folder / own, f"{HOST}/models/{digest}/{own}", digest)
-             for public, digest in PUBLIC_CLIPS.items() if public == name]
+             for public, (_, digest) in PUBLIC_CLIPS.items() if public == name]
     known += [(folder / f"{repository.split('/')[1]}.safetensors",
                f"https://huggingface.co/{repository}/resolve/{revision}/{file}", digest)
               for public, repository, revision, file, digest in MIRRORS
               if name in (public, repository)]
-    failures = []
+    message = (f"{name!r} is no file, no folder with one of {WEIGHTS}, no "
+               f"{', '.join(PUBLIC_CLIPS)}, nor of `hf download`'s")
     for path, url, digest in sorted(known, key=lambda one: not one[0].exists()):
         try:
-            files.fetch([url], path, f"sha256:{digest}", "pass --clip PATH")
+            files.fetch([url], path, f"sha256:{digest}", "pass --clip FILE")
             return path, {"activation": "quickgelu"}  # OpenAI's, by their digest
         except FileNotFoundError as error:
-            failures.append(str(error))
-    raise FileNotFoundError("; ".join(failures) or f"{name!r} is no file, no folder with one of "
-                            f"{WEIGHTS}, no {', '.join(PUBLIC_CLIPS)}, nor of `hf download`'s")
+            size = f" ({PUBLIC_CLIPS[name][0]} MB)" if name in PUBLIC_CLIPS else ""
+            message = (f"could not download CLIP {name}{size}: {error.__cause__}; put "
+                       f"{known[0][1]} at {known[0][0]}, or pass --clip FILE")
+    raise FileNotFoundError(message)
 
 def load(name_or_path, cache_dir=None, activation=None):
     """-> (path, tensors in OpenAI's layout, what is said of them). Its activation is the one asked
@@ -148,6 +150,6 @@ def load(name_or_path, cache_dir=None, activation=None):
     if activation and known not in (None, activation):
         files.note(f"{path} has the activation {known}; {activation} is used, as asked")
     if not activation and not known:
-        files.note(f"{path} does not say its activation: QuickGELU is assumed; models of open_clip "
-                   "(LAION, DataComp) need --clip-activation gelu, unless named -quickgelu")
+        files.note(f"{path.name}: QuickGELU is assumed, as in OpenAI's; most models of open_clip "
+                   "need --clip-activation gelu")
     return path, tensors, {**said, "activation": activation or known or "quickgelu"}

@@ -112,9 +112,10 @@ def fetch(urls, path, digest, advice):
             if isinstance(error, Damaged) or getattr(error, "code", 0) == 416:
                 part.unlink(missing_ok=True)  # no beginning of that file
             failures.append(f"{url} ({error})")
+            reason = str(error)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"could not download {' or '.join(failures)}; put it at {path}, or {advice}")
+        raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
+                                f"or {advice}") from OSError(reason)
     return verify(path, digest, f"move it away, or {advice}")
 
 def receive(url, part):
@@ -147,7 +148,8 @@ def verify(path, digest, advice):
 
 class Progress:
     """One line on stderr: what, how much, a note, rate, time left. A terminal's is rewritten; in a
-    log the last one stands, and those to keep. `start`, done before, is no part of the rate."""
+    log the last one stands, and those to keep. `start`, done before, is no part of the rate. Where
+    a terminal is narrow, the rate goes, then the first parts of the note, parted by " | "."""
     def __init__(self, label, total, unit="images", start=0):
         self.label, self.total, self.unit, self.start, self.done = label, total, unit, start, start
         self.began, self.shown = time.time(), 0.0
@@ -156,9 +158,15 @@ class Progress:
         self.done, now, terminal = done, time.time(), sys.stderr.isatty()
         late = terminal and now - self.shown > 0.2
         if keep or late or done >= self.total:
-            self.shown, rate = now, (done - self.start) / max(now - self.began, 1e-9)
-            left = timedelta(0, round((self.total - done) / max(rate, 1e-3) or now - self.began))
-            line = (f"{self.label} {done:.0f}/{self.total:.0f} | {note}{' | ' if note else ''}"
-                    f"{rate:.0f} {self.unit}/s | {left}{' left' * (done < self.total)}")
-            width = shutil.get_terminal_size().columns - 1 if terminal else len(line)
-            say(line[:width], end="" if terminal and done < self.total else "\n")  # never wrapped
+            self.shown, spent = now, now - self.began
+            rate = (done - self.start) / max(spent, 1e-9)
+            known = done < self.total and rate > 0 and spent > 2  # the first steps tell little
+            time_left = timedelta(0, round((self.total - done) / rate if known else spent))
+            parts = [f"{self.label} {done:.0f}/{self.total:.0f}", *filter(None, note.split(" | ")),
+                     f"{rate:.0f} {self.unit}/s", f"{time_left}{' left' * known}"]
+            width = shutil.get_terminal_size().columns - 1 if terminal else 10**6
+            for place in (-2, *[1] * len(parts)):
+                if len(" | ".join(parts)) > width and len(parts) > 2:
+                    del parts[place]
+            line = " | ".join(parts)[:width]  # never wrapped
+            say(line, end="" if terminal and done < self.total else "\n")

@@ -75,6 +75,9 @@ def load_shift(directory, dataset, class_ids, class_names):
     choose among. The folder has CIFAR-10.1's or STL-10's files, or a folder of images a class,
     named by the data set's own ids (WordNet's) or names, or by number (ImageNet-V2)."""
     root = Path(directory)
+    for part in {"val", "test"} - {*class_ids, *class_names}:
+        if (root / part).is_dir():
+            raise ValueError(f"--shift {root}: expected a folder a class, as in {root / part}")
     for pattern, read in (("cifar10.1_v*_data.npy", read_cifar10_1), ("stl10_binary", read_stl10)):
         if any(root.glob(pattern)):
             if dataset != "cifar10":

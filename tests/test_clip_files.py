@@ -31,7 +31,7 @@ def attempts(monkeypatch):
 
     def fetch(urls, path, digest, advice):
         made.extend((url, path, digest) for url in urls)
-        raise FileNotFoundError(f"could not download {urls} to {path}; {advice}")
+        raise FileNotFoundError(f"could not download {urls} to {path}; {advice}") from OSError("no")
 
     monkeypatch.setattr(files, "fetch", fetch)
     return made
@@ -51,7 +51,7 @@ def write_snapshot(folder, kind, listing=None, **tensors):
 def test_find_of_public_names_leads_to_openai_then_to_hugging_face(attempts, tmp_path):
     for name in (*clip_files.PUBLIC_CLIPS, L14):
         message = refused(clip_files.find, name, tmp_path)
-        assert "pass --clip PATH" in message and attempts[-1][0] in message
+        assert "pass --clip FILE" in message and message.count("https://") == 1
     assert "--bpe" in refused(clip_files.fetch_bpe, tmp_path)
     urls, paths, digests = zip(*attempts)
     assert [path.relative_to(tmp_path).name for path in paths[5:]] == [

@@ -237,7 +237,8 @@ def test_load_templates(tmp_path):
         path.write_bytes(text)
         assert load_templates(path) == expected
     for text in (b"a {}\n\nno place\n", b"# nothing\n", b"a \xff {}", b"'a {}',\n", b"a {c}\n",
-                 b"- a {}\n", b"[a {}]\n", "a {}\n".encode("utf-16")):
+                 b"- a {}\n", b"[a {}]\n", "a {}\n".encode("utf-16"), b"a {}; the {}\n",
+                 b"1,a photo of a {}\n", b"a {}|2\n"):
         path.write_bytes(text)
         assert str(path) in refused(load_templates, path)
     path.write_text("a {}\nthe {}\n\na {}\n")
@@ -247,7 +248,7 @@ def test_load_templates(tmp_path):
 @pytest.mark.parametrize("line", [
     "{0: 'tench, Tinca tinca',", " 1: 'goldfish',", "'goldfish'", '"goldfish",', "1. tench",
     "2) tench", "0: tench", "tench: 0", "names = (", "['tench', 'goldfish']", "- tench",
-    "<li>tench</li>", "tench,"])
+    "<li>tench</li>", "tench,", "a photo of a {}"])
 def test_load_lines_of_names_refuses_programs_and_numbered_lists(line, tmp_path):
     names = ["Bird's nest", "7 up", "cat (wild)", "goldfish, Carassius auratus", "n01440764\ttench"]
     (tmp_path / "names.txt").write_text("\n".join(["# names", "", *names]))

@@ -200,3 +200,8 @@ def test_Progress_on_a_terminal(clock, capsys, monkeypatch):
     lines = err.split("\r\033[K")[1:]
     assert [line[:7] for line in lines] == ["x 10/10", "x 30/10", "x 100/1"]
     assert lines[-1].endswith("\n") and err.count("\n") == 1
+    for columns, kept in (("70", "train 55 %"), ("50", "train 55 %"), ("36", "")):
+        monkeypatch.setenv("COLUMNS", columns)
+        files.Progress("kd resnet8", 300).update(0, "epoch 1/3 | loss 0.5 | train 55 %", keep=True)
+        line = capsys.readouterr().err
+        assert "kd resnet8 0/300 |" in line and kept in line and line.endswith(" | 0:00:00")

@@ -106,9 +106,12 @@ def test_list_classes_refuses(tmp_path):
 
 @pytest.mark.parametrize("names", [["n02", "n03"], ["dog", "Bird"], ["1", "2"]])
 def test_load_shift_by_wordnet_id_name_and_number(names, tmp_path):
+    tmp_path = tmp_path / "val"
     class_pictures(tmp_path, names)
     ids, class_names = ["n01", "n02", "n03"], ["cat", "dog", "bird"]
     paths, labels, columns = shifts.load_shift(tmp_path, "imagenet", ids, class_names)
     assert columns.tolist() == [1, 2] and len(paths) == 4
     for path, label in zip(paths, labels.tolist()):
         assert Path(path).parent.name == names[label]
+    message = refused(shifts.load_shift, tmp_path / "..", "imagenet", ids, class_names)
+    assert f"{tmp_path}/../val" in message
