@@ -60,9 +60,13 @@ def measures(logits, labels):
     return row
 
 def calibrated(logits, labels):
-    """`measures`, Brier score, "calibration": a temperature, fitted on a random half of the images,
-    always the same; `measures` and `metrics.calibration_bins` of the others before and after it."""
+    """`measures`, Brier score, "by_class": top-1 of each in percent, None where it has no images;
+    "calibration": a temperature, fitted on a random half of the images, always the same; `measures`
+    and `metrics.calibration_bins` of the others before and after it."""
     row = {**measures(logits, labels), "brier": metrics.brier(logits, labels)}
+    right = labels.bincount((logits.argmax(1) == labels).double())
+    by_class = (100 * right / labels.bincount()).tolist()  # NaN, which is below nothing
+    row["by_class"] = [x if x >= 0 else None for x in by_class]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     rest, half = order.tensor_split(2)
     temperature = metrics.fit_temperature(logits[half], labels[half])
@@ -96,7 +100,7 @@ class Student:
         size = size or config.image_size or info.image_size
         model = models.freeze(models.load_weights(own.student, weights, len(test.class_names)))
         self.subjects = {"student": train.classifier(model.to(config.device), config, size)}
-        self.path, self.alpha, self.sets = Path(report), own.alpha, {}
+        self.path, self.names, self.alpha, self.sets = Path(report), test.class_names, own.alpha, {}
         self.about = {**about, "weights": files.file_digest(weights), "image_size": size,
                       "amp": config.amp, "test": runs.identity(test)["content"]}
         with contextlib.suppress(OSError, ValueError):
@@ -189,6 +193,14 @@ def prepare(config):
                                     for student, source in zip(students, sources))}
     if len(kinds) > 1:  # their test images are not the same
         raise ValueError(f"--run: --image-size and --holdout {kinds}: evaluate one after another")
+    here = {**runs.identity(splits["test"]), "class_names": None}  # which --class-names changes
+    for source, run, *_ in sources:
+        there = run and {**run["inputs"]["data"]["test"], "class_names": None}
+        rendered = own.dataset == "shapes" or source.dataset != own.dataset
+        differ = runs.difference(there or here, here, "test split")
+        if differ and not (asked["data_dir"] or rendered):
+            raise ValueError(f"{source.data_dir} is not what this run had: its {differ}; "
+                             "--data-dir names where that is, or another test set")
     return dataclasses.replace(config, image_size=size), splits, students
 
 class Images(NamedTuple):
@@ -303,49 +315,70 @@ def training(config):
                            if value is not None and hasattr(train.Config, name)})
 
 def zero_shot(config):
-    """CLIP itself on a test split: {"all M templates": top-1 in percent, then one a template}."""
+    """CLIP itself on a test split -> {"all M templates": `calibrated`, then a template: `measures`}
+    and the names that it is asked for, which are said before it looks at the images."""
     own = train.resolve(training(config))
     test = train.load_split(own, "test")
     templates = clip_model.load_templates(own.prompts or train.PROMPTS)
     clip, tokenizer, scale = train.load_clip(own)
+    names = clip_model.prompt_names(test.class_names, tokenizer)
+    changed, K = sum(map(str.__ne__, names, test.ids)), len(names)
+    files.note(f"{own.dataset}: {len(test.labels)} images of {K} classes, chance {100 / K:.3g} %")
+    files.note(f"CLIP is asked for {', '.join(names[:5])}{', ...' * (K > 5)}; {changed} of {K} "
+               "names are not as in the data set")
     _, features = train.clip_targets(own, clip, tokenizer, {"test": test})["test"]          # (N,D)
     text = clip_model.class_features(clip, tokenizer, test.class_names, templates).cpu()  # (K,M,D)
     classes = {f"all {len(templates)} templates": richkd.ensemble_text_features(text),
                **dict(zip(templates, text.unbind(1)))}                                      # (K,D)
     logits = {name: richkd.zero_shot_logits(features.float(), rows, scale)
               for name, rows in classes.items()}
-    return {name: 100 * metrics.top_k_accuracy(z, test.labels) for name, z in logits.items()}
+    return {name: (measures if name in templates else calibrated)(z, test.labels)
+            for name, z in logits.items()}, names
 
-COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE %",
-           "confident_right 0.5": "right .5", "confident_wrong 0.5": "wrong .5",
-           "confident_right 0.7": "right .7", "confident_wrong 0.7": "wrong .7"}
+COLUMNS = {"images": "  images", "top1": "  top-1 %", "nll": "      NLL", "ece": "    ECE %",
+           "confident_right 0.7": "  sure, right", "confident_wrong 0.7": "  sure, wrong"}
+
+def aligned(rows, names):
+    """{label: `measures`} as lines; of the first row's classes the mean and the worst. An ECE of
+    fewer than 100 images is left out."""
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(COLUMNS.values())]
+    for label, row in rows.items():
+        lines.append(f"{label:{width}}")
+        for name, title in COLUMNS.items():
+            x = None if name == "ece" and row["images"] < 100 else row[name]
+            digits = 0 if name == "images" else 2
+            cell = "-" if x is None else f"{x:.{digits}f}" if abs(x) < 1e5 else f"{x:.1e}"
+            lines[-1] += f"{cell:>{len(title)}}"
+    lines.append("ECE: how far confidence is from accuracy; sure: a confidence of 70 % or more")
+    label, row = next(iter(rows.items()))
+    top1 = sorted((x, name) for x, name in zip(row.get("by_class", ()), names) if x is not None)
+    if top1:
+        worst = ", ".join(f"{name[:16]} {x:.0f} %" for x, name in top1[:3])
+        mean = sum(x for x, _ in top1) / len(top1)
+        lines.append(f"{label}: mean over the classes {mean:.2f} %, worst {worst}")
+    return lines
 
 def table(student):
-    """A report as text: a row a set (with the number of classes to choose among, if not all) and
-    subject, one of the student at the fitted temperature; its top-1 under each corruption."""
-    rows = {}
-    for name in (name for name in student.sets if name not in ("clean", *CORRUPTED)):
-        of = dict(student.sets[name])
-        classes = len(of.pop("key").get("columns", ()))
-        among = f" ({classes} classes)" if classes else ""
-        rows |= {f"{name}{among}, {who}": row for who, row in of.items()}
-    calibration = student.sets["test"]["student"]["calibration"]
-    T = f"{calibration['temperature']:.3g}"
-    bound = {metrics.LEAST_TEMPERATURE: "<=", metrics.MOST_TEMPERATURE: ">="}  # the best is beyond
-    rows[f"test, student, T {bound.get(float(T), '=')} {T}"] = calibration["after"]
-    width = max(28, *map(len, rows))
-    lines = [f"{student.path.parent.name:{width}} {' '.join(f'{x:>8}' for x in COLUMNS.values())}"]
-    for label, row in rows.items():
-        cells = ("       -" if x is None else f"{x:8.3f}" if abs(x) < 1e4 else f"{x:8.1e}"
-                 for x in map(row.get, COLUMNS))
-        lines.append(f"{label:{width}} {' '.join(cells)}")
-    lines.append("right .5: % right, confidence from .5; T: fitted on half of test, for the rest")
-    if "corruptions" in student.sets:
-        key, row = (student.sets["corruptions"][name] for name in ("key", "student"))
-        lines.append(f"{key['source']}, {100 * key['share']:.3g} % of the images, student's top-1:")
-        cells = [f"{name:18}{sum(top1) / 5:7.2f}" for name, top1 in row["by_severity"].items()]
-        cells += [f"{name:18}{row[name]:7.2f}" for name in ("mce", "relative_mce") if name in row]
-        lines += ["     ".join(cells[i : i + 3]) for i in range(0, len(cells), 3)]
+    """A report as text: `aligned`, a row a set (with the number of classes to choose among, if not
+    all) and subject; the student's top-1 under each corruption; where fusing does harm, a hint."""
+    rows, sets, names = {}, student.sets, student.names
+    for name, of in sets.items():
+        if name not in CORRUPTED and (name != "clean" or of["key"]["share"] < 1):
+            classes = len(of["key"].get("columns", names))
+            among = f" ({classes} classes)" if classes < len(names) else ""
+            rows |= {f"{name}{among}, {who}": row for who, row in of.items() if who != "key"}
+    lines, test = [student.path.parent.name, *aligned(rows, names)], sets["test"]
+    if "corruptions" in sets:
+        key, row = (sets["corruptions"][name] for name in ("key", "student"))
+        lines.append(f"student, top-1 % under each {key['source']} corruption, of five severities:")
+        cells = [f"{name:18}{sum(top1) / 5:6.2f}" for name, top1 in row["by_severity"].items()]
+        cells += [f"{x:18}{row[x]:6.2f}" for x in ("mce", "relative_mce") if x in row]
+        lines += [" ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
+    of = {who: test[who]["top1"] for who in ("teacher", "CLIP") if "fused" in test}
+    if of and test["fused"]["top1"] < max(of.values()):
+        lines += [f"The fused teacher is below {max(of, key=of.get)} alone; for other alphas:",
+                  f"python study/fusion.py {student.path.parent}"]
     return "\n".join(lines)
 
 def unread(config):
@@ -363,8 +396,10 @@ def unread(config):
 def job(config):
     command.check(config)
     if config.zero_shot:
-        return "\n".join(f"{top1:6.2f} %  {name}" for name, top1 in zero_shot(config).items())
-    return "\n\n".join(map(table, evaluate(config)))
+        return "\n".join(aligned(*zero_shot(config)))
+    students = evaluate(config)
+    kept = [f"{student.path} has all of it" for student in students if student.path.is_file()]
+    return "\n\n".join([*map(table, students), "\n".join(kept)])
 
 if __name__ == "__main__":
     command.main(lambda: job(command.parse(Config, __doc__, unread=unread)))

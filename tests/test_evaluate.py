@@ -16,7 +16,6 @@ import shutil
 import torch
 import torch.nn.functional as F
 import train
-import types
 from helpers import class_pictures, encoded, logits_of, refused, seeded, small, write_files
 from PIL import Image
 from support import checkpoints, command, files
@@ -240,6 +239,9 @@ def test_evaluate_knows_the_test_split_by_its_images(tmp_path):
     assert first["test"]["key"] != second["test"]["key"]
     said = refused(evaluate.evaluate, config(tmp_path / "run", data_dir=str(tmp_path / "c")))
     assert "student.pt" in said and "bee" in said and "cow" in said
+    shutil.rmtree(tmp_path / "a/val")  # without --data-dir no others are taken for the run's own
+    shutil.copytree(tmp_path / "b/val", tmp_path / "a/val")
+    assert "--data-dir" in refused(evaluate.evaluate, config(tmp_path / "run"))
 
 def cifar_c(folder, labels=(3, 1, 4, 1)):
     """CIFAR-10-C of four images: a pixel tells the corruption, one the severity and the image."""
@@ -372,6 +374,8 @@ def test_evaluate_fused_under_corruptions(rich, clip_file, teacher_file, tmp_pat
         assert student.sets["corruptions"][who]["top1"] == pytest.approx(sum(top1) / 5)
     lines = evaluate.table(student).splitlines()
     assert len(lines) <= 30 and max(map(len, lines)) <= 100  # a screen
+    student.sets["test"]["fused"]["top1"] = 0
+    assert f"study/fusion.py {folder}" in evaluate.table(student)
 
 def test_evaluate_fused_refuses_what_did_not_teach_it(run, rich, teacher_file, tmp_path, counted):
     assert "--fused" in refused(evaluate.evaluate, config(run, fused=True))
@@ -397,6 +401,8 @@ def test_evaluate_takes_the_held_out_images_of_a_run(tmp_path, counted):
     assert sets["test"]["student"]["top1"] == summaries[0]["student_accuracy"]
     both = config(tmp_path / "0.2", tmp_path / "0.4", cache_dir=str(tmp_path / "cache"))
     assert "--holdout" in refused(evaluate.evaluate, both)
+    class_pictures(tmp_path / "a/train", ("bee",), 15)  # trained images would be among the test's
+    assert "--data-dir" in refused(evaluate.evaluate, config(tmp_path / "0.2"))
 
 def test_evaluate_prints_what_it_cannot_keep(copy, monkeypatch, capsys):
     def full(path, content):
@@ -405,6 +411,8 @@ def test_evaluate_prints_what_it_cannot_keep(copy, monkeypatch, capsys):
     text = evaluate.job(config(copy, shift=[]))
     assert "test, student" in text and "shift, student" in text
     assert not (copy / "report.json").exists() and "report.json" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert str(copy / "report.json") in evaluate.job(config(copy)).splitlines()[-1]
 
 MODES = {  # what each reads, beside data set, class names, precision and places
     "--run R": "run shift corruptions fused image_size",
@@ -429,30 +437,38 @@ def test_unread_is_what_a_mode_does_not_read(mode):
             with pytest.raises(ValueError, match=f"--run|{command.flag(name)}"):
                 command.parse(evaluate.Config, "", line, evaluate.unread)
 
-def test_zero_shot_is_by_each_template_and_all(tmp_path, few_shapes, clip_file):
+def test_zero_shot_is_by_each_template_and_all(tmp_path, few_shapes, clip_file, capsys):
     templates = ["a photo of a {}", "{} in the wild"]
     (tmp_path / "prompts.txt").write_text("\n".join(templates))
-    table = evaluate.zero_shot(config(clip=clip_file, prompts=str(tmp_path / "prompts.txt"),
-                                      dataset="shapes", cache_dir=str(tmp_path)))
-    assert list(table) == ["all 2 templates", *templates]
+    own = config(clip=clip_file, prompts=str(tmp_path / "prompts.txt"), dataset="shapes",
+                 cache_dir=str(tmp_path))
+    table, names = evaluate.zero_shot(own)
+    said = capsys.readouterr().err
+    assert list(table) == ["all 2 templates", *templates] and names[0] in said and "4 %" in said
     test, clip = data.load_dataset("shapes", "", "test"), clip_model.load_clip(clip_file)
     with torch.no_grad():
         image = F.normalize(clip.encode_image(clip_model.preprocess(test.images, 32)), dim=1)
     text = clip_model.class_features(clip, clip_model.Tokenizer(), test.class_names, templates)
     for name, classes in zip(table, (F.normalize(text.mean(dim=1), dim=1), *text.unbind(1))):
         expected = 100 * metrics.top_k_accuracy(image @ classes.T, test.labels)
-        assert table[name] == pytest.approx(expected, abs=2)  # float16: a tie may fall otherwise
+        assert table[name]["top1"] == pytest.approx(expected, abs=2)  # float16: a tie may fall otherwise
 
-@pytest.mark.parametrize("number", [1e300, -1e300, 12345678.9, math.nan, math.inf, 0.0, 43.21])
-def test_table_never_lets_columns_run_together(number, run):
-    row = dict.fromkeys(evaluate.COLUMNS, number)
-    test = {**row, "calibration": {"temperature": 1000.0, "after": row}}
-    sets = {"shift " + "x" * 40: {"key": {}, "student": row}, "test": {"key": {}, "student": test}}
-    lines = evaluate.table(types.SimpleNamespace(path=run / "report.json", sets=sets)).splitlines()
-    assert ">= 1e+03" in lines[3]  # the temperature is at its bound
-    for line in lines[1:4]:
-        cells = [float(cell) for cell in line.split()[-8:]]
-        assert cells == pytest.approx([number] * 8, rel=0.05, nan_ok=True)
+@pytest.mark.parametrize("number", [1e300, 12345678.9, math.nan, math.inf, 0.0, 43.21])
+def test_aligned_never_lets_columns_run_together(number):
+    row = {**dict.fromkeys(evaluate.COLUMNS, number), "images": 50000}
+    header, *lines = evaluate.aligned({"x" * 30: row, "y": {**row, "images": 99}}, [])
+    assert {len(line) for line in lines[:2]} == {len(header)}
+    for line, ece, count in zip(lines, (f"{number:.9}", "-"), (50000, 99)):
+        cells = line.replace(" - ", " 7 ").split()[1:]
+        expected = [count, number, number, 7 if ece == "-" else number, number, number]
+        assert [float(cell) for cell in cells] == pytest.approx(expected, rel=0.05, nan_ok=True)
+
+def test_aligned_tells_the_mean_over_classes_and_the_worst(tmp_path):
+    logits = F.one_hot(torch.tensor([0, 0, 0, 1, 1, 3, 3, 3]), 4).float()
+    row = evaluate.calibrated(logits, torch.tensor([0, 0, 0, 0, 1, 1, 3, 3]))
+    assert row["by_class"] == [75, 50, None, 100] and row["top1"] == 75
+    *_, line = evaluate.aligned({"CLIP": row}, ["ant", "bee", "cow", "dog"])
+    assert "75.00 %" in line and line.endswith("bee 50 %, ant 75 %, dog 100 %")
 
 @pytest.mark.parametrize("flags, named", (
     ("--device nonsense", "--device"), ("--dataset cifar", "'cifar'"), ("--run nowhere", "nowhere"),
