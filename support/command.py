@@ -100,8 +100,7 @@ def main(job):
         signal.signal(signal.SIGTERM, interrupt)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    reconfigure = getattr(sys.stdout, "reconfigure", dict)  # Jupyter's has none
-    reconfigure(errors="backslashreplace")  # a character that a terminal lacks
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # what a terminal lacks
     warnings.showwarning = lambda message, *_: files.note(str(message))
     try:
         text = job()

@@ -168,5 +168,4 @@ class Progress:
             for place in (-2, *[1] * len(parts)):
                 if len(" | ".join(parts)) > width and len(parts) > 2:
                     del parts[place]
-            line = " | ".join(parts)[:width]  # never wrapped
-            say(line, end="" if terminal and done < self.total else "\n")
+            say(" | ".join(parts)[:width], end="" if terminal and done < self.total else "\n")

@@ -15,6 +15,7 @@ from PIL import Image
 from support import files
 
 SUFFIXES = tuple(".bmp .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
+WORDNET = re.compile(r"n\d{8}")  # an id
 # What macOS, Windows, Linux, Python, Synology and QNAP lay among people's files.
 SYSTEMS = re.compile(r"(?i)[.~@#$]|__|(found\.\d+|lost\+found|recycler|system volume information|"
                      r"thumbs\.db|thumbnails|desktop\.ini|network trash folder|temporary items)$")
@@ -62,7 +63,7 @@ def list_files(root):
         found = os.stat(path)
         kind = stat.S_IFMT(found.st_mode)
         if (found.st_dev, found.st_ino) in met or kind not in (stat.S_IFDIR, stat.S_IFREG):
-            left.append(path)  # reading a pipe would never end
+            left.append(path)  # a pipe, too, which never ends
         elif kind == stat.S_IFDIR:
             names = sorted(os.listdir(path), reverse=True)
             waiting += [f"{path}/{name}" for name in names if is_data(name)]
@@ -72,8 +73,6 @@ def list_files(root):
         met.add((found.st_dev, found.st_ino))
     if left:
         files.note(f"{root}: left out {len(left)}, systems' own or there already: {left[:3]}")
-
-WORDNET = re.compile(r"n\d{8}")
 
 def words_by_id(lines, ids, behind=True):
     """[(id, words)] of the lines that hold just one of the ids as a word; behind=False: that begin
@@ -95,8 +94,7 @@ def words_by_id(lines, ids, behind=True):
 
 def class_words(root, ids):
     """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
-    LOC_synset_mapping.txt, in `root` or, of WordNet's ids, up to three folders above, where
-    Kaggle's lies."""
+    LOC_synset_mapping.txt, in `root` or, of WordNet's ids, three folders above, as Kaggle's."""
     names = ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt")
     above = root.resolve().parents[:3] if any(map(WORDNET.fullmatch, ids)) else ()
     for path in filter(Path.is_file, [where / name for where in (root, *above) for name in names]):

@@ -16,7 +16,7 @@ import zipfile
 from helpers import equal, refused, safetensors, write_zip
 from pathlib import Path
 from support import checkpoints, files
-from support.checkpoints import match, read_about, read_checkpoint, read_own, read_state_dict
+from support.checkpoints import match, read_checkpoint, read_own, read_state_dict
 from torch import nn
 
 def same(a, b):
@@ -119,12 +119,6 @@ def test_read_state_dict_refuses_what_has_none(tmp_path):
             assert str(path) in message and len(message) < 300
     assert "absent.pt" in refused(read_state_dict, tmp_path / "absent.pt")
     assert str(tmp_path) in refused(read_state_dict, tmp_path)  # a folder
-
-def test_read_about_of_a_student_and_of_others(tmp_path):
-    own = {"model_name": "vgg8", "class_names": ["a", "b"], "format": 2}
-    for content, expected in ((own, own), (some_state(), {}), ({"model_name": "vgg8"}, {})):
-        torch.save(content, tmp_path / "file.pt")
-        assert read_about(tmp_path / "file.pt") == expected
 
 def test_read_own_is_the_inverse_of_save(tmp_path):
     path, content = tmp_path / "a.pt", {"a": torch.arange(3), "b": [1, "x", {"c": None}]}

@@ -152,13 +152,6 @@ def test_fetch_beside_another_process(server, tmp_path, monkeypatch):
     assert fetch([f"{server.url}/good/file"] * 2, tmp_path / "file", DIGEST, "-").is_file()
     assert len(server.asked) == 1
 
-def test_fetch_leaves_a_file_with_another_digest(server, tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"the user's own")
-    message = refused(fetch, [f"{server.url}/good/file"], path, DIGEST, "pass --bpe PATH")
-    assert str(path) in message and "--bpe" in message
-    assert path.read_bytes() == b"the user's own" and not server.asked
-
 def test_note_once_and_by_rank_0(capsys, monkeypatch):
     for _ in range(2):
         files.note("two\nlines")

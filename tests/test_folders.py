@@ -12,7 +12,7 @@ from support import files, folders
 
 def test_list_files_lists_what_is_data_once_whatever_links_lead_to_it(tmp_path, capsys):
     root, systems = tmp_path / "root", (
-        "__MACOSX", "a/@eaDir/c.png", "$Recycle.Bin", "lost+found", "a/.git", "#recycle", ".snapshot",
+        "__MACOSX", "a/@eaDir/c.png", "$Recycle.Bin", "lost+found", "a/.git", "#recycle", ".snap",
         "System Volume Information", "~snapshot", "@SynoEAStream", "__pycache__", "found.001")
     names = ["a/b/c.png", "a-b/d.png", "e.txt", *(f"{name}/x.png" for name in systems)]
     write_files(root, dict.fromkeys(names, b""))
