@@ -1,10 +1,10 @@
 """Methods over seeds, from reports alone: mean, standard deviation, paired difference to kd.
 
     python study/compare.py runs/*/report.json              # or lists of them, as study.sh gathers:
-    python study/compare.py study/results/shapes-methods.json
+    python study/compare.py study/results/shapes-methods.json --markdown
 
-prints a table for each data set, pair of networks and number of epochs, as in study/README.md.
-Nothing is evaluated here. Reference: Student 1908, The probable error of a mean.
+prints tables for each data set, pair of networks and number of epochs, with --markdown as in
+study/README.md. Nothing is evaluated here. Reference: Student 1908, The probable error of a mean.
 """
 
 import functools
@@ -179,26 +179,47 @@ def method_rows(runs):
                 row[column]["difference"] = statistics(more)
     return rows
 
-def as_markdown(groups):
-    """What `groups` returns, as Markdown: a table a group."""
-    lines = []
+CAPTION = ("Mean ± standard deviation over seeds; in brackets how much more than kd of the same "
+           "seeds, with its 95 % interval (Student's t).")
+
+def titled(groups):
+    """Yield (title, columns, rows) of what `groups` returns: the title says what the runs have in
+    common, the columns are those of any row, NLL and ECE last."""
     for group in groups:
         columns = list(dict.fromkeys(column for row in group["rows"].values() for column in row))
-        columns.sort(key=lambda column: column in ("NLL", "ECE %"))  # these last
+        columns.sort(key=lambda column: column in ("NLL", "ECE %"))
         networks = " → ".join(filter(None, (group["teacher"], group["student"])))
         alike = {other["test"] for other in groups if other["dataset"] == group["dataset"]}
         images = f" (test split {str(group['test'])[:8]})" if len(alike) > 1 else ""
-        lines += [f"{group['dataset']}{images}, {networks}, {group['epochs']} epochs. Mean ± "
-                  "standard deviation over seeds; in brackets the paired difference to kd (the one "
-                  "with most of a row's flags) and its 95 % interval (Student's t).", "",
-                  "| | runs | " + " | ".join(columns) + " |",
+        title = f"{group['dataset']}{images}, {networks}, {group['epochs']} epochs."
+        yield title, columns, group["rows"]
+
+def as_markdown(groups):
+    """What `groups` returns, as Markdown: a table a group."""
+    lines = []
+    for title, columns, rows in titled(groups):
+        lines += [f"{title} {CAPTION}", "", "| | runs | " + " | ".join(columns) + " |",
                   "| --- " * (len(columns) + 2) + "|"]
-        for label, row in group["rows"].items():
+        for label, row in rows.items():
             runs = max(cell["n"] for cell in row.values())
             cells = [cell_text(row.get(column), 3 if column == "NLL" else 2) for column in columns]
             lines.append("| " + " | ".join([label, str(runs), *cells]) + " |")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+def as_text(groups):
+    """What `groups` returns, as text for a terminal: a table a group and column."""
+    lines = []
+    for title, columns, rows in titled(groups):
+        width = max(map(len, rows))
+        lines.append(title)
+        for column in columns:
+            lines += ["", f"{column:{width}}  runs"]
+            lines += [f"{label:{width}} {row[column]['n']:5}  "
+                      + cell_text(row[column], 3 if column == "NLL" else 2)
+                      for label, row in rows.items() if column in row]
+        lines.append("")
+    return "\n".join([*lines, CAPTION.replace("; ", ";\n")])
 
 def cell_text(cell, digits):
     """ "54.20 ± 0.44 (+2.73; -0.35 to +5.82)", as much of it as the cell has."""
@@ -215,11 +236,13 @@ def cell_text(cell, digits):
         text += ")"
     return text
 
-def job(paths):
-    """Print the tables of some files. Raises ValueError where there are none."""
+def job(arguments):
+    """The tables of some files. Raises ValueError where there are none."""
+    paths = [path for path in arguments if path != "--markdown"]
     if not paths:
-        raise ValueError("expected FILE...: reports, or lists of them")
-    print(as_markdown(groups([run for path in paths for run in read_reports(path)])))
+        raise ValueError("expected FILE...: reports, or lists of them, and --markdown or not")
+    shown = as_text if paths == arguments else as_markdown
+    return shown(groups([run for path in paths for run in read_reports(path)]))
 
 if __name__ == "__main__":
     command.main(lambda: job(sys.argv[1:]))

@@ -5,7 +5,9 @@
 "The fused teacher yields more confident and reliable predictions": the four `quadrants`, at one
 alpha and at eleven. "Semantically meaningful probabilities for non-target classes": `non_target`.
 Shares are in percent, probabilities are the softmax of the logits as they are distilled, at
-temperature 1. RUN/fusion.json keeps what is printed; study/plot.py draws it.
+temperature 1. RUN/fusion.json keeps what is printed; study/plot.py draws it. The images are those
+of the run's test split, of a run with --holdout training images that nobody was trained on: only
+by those can an alpha be chosen that is then tested elsewhere.
 """
 
 import dataclasses
@@ -145,8 +147,11 @@ def analyse(config):
     table = fusion_table(logits["teacher"], student.clip_logits("test", test), test.labels,
                          student.alpha, names @ names.T, groups,
                          torch.Generator().manual_seed(config.seed))
-    table = {"weights": student.about["weights"], "clip_scale": student.clip_scale, **table}
+    of = "held-out training" if student.about["settings"]["holdout"] else "test"
+    table = {"weights": student.about["weights"], "clip_scale": student.clip_scale,
+             "images": f"{len(test.labels)} {of} images", **table}
     files.write_json(student.path.with_name("fusion.json"), table)
+    files.note(f"{student.path.with_name('fusion.json')} has all of it")
     return table
 
 def lines(found):
@@ -166,19 +171,20 @@ def lines(found):
     for name in found["non_target"]["teacher"]:
         label = {"rank_correlation": "rank correlation", "entropy": "entropy, nats"}
         add(f"non-target {label.get(name, name + ' %')}", found["non_target"], name)
-    text = [f"fusion at alpha {found['alpha']}, CLIP's scale {found['clip_scale']:.3g}, softmax at "
-            "T = 1; change: fused less teacher"]
+    text = [f"fusion at alpha {found['alpha']} on {found['images']}; CLIP's scale "
+            f"{found['clip_scale']:.3g}; change: fused less teacher"]
     text += [f"{label:30}{' '.join(cells)}" for label, cells in rows.items()]
     for name, (change, low, high) in found["changes"].items():
         text.append(f"{name.replace('_', ' and ')} at 0.7: {change:+.2f} % of the images, 95 % "
                     f"interval {low:+.2f} to {high:+.2f}")
-    text.append("  alpha   top-1 %       NLL     ECE %    and at 0.7, %: " + ", ".join(
-        name.replace("_", " ") for name in QUADRANTS))
-    for alpha, top1, nll, *others in (row.values() for row in found["sweep"]):
-        text.append(f"{alpha:7} {top1:9.2f} {nll:9.3f}" + "".join(f" {x:9.2f}" for x in others))
+    text += ["other alphas, from CLIP alone (0) to the teacher alone (1); right, wrong: at 0.7, "
+             "confident",
+             "  alpha   top-1 %       NLL     ECE %   right %   wrong %"]
+    for alpha, top1, nll, ece, right, wrong, *_ in (row.values() for row in found["sweep"]):
+        text.append(f"{alpha:7} {top1:9.2f} {nll:9.3f} {ece:9.2f} {right:9.2f} {wrong:9.2f}")
     return text
 
 if __name__ == "__main__":
     flags = ["--run", *sys.argv[1:]] if sys.argv[1:] not in ([], ["--help"]) else sys.argv[1:]
-    command.main(lambda: print("\n".join(lines(analyse(
-        command.parse(evaluate.Config, __doc__, flags))))))
+    command.main(lambda: "\n".join(
+        lines(analyse(command.parse(evaluate.Config, __doc__, flags)))))

@@ -3,6 +3,9 @@
     python study/plot.py RUN                     # RUN/report.png, of report.json and fusion.json
     python study/plot.py RUN --corruptions       # RUN/samples.png, too: two images, corrupted
 
+The panels of report.png: top-1 of student, teacher, CLIP and fused teacher (with what evaluate.py
+--fused has found) on every set, reliability, corruptions, the sweep over alpha, confidence.
+
 evaluate.py makes RUN/report.json, study/fusion.py RUN/fusion.json. Flags are those of evaluate.py.
 """
 
@@ -11,9 +14,10 @@ import io
 import math
 import sys
 import torch
+import torch.nn.functional as F
 import torchvision
 from pathlib import Path
-from PIL import Image
+from PIL import Image, ImageDraw
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,6 +25,7 @@ if __name__ == "__main__":
 import data
 import evaluate
 import metrics
+from corruptions import COMMON
 from support import command, files
 
 def draw(config):
@@ -38,21 +43,22 @@ def draw(config):
             raise ValueError(f"{folder / 'fusion.json'} is of other weights; {advice}")
     picture = pictures(report["sets"], fusion, folder.name)
     files.write_atomically(folder / "report.png", lambda file: file.write(picture))
+    files.note(f"{folder / 'report.png'} has the panels")
     if config.corruptions:
         config, splits, _ = evaluate.prepare(config)
         test = splits["test"]
         few = test._replace(images=data.take(test.images, slice(2)), labels=test.labels[:2])
-        _, *sets = evaluate.corrupted_sets(config, few)
-        first = [next(iter(images.blocks))[:2].cpu() for images in sets]  # severity by severity
-        cells = [first[severity::5] for severity in range(5)]
+        sets = evaluate.corrupted_sets(config, few)
+        cells = {images.name: next(iter(images.blocks))[:2].cpu() for images in sets}
         files.write_atomically(folder / "samples.png", lambda file: file.write(samples(cells)))
+        files.note(f"{folder / 'samples.png'} has two images under every corruption")
 
 def pictures(sets, fusion, title):
-    """A panel each for what a report's sets have, reliability and corruptions, and for the sweep
-    over alpha and the quadrants of fusion.json, if that is there. Returns the bytes of a PNG."""
+    """A panel each for what a report's sets have, top-1, reliability and corruptions, and for the
+    sweep over alpha and the quadrants of fusion.json, if that is there. -> the bytes of a PNG."""
     from matplotlib.figure import Figure  # optional; without the global state of pyplot
 
-    panels = [(reliability, sets)]
+    panels = [(subjects, sets), (reliability, sets)]
     if "corruptions" in sets:
         panels.append((corruptions, sets["corruptions"]))
     if fusion:
@@ -66,17 +72,45 @@ def pictures(sets, fusion, title):
     figure.savefig(picture, dpi=100, format="png")
     return picture.getvalue()
 
+# Of each subject: shade and hatch of its bars, line and marker of its points.
+STYLES = {"student": ("0.2", "", "o-"), "teacher": ("0.55", "", "v:"), "CLIP": ("0.95", "//", "^:"),
+          "fused": ("0.75", "xx", "d:")}
+
+def subjects(axes, sets):
+    """Bars: top-1 of every subject on every set but the corruptions one by one."""
+    shown = {name: rows for name, rows in sets.items() if name not in evaluate.CORRUPTED and (
+        name != "clean" or rows["key"]["share"] < 1)}  # else it is the test split
+    known = [who for who in STYLES if any(who in rows for rows in shown.values())]
+    for i, who in enumerate(known):
+        shade, hatch, _ = STYLES[who]
+        bars = {x + i / (1 + len(known)): rows[who]["top1"]
+                for x, rows in enumerate(shown.values()) if who in rows}
+        drawn = axes.bar(bars.keys(), bars.values(), 1 / (1 + len(known)), color=shade, hatch=hatch,
+                         edgecolor="k", label=who)
+        axes.bar_label(drawn, fmt="%.0f")
+    axes.set(xticks=[x + (len(known) - 1) / 2 / (1 + len(known)) for x in range(len(shown))],
+             xticklabels=[name.replace(" ", "\n") for name in shown], ylim=(0, 119),
+             yticks=range(0, 101, 20), ylabel="top-1 accuracy, %",
+             title="Accuracy on every set of images")
+    axes.legend(loc="upper center", ncol=4)
+
 def reliability(axes, sets):
     table = sets["test"]["student"]["calibration"]
     bound = {metrics.LEAST_TEMPERATURE: "≤", metrics.MOST_TEMPERATURE: "≥"}  # the best is beyond
     T = f"{table['temperature']:.3g}"
     axes.plot([0, 100], [0, 100], color="0.7", label="calibrated")
-    for part, style, shade, label in (("before", "o-", "k", "T = 1"),
-                                      ("after", "s--", "0.5", f"T {bound.get(float(T), '=')} {T}")):
+    for part, style, shade, label in (
+            ("before", "o-", "k", "student"),
+            ("after", "s--", "0.5", f"student, T {bound.get(float(T), '=')} {T}")):
         points = [(100 * confidence, 100 * accuracy)
                   for confidence, accuracy, count in zip(*table[part]["bins"]) if count]
         axes.plot(*zip(*points), style, color=shade,
                   label=f"{label}: ECE {table[part]['ece']:.1f} %, NLL {table[part]['nll']:.2f}")
+    for who in [who for who in ("teacher", "CLIP", "fused") if who in sets["test"]]:
+        before = sets["test"][who]["calibration"]["before"]
+        points = [(100 * x, 100 * y) for x, y, count in zip(*before["bins"]) if count]
+        label = f"{who}: ECE {before['ece']:.1f} %, NLL {before['nll']:.2f}"
+        axes.plot(*zip(*points), STYLES[who][2], color="0.5", label=label)
     axes.set(xlabel="confidence, % (mean of a bin)", ylabel="accuracy, %", xlim=(0, 100),
              ylim=(0, 100), title=f"Reliability, test split ({table['before']['images']} images)")
     axes.legend(loc="upper left")
@@ -90,7 +124,7 @@ def corruptions(axes, rows):
                       color="k" if value > 45 else "w")
     axes.set(xlabel="severity", xticks=range(5), xticklabels=range(1, 6), yticks=range(len(table)),
              yticklabels=[name.replace("_", " ") for name in table],
-             title=f"Corruptions, {rows['key']['source']}")
+             title=f"The student under corruptions, {rows['key']['source']}")
     axes.figure.colorbar(picture, ax=axes, label="top-1 accuracy, %")
 
 def sweep(axes, fused):
@@ -103,7 +137,7 @@ def sweep(axes, fused):
     axes.axvline(fused["alpha"], color="0.8", linewidth=6, zorder=0)
     axes.set(xlabel="alpha, the teacher's share (0: CLIP alone, 1: the teacher alone)",
              ylabel="top-1 and ECE, %", ylim=(0, 115), yticks=range(0, 101, 20),
-             title="Fused logits on the test split; grey: the run's alpha")
+             title=f"Fused logits on {fused['images']}; grey: the run's alpha")
     right.set(ylabel="NLL, nats", ylim=(0, None))
     handles = [side.get_legend_handles_labels() for side in (axes, right)]
     axes.legend(*(a + b for a, b in zip(*handles)), loc="upper center", ncol=3)
@@ -130,17 +164,26 @@ def quadrants(axes, fused):
              title="Confident or unsure, right or wrong")
     axes.legend(loc="upper center", ncol=2)
 
+LEFT, TOP = 72, 32  # of samples.png: room for names
+
 def samples(cells):
-    """A picture of images under corruptions: `cells` is a list of uint8 (n, 3, H, W), a corruption
-    each, for every severity. Corruptions are the columns, images and their severities the rows;
-    small images are enlarged. Returns the bytes of a PNG."""
-    columns = len(cells[0])
-    images = torch.stack([image for row in cells for image in row], dim=1)  # (n, 5 * columns, ...)
-    times = max(1, 96 // images.shape[-1])
-    images = images.flatten(0, 1).repeat_interleave(times, 2).repeat_interleave(times, 3)
-    grid = torchvision.utils.make_grid(images, nrow=columns, pad_value=255)  # (3, H, W)
+    """A picture of images under corruptions, `cells`: {"clean", "fog 1" ...: uint8 (n, 3, H, W)}.
+    Its columns are the clean images and the corruptions, by name; its rows are the severities of
+    each image. Small images are enlarged. Returns the bytes of a PNG."""
+    rows = [["clean", *(f"{name} {severity}" for name in COMMON)] for severity in range(1, 6)]
+    images = torch.stack([torch.stack([cells[name] for name in row], 1) for row in rows], 1)
+    times = max(1, 96 // images.shape[-1])  # of (n, 5, 16, 3, H, W)
+    images = images.flatten(0, 2).repeat_interleave(times, 2).repeat_interleave(times, 3)
+    grid = torchvision.utils.make_grid(images, nrow=len(rows[0]), pad_value=255)  # (3, H, W)
+    grid = F.pad(grid, (LEFT, 0, TOP, 0), value=255)
+    drawn = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    pen, side = ImageDraw.Draw(drawn), images.shape[-1] + 2
+    for x, name in enumerate(["clean", *COMMON]):
+        pen.text((LEFT + x * side + 4, 4), name.replace("_", "\n"), fill="black")
+    for y in range(len(images) // len(rows[0])):
+        pen.text((4, TOP + y * side + side // 2), f"severity {y % 5 + 1}", fill="black")
     picture = io.BytesIO()
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(picture, format="png")
+    drawn.save(picture, format="png")
     return picture.getvalue()
 
 if __name__ == "__main__":

@@ -100,9 +100,10 @@ for folder in map(pathlib.Path, sys.argv[1:]):
     del report["digest"], report["format"]  # small: without the corruptions one by one, and
     report["sets"] = {name: rows for name, rows in report["sets"].items()
                       if name == "corruptions" or "source" not in rows["key"]}
-    for rows in report["sets"].values():  # without the points of the reliability diagrams
+    for rows in report["sets"].values():  # without the points of diagrams, and classes one by one
         for who in rows.keys() - {"key"}:
-            rows[who].pop("calibration", None)
+            rows[who] = {name: x for name, x in rows[who].items()
+                         if name not in ("calibration", "by_class")}
     if (folder / "fusion.json").is_file():
         report["fusion"] = json.loads((folder / "fusion.json").read_text())
     reports.append(json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 6)))

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import train
 import zipfile
+from corruptions import COMMON
 from helpers import ROOT, class_pictures, python, refused, seeded
 from pathlib import Path
 from PIL import Image
@@ -131,6 +132,14 @@ def test_as_markdown_is_a_table():
     assert table[4][5] == "0.740 ± 0.042 (+0.020; -0.107 to +0.147)"
     assert len({len(row) for row in table}) == 1
 
+def test_as_text_is_no_wider_than_a_terminal():
+    found = compared(report("kd", 0, 70, shift="a"), report("richkd", 0, 71), report("kd", 1, 74))
+    lines = compare.as_text(found).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.split() for line in lines[3:6]] == [
+        ["teacher", "1", "85.60"], ["kd", "2", "72.00", "±", "2.83"],
+        ["richkd", "1", "71.00", "(+1.00)"]]
+
 def test_read_reports_alone_or_as_a_list(tmp_path):
     path, one = tmp_path / "reports.json", report("kd", 0, 70)
     files.write_json(path, one)
@@ -163,7 +172,7 @@ def test_fusion_table_is_of_teacher_clip_and_both():
         assert change == pytest.approx(after - before) and low < change < high
     same = fusion.confident_changes(teacher, teacher, target, seeded())
     assert same == dict.fromkeys(fused["changes"], [0, 0, 0])  # image by image
-    [line] = [line for line in fusion.lines({"clip_scale": 100.0, **fused})
+    [line] = [line for line in fusion.lines({"clip_scale": 100.0, "images": "", **fused})
               if line.startswith("unsure, wrong at 0.9")]
     assert f"{fused['quadrants']['0.9']['fused']['unsure_wrong']:.2f}" in line
 
@@ -219,12 +228,16 @@ def test_commands_of_a_run(tmp_path, few_shapes, clip_file):
     files.write_json(folder / "fusion.json", {**found, "weights": "others"})
     assert "fusion.json" in refused(plot.draw, own)
 
-def test_samples_have_corruptions_as_columns():
-    cells = [[torch.full((2, 3, 32, 32), 10 * severity + c, dtype=torch.uint8) for c in range(15)]
-             for severity in range(5)]
+def test_samples_have_the_clean_images_and_corruptions_as_columns():
+    values = {label: 10 * severity + list(COMMON).index(name)
+              for label, (name, severity) in evaluate.CORRUPTED.items()}
+    cells = {name: torch.full((2, 3, 32, 32), value, dtype=torch.uint8)
+             for name, value in {"clean": 0, **values}.items()}
     picture = np.asarray(Image.open(io.BytesIO(plot.samples(cells))))  # (H, W, 3)
-    assert picture.shape == (10 * 98 + 2, 15 * 98 + 2, 3)  # 32 pixels are enlarged to 96
-    assert (picture[8 * 98 + 2:9 * 98, 10 * 98 + 2:11 * 98] == 40).all()  # the second's severity 4
+    assert picture.shape == (plot.TOP + 10 * 98 + 2, plot.LEFT + 16 * 98 + 2, 3)  # enlarged to 96
+    assert (picture[:plot.TOP, plot.LEFT:] < 99).any()  # names
+    picture = picture[plot.TOP + 8 * 98 + 2 : plot.TOP + 9 * 98, plot.LEFT:]  # severity 4
+    assert (picture[:, 11 * 98 + 2 : 12 * 98] == 50).all() and (picture[:, 2:98] == 0).all()
 
 def test_comparison_of_each_study_is_in_the_readme():
     readme = (ROOT / "study/README.md").read_text()
