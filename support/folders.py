@@ -136,9 +136,10 @@ def by_class(root, part=0):
     if part == 0 and below - {"images"}:
         files.note(f"{root}: its folders are the classes, not those below: {sorted(below)[:5]}")
     if not listing:
-        beside = [path.name for path in sorted(Path(root).parent.glob("*"))]
-        raise FileNotFoundError(f"{root} holds no <class>/<image>, of {', '.join(SUFFIXES)}; in "
-                                f"the folder above are {beside[:9]}")
+        above = Path(root).parent
+        beside = sorted(os.listdir(above))[:9] if above.is_dir() else "no folder; unpack it"
+        raise FileNotFoundError(f"{root} holds no <class>/<image>, of {', '.join(SUFFIXES)}; "
+                                f"{above} is {beside}")
     return dict(sorted(listing.items()))
 
 def class_folders(root):
