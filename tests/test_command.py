@@ -113,12 +113,16 @@ def test_main_says_that_memory_ran_out(error, capsys, handlers):
     [line] = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 1 and "--batch-size" in line and "--workers" in line
 
-def test_main_prints_to_any_stream(monkeypatch, handlers):
-    """One that lacks a character, none, another program's, one that nobody reads any longer."""
+def test_main_in_a_thread_prints_to_any_stream(monkeypatch, handlers):
+    """Where no signals can be handled. A stream that lacks a character, none, another program's; at
+    last, in the main thread, one that nobody reads any longer."""
     monkeypatch.setattr(sys, "stderr", None)
     for out in (io.TextIOWrapper(io.BytesIO(), encoding="cp1252"), None, io.StringIO()):
         monkeypatch.setattr(sys, "stdout", out)
-        command.main(lambda: files.say("said") or "höhe ≤ 3")
+        job = (lambda: files.say("said") or "höhe ≤ 3",)
+        thread = threading.Thread(target=command.main, args=job)
+        thread.start()
+        thread.join()
         if hasattr(out, "buffer"):
             assert out.buffer.getvalue().decode("cp1252").split() == ["höhe", "\\u2264", "3"]
     assert out.getvalue() == "höhe ≤ 3\n"
@@ -128,13 +132,6 @@ def test_main_prints_to_any_stream(monkeypatch, handlers):
     with pytest.raises(SystemExit) as stopped:
         command.main(lambda: "done")
     assert stopped.value.code == 141
-
-def test_main_in_a_thread(monkeypatch, capsys, handlers):
-    """Where no signals can be handled."""
-    thread = threading.Thread(target=command.main, args=(lambda: "done",))
-    thread.start()
-    thread.join()
-    assert capsys.readouterr() == ("done\n", "")
 
 LOSES_A_WORKER = """
 import multiprocessing, os, sys, time, train

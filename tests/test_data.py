@@ -154,7 +154,7 @@ WNIDS = ["n01440764", "n01443537"]
     ("ab", ["pepper, bell", "7 up"], ["pepper  bell", "7 up"]),
     ("ab", ["b\tpepper, bell", "a\tapple"], ["apple", "pepper  bell"]),  # by id
     ("ab", ["1 pepper", "2 apple"], ["1 pepper", "2 apple"]),
-    *(("ab", [f"big {by}b", f"a{by}small"], ["small", "big"]) for by in (" | ", ",", ": ", ";", "=")),
+    *(("ab", [f"big {by}b", f"a{by}small"], ["small", "big"]) for by in (" | ", ",", ": ", "=")),
     (["cat", "sea dog"], ["sea dog", "tabby cat"], ["tabby cat", "sea dog"]),
     (["class_2", "class_10"], ["x class_10", "class_2: y"], ["y", "x"]),
     (WNIDS, [f"{k},{id},of {k}" for k, id in enumerate(WNIDS[::-1])], ["1, of 1", "0, of 0"]),
@@ -251,13 +251,14 @@ def test_load_dataset_refuses_other_names_and_makes_no_folder_of_a_path_that_is_
     assert not os.listdir(tmp_path)
 
 @pytest.mark.parametrize("name, file, address", [
-    ("cifar100", "cifar-100-python.tar.gz", "zenodo.org"),
+    ("cifar100", "cifar-100-python.tar.gz", "zenodo.org cs.toronto.edu"),
     ("tiny-imagenet", "tiny-imagenet-200.zip", "cs231n.stanford.edu")])
-def test_load_dataset_without_a_network_names_file_address_place_and_flag(
+def test_load_dataset_without_a_network_names_file_addresses_place_and_flag(
         name, file, address, tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=URLError("no network")))
     message = refused(data.load_dataset, name, tmp_path / "new", "train")
-    assert all(part in message for part in (str(tmp_path / "new" / file), "--data-dir", address))
+    for part in (str(tmp_path / "new" / file), "--data-dir", *address.split()):
+        assert part in message and not (tmp_path / "new").exists()
     (tmp_path / file).write_bytes(b"half a file")
     assert str(tmp_path / file) in refused(data.load_dataset, name, tmp_path, "train")
     assert os.listdir(tmp_path) == [file]

@@ -123,12 +123,6 @@ def test_fetch_goes_on_with_the_next_address(kinds, left, asked, server, tmp_pat
     assert (tmp_path / "file").read_bytes() == CONTENT and os.listdir(tmp_path) == ["file"]
     assert server.asked[-1] == asked and len(server.asked) == len(urls) - ("nowhere" in kinds)
 
-def test_fetch_names_every_address_and_leaves_nothing(server, tmp_path):
-    urls = [f"{server.url}/{name}/file" for name in ("missing", "page", "other")]
-    message = refused(fetch, urls, tmp_path / "new/file", DIGEST, "pass --clip PATH")
-    assert all(part in message for part in (*urls, str(tmp_path / "new/file"), "pass --clip PATH"))
-    assert not list(tmp_path.glob("new/*"))
-
 def test_fetch_goes_on_where_the_connection_ended(server, tmp_path):
     path = tmp_path / "a [1].bin"
     for size in (HALF, HALF + HALF // 2):
