@@ -194,13 +194,12 @@ def prepare(config):
     if len(kinds) > 1:  # their test images are not the same
         raise ValueError(f"--run: --image-size and --holdout {kinds}: evaluate one after another")
     here = {**runs.identity(splits["test"]), "class_names": None}  # which --class-names changes
-    for source, run, *_ in sources:
+    for source, run, *_ in sources if own.dataset != "shapes" and not asked["data_dir"] else ():
         there = run and {**run["inputs"]["data"]["test"], "class_names": None}
-        rendered = own.dataset == "shapes" or source.dataset != own.dataset
-        differ = runs.difference(there or here, here, "test split")
-        if differ and not (asked["data_dir"] or rendered):
-            raise ValueError(f"{source.data_dir} is not what this run had: its {differ}; "
-                             "--data-dir names where that is, or another test set")
+        differ = source.dataset == own.dataset and runs.difference(there or here, here, "test")
+        if differ:
+            raise ValueError(f"{source.data_dir} is not what this run had: {differ}; --data-dir "
+                             "names where that is, or another test set")
     return dataclasses.replace(config, image_size=size), splits, students
 
 class Images(NamedTuple):
@@ -212,9 +211,6 @@ class Images(NamedTuple):
     split: data.Split = None       # of plain images, of which CLIP sees its own crop
     columns: object = slice(None)  # of the logits, to choose among
 
-def blocks(images, config):
-    return data.blocks(images, None, config.workers, config.device)
-
 def at_size(split, config):
     return data.at_size(split, config.image_size, config.cache_dir, config.workers, config.device)
 
@@ -222,7 +218,7 @@ def plain_sets(config, splits):
     """Yield the splits and, with --shift, the folders."""
     def plain(name, split, chosen=slice(None), **key):
         key["content"] = runs.identity(split)["content"]
-        seen = blocks(at_size(split, config).images, config)
+        seen = data.blocks(at_size(split, config).images, None, config.workers, config.device)
         return Images(name, key, split.labels, seen, split, chosen)
     yield from (plain(name, split) for name, split in splits.items())
     test, size = splits["test"], data.DATASETS[config.dataset].image_size
@@ -262,7 +258,8 @@ def corrupted_sets(config, test):
     if config.dataset == "folder":  # which has no size of its own
         test = at_size(test, config)
     test = data.subset(test, 0, config.corrupted_share)
-    yield Images("clean", key, test.labels, blocks(test.images, config))
+    blocks = functools.partial(data.blocks, workers=config.workers, device=config.device)
+    yield Images("clean", key, test.labels, blocks(test.images))
     for i, (label, (name, severity)) in enumerate(CORRUPTED.items()):
         images, labels, draw = test.images, test.labels, lambda images: images
         if key["source"] == "published":
@@ -271,7 +268,7 @@ def corrupted_sets(config, test):
             seed = 1000 * config.seed + 10 * (i // 5) + severity
             generator = torch.Generator(config.device).manual_seed(seed)
             draw = functools.partial(corrupt, name=name, severity=severity, generator=generator)
-        yield Images(label, key, labels, map(draw, blocks(images, config)))
+        yield Images(label, key, labels, map(draw, blocks(images)))
 
 def evaluate_set(students, images, progress):
     """Add to the reports what is missing there of a set, which goes once through all subjects."""
@@ -335,28 +332,27 @@ def zero_shot(config):
     return {name: (measures if name in templates else calibrated)(z, test.labels)
             for name, z in logits.items()}, names
 
-COLUMNS = {"images": "  images", "top1": "  top-1 %", "nll": "      NLL", "ece": "    ECE %",
+COLUMNS = {"top1": "  top-1 %", "nll": "      NLL", "ece": "    ECE %",
            "confident_right 0.7": "  sure, right", "confident_wrong 0.7": "  sure, wrong"}
 
 def aligned(rows, names):
     """{label: `measures`} as lines; of the first row's classes the mean and the worst. An ECE of
     fewer than 100 images is left out."""
     width = max(map(len, rows))
-    lines = [" " * width + "".join(COLUMNS.values())]
+    lines = [" " * width + "  images" + "".join(COLUMNS.values())]
     for label, row in rows.items():
-        lines.append(f"{label:{width}}")
+        lines.append(f"{label:{width}}{row['images']:8.0f}")
         for name, title in COLUMNS.items():
             x = None if name == "ece" and row["images"] < 100 else row[name]
-            digits = 0 if name == "images" else 2
-            cell = "-" if x is None else f"{x:.{digits}f}" if abs(x) < 1e5 else f"{x:.1e}"
+            cell = "-" if x is None else f"{x:.2f}" if abs(x) < 1e5 else f"{x:.1e}"
             lines[-1] += f"{cell:>{len(title)}}"
     lines.append("ECE: how far confidence is from accuracy; sure: a confidence of 70 % or more")
     label, row = next(iter(rows.items()))
     top1 = sorted((x, name) for x, name in zip(row.get("by_class", ()), names) if x is not None)
-    if top1:
+    if top1:  # which older reports have not
         worst = ", ".join(f"{name[:16]} {x:.0f} %" for x, name in top1[:3])
         mean = sum(x for x, _ in top1) / len(top1)
-        lines.append(f"{label}: mean over the classes {mean:.2f} %, worst {worst}")
+        lines.append(f"{label}: mean of classes {mean:.2f} %, worst {worst}")
     return lines
 
 def table(student):
@@ -364,7 +360,7 @@ def table(student):
     all) and subject; the student's top-1 under each corruption; where fusing does harm, a hint."""
     rows, sets, names = {}, student.sets, student.names
     for name, of in sets.items():
-        if name not in CORRUPTED and (name != "clean" or of["key"]["share"] < 1):
+        if name not in CORRUPTED:
             classes = len(of["key"].get("columns", names))
             among = f" ({classes} classes)" if classes < len(names) else ""
             rows |= {f"{name}{among}, {who}": row for who, row in of.items() if who != "key"}

@@ -78,8 +78,7 @@ STYLES = {"student": ("0.2", "", "o-"), "teacher": ("0.55", "", "v:"), "CLIP": (
 
 def subjects(axes, sets):
     """Bars: top-1 of every subject on every set but the corruptions one by one."""
-    shown = {name: rows for name, rows in sets.items() if name not in evaluate.CORRUPTED and (
-        name != "clean" or rows["key"]["share"] < 1)}  # else it is the test split
+    shown = {name: rows for name, rows in sets.items() if name not in evaluate.CORRUPTED}
     known = [who for who in STYLES if any(who in rows for rows in shown.values())]
     for i, who in enumerate(known):
         shade, hatch, _ = STYLES[who]

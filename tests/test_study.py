@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 import train
 import zipfile
-from corruptions import COMMON
 from helpers import ROOT, class_pictures, python, refused, seeded
 from pathlib import Path
 from PIL import Image
@@ -120,10 +119,10 @@ def test_told_apart_are_shift_sets_of_one_name():
     pair[1] = report("richkd", 0, 70, shift="a" * 64)
     assert "difference" in compared(*pair)[0]["rows"]["richkd"]["shift val top-1 %"]
 
-def test_as_markdown_is_a_table():
-    lines = compare.as_markdown(compared(
-        report("kd", 0, 70, shift="a"), report("kd", 1, 74), report("richkd", 0, 71),
-        report("richkd", 1, 77))).splitlines()
+def test_as_markdown_and_as_text_are_tables():
+    found = compared(report("kd", 0, 70, shift="a"), report("kd", 1, 74), report("richkd", 0, 71),
+                     report("richkd", 1, 77))
+    lines = compare.as_markdown(found).splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert table[0] == ["", "runs", "test top-1 %", "generated corruptions top-1 %",
                         "shift val top-1 %", "NLL", "ECE %"]
@@ -131,14 +130,9 @@ def test_as_markdown_is_a_table():
     assert table[4][:3] == ["richkd", "2", "74.00 ± 4.24 (+2.00; -10.71 to +14.71)"]
     assert table[4][5] == "0.740 ± 0.042 (+0.020; -0.107 to +0.147)"
     assert len({len(row) for row in table}) == 1
-
-def test_as_text_is_no_wider_than_a_terminal():
-    found = compared(report("kd", 0, 70, shift="a"), report("richkd", 0, 71), report("kd", 1, 74))
     lines = compare.as_text(found).splitlines()
+    assert "richkd      2  74.00 ± 4.24 (+2.00; -10.71 to +14.71)" in lines
     assert max(map(len, lines)) <= 100
-    assert [line.split() for line in lines[3:6]] == [
-        ["teacher", "1", "85.60"], ["kd", "2", "72.00", "±", "2.83"],
-        ["richkd", "1", "71.00", "(+1.00)"]]
 
 def test_read_reports_alone_or_as_a_list(tmp_path):
     path, one = tmp_path / "reports.json", report("kd", 0, 70)
@@ -229,15 +223,13 @@ def test_commands_of_a_run(tmp_path, few_shapes, clip_file):
     assert "fusion.json" in refused(plot.draw, own)
 
 def test_samples_have_the_clean_images_and_corruptions_as_columns():
-    values = {label: 10 * severity + list(COMMON).index(name)
-              for label, (name, severity) in evaluate.CORRUPTED.items()}
-    cells = {name: torch.full((2, 3, 32, 32), value, dtype=torch.uint8)
-             for name, value in {"clean": 0, **values}.items()}
+    cells = {name: torch.full((2, 3, 32, 32), place, dtype=torch.uint8)
+             for place, name in enumerate(["clean", *evaluate.CORRUPTED])}
     picture = np.asarray(Image.open(io.BytesIO(plot.samples(cells))))  # (H, W, 3)
     assert picture.shape == (plot.TOP + 10 * 98 + 2, plot.LEFT + 16 * 98 + 2, 3)  # enlarged to 96
     assert (picture[:plot.TOP, plot.LEFT:] < 99).any()  # names
     picture = picture[plot.TOP + 8 * 98 + 2 : plot.TOP + 9 * 98, plot.LEFT:]  # severity 4
-    assert (picture[:, 11 * 98 + 2 : 12 * 98] == 50).all() and (picture[:, 2:98] == 0).all()
+    assert (picture[:, 11 * 98 + 2 : 12 * 98] == 54).all() and (picture[:, 2:98] == 0).all()
 
 def test_comparison_of_each_study_is_in_the_readme():
     readme = (ROOT / "study/README.md").read_text()
