@@ -367,7 +367,8 @@ def table(student):
     lines, test = [student.path.parent.name, *aligned(rows, names)], sets["test"]
     if "corruptions" in sets:
         key, row = (sets["corruptions"][name] for name in ("key", "student"))
-        lines.append(f"student, top-1 % under each {key['source']} corruption, of five severities:")
+        lines += [f"clean: the images of the corruptions ({key['source']}), without any; by name, the",
+                  "student's top-1 %, mean of five severities:"]
         cells = [f"{name:18}{sum(top1) / 5:6.2f}" for name, top1 in row["by_severity"].items()]
         cells += [f"{x:18}{row[x]:6.2f}" for x in ("mce", "relative_mce") if x in row]
         lines += [" ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
