@@ -367,7 +367,7 @@ def table(student):
     lines, test = [student.path.parent.name, *aligned(rows, names)], sets["test"]
     if "corruptions" in sets:
         key, row = (sets["corruptions"][name] for name in ("key", "student"))
-        lines += [f"clean: the images of the corruptions ({key['source']}), without any; by name, the",
+        lines += [f"clean: the images of the {key['source']} corruptions without any; by name, the",
                   "student's top-1 %, mean of five severities:"]
         cells = [f"{name:18}{sum(top1) / 5:6.2f}" for name, top1 in row["by_severity"].items()]
         cells += [f"{x:18}{row[x]:6.2f}" for x in ("mce", "relative_mce") if x in row]
