@@ -317,4 +317,5 @@ def corrupt(images: Tensor, name: str, severity: int, generator: Generator | Non
         raise ValueError(f"unknown corruption {name!r}; known are {', '.join(COMMON)}")
     pixels = 2 ** 21 if images.is_cuda else 2 ** 18
     parts = images.split(max(1, pixels // max(1, math.prod(images.shape[2:]))))
-    return torch.cat([COMMON[name](part.contiguous(), severity, generator) for part in parts])
+    with torch.autocast(images.device.type, enabled=False):  # whatever is around the call
+        return torch.cat([COMMON[name](part.contiguous(), severity, generator) for part in parts])
