@@ -206,9 +206,8 @@ class ShuffleV1Block(nn.Module):
         out = shuffle(F.relu_(self.bn1(self.conv1(x))), self.first_groups)
         out = F.relu_(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        if self.stride == 2:
-            return F.relu_(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1))
-        return F.relu_(out + x)
+        pooled = self.stride == 2
+        return F.relu_(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1) if pooled else out + x)
 
 class ShuffleV2Block(nn.Module):
     """Half of the channels pass through (at stride 2: all of them, through two convolutions), the
@@ -251,9 +250,8 @@ def shufflenetv2(num_classes):
 def from_torchvision(name, num_classes):
     """torchvision's network with its one linear layer, the last, turned into a `Head`."""
     model = torchvision.models.get_model(name, num_classes=num_classes)
-    [(head, linear)] = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    model.set_submodule(head, Head(linear.in_features, num_classes))
-    model.get_submodule(head).load_state_dict(linear.state_dict())  # as torchvision initialises it
+    [linear] = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linear.__class__ = Head  # the same tensors, as torchvision initialises them
     return model
 
 CIFAR_MODELS = {  # name: function of num_classes, for 32x32 images
@@ -330,14 +328,17 @@ def load_weights(model_name: str, path: str | Path, num_classes: int | None = No
     return model.eval()
 
 def freeze(model: nn.Module) -> nn.Module:
-    """A teacher: a copy of `model`, a network of this zoo, in eval mode and without gradients, each
-    BatchNorm right behind a convolution folded into it (the same outputs up to rounding)."""
+    """A teacher: a copy of `model` in eval mode and without gradients. In this zoo's networks each
+    BatchNorm right behind a convolution is folded into it (the same outputs up to rounding)."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     for parent in list(frozen.modules()):
-        children = list(parent.named_children())
-        # In the zoo a BatchNorm registered right behind a convolution is what reads it, and alone.
+        # In these classes one registered right behind a convolution is what reads it, and alone.
+        known = (type(parent).__module__ in (__name__, "torchvision.models.resnet")
+                 or type(parent).forward is nn.Sequential.forward)
+        children = list(parent._modules.items()) if known else []
         for (name, layer), (bn_name, bn) in zip(children, children[1:]):
-            if isinstance(layer, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+            kinds = type(layer), type(bn)  # none of their subclasses, as of a parametrised one
+            if kinds == (nn.Conv2d, nn.BatchNorm2d) and bn.track_running_stats:
                 setattr(parent, name, nn.utils.fuse_conv_bn_eval(layer, bn))
                 setattr(parent, bn_name, nn.Identity())
     return frozen.to(memory_format=torch.channels_last)  # in which convolutions run faster

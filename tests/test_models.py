@@ -137,6 +137,25 @@ def test_freeze_folds_what_it_can(name, left):
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert equal(model.state_dict(), before)
 
+def test_freeze_leaves_other_networks_layers_alone():
+    """Registered in another order than called; a layer twice; no statistics; parametrised."""
+    class Other(models.BasicBlock):
+        def forward(self, x):
+            return self.conv1(self.bn1(x))
+
+    def pair(**settings):
+        return torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4, **settings)
+
+    relu, (conv, bn), chain = torch.nn.ReLU(), pair(), torch.nn.Sequential
+    normed = torch.nn.utils.parametrizations.weight_norm(pair()[0])
+    for left, model in ((2, Other(4, 4, 1)), (1, chain(relu, conv, relu, bn)), (1, chain(normed, bn)),
+                        (1, chain(*pair(track_running_stats=False))), (0, chain(*pair()))):
+        model.load_state_dict(filled(model.state_dict()))
+        frozen, images = models.freeze(model), torch.randn(2, 4, 3, 3)
+        assert_close(frozen(images), model.eval()(images))
+        layers = [layer for layer in frozen.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+        assert len(layers) == left
+
 # Weights ------------------------------------------------------------------------------------------
 def test_load_weights_of_half_precision_reads_the_classes_and_draws_nothing(tmp_path):
     state, path = save_filled(tmp_path / "weights.pt", "wrn_16_1", 7), tmp_path / "weights.pt"
