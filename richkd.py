@@ -109,7 +109,13 @@ class Embed(torch.nn.Module):
     def forward(self, features):
         expect(self.name, features, (*getattr(features, "shape", "B")[:1], self.linear.in_features))
         with torch.autocast(features.device.type, enabled=False):
-            return unit(self.linear(features.to(self.linear.weight.dtype)))
+            # A copy: of torch.inference_mode's tensors autograd keeps none.
+            return unit(self.linear(features.to(self.linear.weight.dtype, copy=True)))
+
+def kl(log_q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """KL(p || q), batch mean, of log q and p, (B, K) -> (). Where p = 0 it is 0, of q = 0, too: a
+    class that the teacher's logit -inf rules out may be ruled out in the student's as well."""
+    return F.kl_div(log_q.masked_fill(p == 0, 0), p, reduction="batchmean")
 
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
             temperature: float = 3.0) -> torch.Tensor:
@@ -121,7 +127,7 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
     expect("temperature", temperature, (), 1e-9, 1e9)
     student, teacher = same_shape(student_logits, teacher_logits)
     log_q, p = (student / temperature).log_softmax(1), (teacher.detach() / temperature).softmax(1)
-    return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
+    return temperature**2 * kl(log_q, p)
 
 def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
     """Equation (8): (z - mean z) / (1e-7 + std z) by rows, std the unbiased one. (B, K) -> (B, K).
@@ -149,7 +155,7 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target:
     rest = [(z - hide).logsumexp(1, keepdim=True) for z in log_p]               # (B, 1) log(1-p_y)
     log_b = [torch.cat([z.gather(1, y), r], dim=1) for z, r in zip(log_p, rest)]            # (B, 2)
     log_q = [(z - hide).log_softmax(1) for z in log_p]                          # (B, K)
-    tckd, nckd = (F.kl_div(s, t.exp(), reduction="batchmean") for s, t in (log_b, log_q))
+    tckd, nckd = (kl(s, t.exp()) for s, t in (log_b, log_q))
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
@@ -171,8 +177,16 @@ def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
             q = log_q.exp()
             images = (p @ p.T - q @ q.T).square().sum() / B
             classes = (p.T @ p - q.T @ q).square().sum() / K
-            loss = loss + T**2 * F.kl_div(log_q, p, reduction="batchmean") + images + classes
+            loss = loss + T**2 * kl(log_q, p) + images + classes
     return loss
+
+def rows(bank: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Copies of the bank's rows at `index`. (..., N, d), int64 of any shape -> (..., *shape, d).
+    Compiled, they are joined from two parts: what `cat` makes is kept for backward. One part might
+    be copied there again, from a bank that the memory has updated in place by then."""
+    parts = index.flatten().tensor_split(2 if torch.compiler.is_compiling() else 1)
+    copies = [bank.index_select(-2, part) for part in parts]
+    return (torch.cat(copies, -2) if len(copies) > 1 else copies[0]).unflatten(-2, index.shape)
 
 def scores(v: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, negatives: torch.Tensor,
            tau: float = 0.07) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,11 +198,11 @@ def scores(v: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, negatives: 
     """
     B, N, J = v.shape[-2], bank.shape[-2], negatives.shape[-1]
     expect("v", v, (*bank.shape[:-2], B, bank.shape[-1]))
+    expect("bank, float32 or float64 as v,", bank, bank.shape, dtype=v.dtype)
     expect("index, below num_images,", index, (B,), 0, N - 1, torch.int64)
     expect("negatives", negatives, (J,) if negatives.ndim == 1 else (B, J), 0, N - 1, torch.int64)
     v = v / expect("tau", tau, (), 1e-9, 1e9)
-    own = bank.index_select(-2, index)                                          # (..., B, d)
-    drawn = bank.index_select(-2, negatives.flatten()).unflatten(-2, negatives.shape)
+    own, drawn = rows(bank, index), rows(bank, negatives)       # (..., B, d), (..., [B,] J, d)
     product = "...bd,...jd->...bj" if negatives.ndim == 1 else "...bd,...bjd->...bj"
     return (v * own).sum(-1), torch.einsum(product, v, drawn)
 
@@ -235,12 +249,14 @@ class ContrastiveMemory(torch.nn.Module):
     draw of J for the batch, makes the scores one matrix product; "per-image", J for every image, is
     a (B, J, d) block. Both estimate one expectation. labels (N,) int64 masks those of an image's
     own class; RepDistiller draws J of the other classes instead, without replacement. `seed` draws
-    the first banks. Ranks of torch.distributed update with the rows of all, so banks stay equal."""
+    the first banks. Ranks of torch.distributed, not DataParallel's devices, use the rows of all."""
     def __init__(self, num_images, d=128, num_negatives=16384, temperature=0.07, momentum=0.5, *,
                  labels=None, negatives="shared", seed=0):
         super().__init__()
         if negatives not in ("shared", "per-image"):
             raise ValueError(f"negatives {negatives!r}: expected one of shared, per-image")
+        sizes = torch.tensor((num_images, d, num_negatives))
+        expect("num_images, d, num_negatives", sizes, (3,), 1, 1e12, torch.int64)
         if labels is not None:
             expect("labels of num_images", labels, (num_images,), 0, 1e12, torch.int64)
         self.num_negatives, self.shared = num_negatives, negatives == "shared"
@@ -258,8 +274,9 @@ class ContrastiveMemory(torch.nn.Module):
 
     def forward(self, student, fused, index, negatives=None):
         """Embeddings (B, d), (B, d), image numbers (B,) int64 -> (). In training mode the first
-        batch then sets Z, and each updates both banks at `index`; in eval mode nothing changes.
-        negatives (J,) or (B, J) int64 replaces the draw. The banks have no gradient."""
+        batch then sets Z, and each updates both banks at `index`, by rows without NaN and inf (of
+        which, unless compiled, no Z comes, either); in eval mode nothing changes. negatives (J,) or
+        (B, J) int64 replaces the draw. The banks have no gradient."""
         v = torch.stack(same_shape(student, fused))                             # (2, B, d)
         B, N, Z, same = v.shape[1], self.bank.shape[1], self.Z, None
         if negatives is None:
@@ -274,18 +291,21 @@ class ContrastiveMemory(torch.nn.Module):
                 negative, kept = sum_kept(drawn.detach().exp(), same)           # (2, B)
                 mean = (own.detach().exp() + J * negative / kept) / (1 + J)
                 mean = gather(mean, 1) if self.training else mean               # of all ranks
-                Z = torch.where(Z < 0, N * mean.mean(1), Z)  # one that was loaded stays
+                Z = torch.where(Z.log().isfinite(), Z, N * mean.mean(1))  # a loaded one stays
+                if self.training:
+                    self.Z.copy_(Z)
+                    self.has_Z = torch.compiler.is_compiling() or bool(Z.isfinite().all())
             loss = nce_loss(own, drawn, Z, N, same).sum()
         if self.training:
-            self.Z.copy_(Z)
-            self.has_Z = True
             # r <- unit(momentum * r + (1 - momentum) * v) in both banks, by the rows of all ranks.
             v, index = gather(v.detach().flip(0), 1), gather(index)             # (2, B, d), (B,)
             # An image twice (DistributedSampler pads so): each write is of its last row.
             order = torch.arange(len(index), device=index.device)
             last = (order * (index == index[:, None])).amax(1)                  # (B,)
-            rows = torch.lerp(v[:, last], self.bank[:, index], self.momentum)
-            self.bank.index_copy_(1, index, unit(rows))
+            old = self.bank[:, index]
+            new = unit(torch.lerp(v[:, last], old, self.momentum))  # of NaN and of inf: with NaN
+            new = torch.where(new.isnan().any(-1, keepdim=True), old, new)
+            self.bank.index_copy_(1, index, new)
         return loss
 
 class RichKD(torch.nn.Module):

@@ -56,6 +56,7 @@ def test_losses_and_gradients_equal_the_public_code(name, function):
 
 def test_kd_loss_by_hand():
     # teacher (3/4, 1/4), student (1/2, 1/2); the T^2 on logits that scale with T; a class ruled out
+    # by the teacher, by both
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     teacher = torch.tensor([[math.log(3.0), 0.0]])
     close(richkd.kd_loss(torch.zeros(1, 2), teacher, 1.0), expected, 1e-6)
@@ -63,6 +64,13 @@ def test_kd_loss_by_hand():
     teacher = torch.tensor([[math.log(3.0), 0.0, -math.inf]])
     expected = 0.75 * math.log(0.75 * 3) + 0.25 * math.log(0.25 * 3)
     close(richkd.kd_loss(torch.zeros(1, 3), teacher, 1.0), expected, 1e-6)
+    out = torch.full((4, 1), -math.inf, dtype=torch.float64)
+    for loss in (richkd.kd_loss, lambda s, t: richkd.dkd_loss(s, t, TARGET)):
+        student = torch.cat([STUDENT, out], 1).requires_grad_()
+        value = loss(student, torch.cat([TEACHER, out], 1))
+        value.backward()
+        close(value.detach(), loss(STUDENT, TEACHER))
+        assert student.grad.isfinite().all()
 
 def test_dkd_loss_with_both_weights_one_target_split():
     # Zhao et al., equation 6: KD = TCKD + (1 - p_y of the teacher) NCKD, row by row
@@ -244,8 +252,20 @@ def test_memory_changes_in_training_mode_only():
         assert again == loss == other
         assert all(torch.equal(x, before[name]) for name, x in memory.state_dict().items())
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("images", [1, 3])
+def test_memory_is_updated_by_finite_rows_alone(bad, images):
+    memory, index = small_memory(), torch.tensor([1, 4, 7])
+    before, student = memory.bank.clone(), unit(3, 4, 0.7).detach()
+    student[:images] = bad
+    assert memory(student, unit(3, 4, 1.9), index).isnan()  # the first batch, so no Z
+    kept = [(new == old).all(1)[index].tolist() for new, old in zip(memory.bank, before)]
+    assert kept == [[False] * 3, [image < images for image in range(3)]]
+    assert memory(unit(3, 4, 0.7), unit(3, 4, 1.9), index).isfinite()
+    assert memory.state_dict()["Z"].isfinite().all() and memory.bank.isfinite().all()
+
 # ---- the method
-B, K, N = 6, 5, 30
+B, K, N = 6, 5, 21  # N < 4 B: inductor would rather keep the bank for backward than rows of it
 
 def batch(step=0):
     """The eight arguments of RichKD.forward in float32, student widths 7, teacher 9, CLIP 11."""
@@ -328,6 +348,16 @@ def test_richkd_half_precision_arguments_give_the_float32_loss(loss, enabled):
     assert value.dtype == torch.float32 and torch.equal(parts["logit"], exact["logit"])
     close(value, expected, 1e-6)
 
+def test_richkd_takes_what_inference_mode_made():
+    results = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        arguments, method = batch(), make()
+        with mode():
+            arguments[2:6] = [x.clone() for x in arguments[2:6]]
+        seeded(method)(*arguments)[0].backward()
+        results.append([arguments[1].grad, *(x.grad for x in method.parameters())])
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+
 @pytest.mark.parametrize("mode", ["shared", "per-image"])
 def test_richkd_survives_a_checkpoint(mode):
     method, resumed = (make(negatives=mode, labels=torch.arange(N) % K, seed=seed)
@@ -360,7 +390,7 @@ def test_richkd_compiled_equals_called(backend, loss, mode, masked, capture):
             arguments = batch(step)
             with config.patch(capture_scalar_outputs=capture), inductor.patch(fallback_random=True):
                 value, parts = seeded(function, step)(*arguments)
-                value.backward()
+                (value + function(*arguments)[0]).backward()  # two forward, then backward
             results.append([value.detach(), *parts.values(), arguments[0].grad, arguments[1].grad,
                             *(x.grad for x in method.parameters()), *method.buffers()])
         for expected, actual in zip(*results):
@@ -382,7 +412,7 @@ def test_richkd_step_is_of_few_operations_and_reads_nothing_from_the_device(monk
             method(*batch(1))[0].backward()
         counts.append(len(names))
         assert not {"aten::_local_scalar_dense", "aten::nonzero"} & set(names)
-    assert counts[1] - counts[0] <= 130
+    assert counts[1] - counts[0] <= 140
 
 # ---- two processes
 def two_steps(rank, world, folder):
@@ -481,6 +511,8 @@ def test_richkd_names_what_is_wrong_and_leaves_the_memory_alone(place, named, wr
     ("", richkd.fuse_teachers, [[], [None]]),
     ("alpha, lam", lambda x: make(**x), [{"alpha": -0.1}, {"lam": 2}, {"momentum": math.nan}]),
     ("weights", lambda x: make(**x), [{"ce_weight": -1}, {"feature_weight": math.nan}]),
+    ("num_negatives", lambda x: make(**x), [{"num_negatives": 0}, {"num_negatives": 1.5}]),
+    ("float32", lambda x: make().to(x)(*batch()), [torch.half, torch.bfloat16]),
     ("temperature", lambda x: make(temperature=x)(*batch()), [0, -1, math.nan]),
     ("tau", lambda x: make(nce_temperature=x)(*batch()), [0, -1, math.nan]),
     ("labels", lambda x: make(labels=x), [J, WHOLE(N)[:, None], ONE(N), [0] * N, WHOLE(N) - 1]),
