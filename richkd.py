@@ -113,8 +113,7 @@ class Embed(torch.nn.Module):
             return unit(self.linear(features.to(self.linear.weight.dtype, copy=True)))
 
 def kl(log_q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """KL(p || q), batch mean, of log q and p, (B, K) -> (). Where p = 0 it is 0, of q = 0, too: a
-    class that the teacher's logit -inf rules out may be ruled out in the student's as well."""
+    """KL(p || q), batch mean, log q, p (B, K) -> (). 0 where p is, as of classes ruled out."""
     return F.kl_div(log_q.masked_fill(p == 0, 0), p, reduction="batchmean")
 
 def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,

@@ -50,7 +50,6 @@ def save_filled(path, name, num_classes=100):
     torch.save(state, path)
     return state
 
-# The networks -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [name for name in models.CIFAR_MODELS if name != "resnet18_cifar"])
 def test_build_model_has_the_public_layout(name, shared):
     expected = json.loads((shared / "reference" / "zoo-layout.json").read_text())[name]
@@ -143,20 +142,17 @@ def test_freeze_leaves_other_networks_layers_alone():
         def forward(self, x):
             return self.conv1(self.bn1(x))
 
-    def pair(**settings):
-        return torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4, **settings)
-
-    relu, (conv, bn), chain = torch.nn.ReLU(), pair(), torch.nn.Sequential
-    normed = torch.nn.utils.parametrizations.weight_norm(pair()[0])
-    for left, model in ((2, Other(4, 4, 1)), (1, chain(relu, conv, relu, bn)), (1, chain(normed, bn)),
-                        (1, chain(*pair(track_running_stats=False))), (0, chain(*pair()))):
+    conv, bn, relu = torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU()
+    bare = torch.nn.BatchNorm2d(4, track_running_stats=False)
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(4, 4, 1))
+    for model, left in ((Other(4, 4, 1), 2), ((relu, conv, relu, bn), 1), ((normed, bn), 1),
+                        ((conv, bare), 1), ((conv, bn), 0)):
+        model = torch.nn.Sequential(*model) if isinstance(model, tuple) else model
         model.load_state_dict(filled(model.state_dict()))
         frozen, images = models.freeze(model), torch.randn(2, 4, 3, 3)
         assert_close(frozen(images), model.eval()(images))
-        layers = [layer for layer in frozen.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
-        assert len(layers) == left
+        assert sum(isinstance(layer, torch.nn.BatchNorm2d) for layer in frozen.modules()) == left
 
-# Weights ------------------------------------------------------------------------------------------
 def test_load_weights_of_half_precision_reads_the_classes_and_draws_nothing(tmp_path):
     state, path = save_filled(tmp_path / "weights.pt", "wrn_16_1", 7), tmp_path / "weights.pt"
     torch.save({"model": {key: value.half() for key, value in state.items()}}, path)

@@ -38,7 +38,6 @@ def close(actual, expected, tolerance=1e-9):
     expected = torch.as_tensor(expected, dtype=actual.dtype).reshape(actual.shape)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
-# ---- the losses
 @pytest.mark.parametrize("name, function", [
     ("kd", lambda s, t: richkd.kd_loss(s, t, 3.0)),
     ("kd_standardized", lambda s, t: richkd.kd_loss(richkd.standardize_logits(s),
@@ -99,7 +98,6 @@ def test_losses_stay_finite_where_the_public_code_overflows():
 def test_losses_gradcheck(function):
     assert torch.autograd.gradcheck(function, STUDENT.clone().requires_grad_())
 
-# ---- fusion
 def test_ensemble_text_features_and_zero_shot_logits_by_hand():
     # The lengths must not matter.
     text = torch.tensor([[[3.0, 0.0], [0.0, 0.5]], [[0.0, -2.0], [0.0, -7.0]]])
@@ -123,7 +121,6 @@ def test_fusion_by_hand():
     close(richkd.fuse_teachers([teacher, clip], [3, 1]), [[3.5, -0.5]], 1e-6)
     assert torch.equal(richkd.fuse_teachers([TEACHER]), TEACHER)
 
-# ---- the contrastive memory
 def seeded(function, seed=0):
     """The function, with the negatives that a seed draws."""
     torch.manual_seed(seed)
@@ -252,8 +249,7 @@ def test_memory_changes_in_training_mode_only():
         assert again == loss == other
         assert all(torch.equal(x, before[name]) for name, x in memory.state_dict().items())
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("bad, images", [(math.nan, 1), (math.inf, 3)])
 def test_memory_is_updated_by_finite_rows_alone(bad, images):
     memory, index = small_memory(), torch.tensor([1, 4, 7])
     before, student = memory.bank.clone(), unit(3, 4, 0.7).detach()
@@ -264,7 +260,6 @@ def test_memory_is_updated_by_finite_rows_alone(bad, images):
     assert memory(unit(3, 4, 0.7), unit(3, 4, 1.9), index).isfinite()
     assert memory.state_dict()["Z"].isfinite().all() and memory.bank.isfinite().all()
 
-# ---- the method
 B, K, N = 6, 5, 21  # N < 4 B: inductor would rather keep the bank for backward than rows of it
 
 def batch(step=0):
@@ -349,14 +344,13 @@ def test_richkd_half_precision_arguments_give_the_float32_loss(loss, enabled):
     close(value, expected, 1e-6)
 
 def test_richkd_takes_what_inference_mode_made():
-    results = []
-    for mode in (torch.no_grad, torch.inference_mode):
-        arguments, method = batch(), make()
-        with mode():
-            arguments[2:6] = [x.clone() for x in arguments[2:6]]
-        seeded(method)(*arguments)[0].backward()
-        results.append([arguments[1].grad, *(x.grad for x in method.parameters())])
-    assert all(torch.equal(x, y) for x, y in zip(*results))
+    arguments, method = batch(), make()
+    with torch.inference_mode():
+        arguments[2:6] = [x.clone() for x in arguments[2:6]]
+    loss, _ = seeded(method)(*arguments)
+    loss.backward()
+    assert torch.equal(loss, seeded(make())(*batch())[0])
+    assert all(x.grad.abs().sum() > 0 for x in method.parameters())
 
 @pytest.mark.parametrize("mode", ["shared", "per-image"])
 def test_richkd_survives_a_checkpoint(mode):
@@ -414,7 +408,6 @@ def test_richkd_step_is_of_few_operations_and_reads_nothing_from_the_device(monk
         assert not {"aten::_local_scalar_dense", "aten::nonzero"} & set(names)
     assert counts[1] - counts[0] <= 140
 
-# ---- two processes
 def two_steps(rank, world, folder):
     if world > 1:
         torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank,
@@ -443,7 +436,6 @@ def test_memory_two_processes_keep_the_banks_of_one(tmp_path):
     close((first["losses"] + second["losses"]) / 2, alone["losses"], 1e-5)
     assert (first["losses"] != second["losses"]).all()
 
-# ---- each function alone, and bad input
 NAMES = {name for name, value in vars(richkd).items() if inspect.getmodule(value) is richkd}
 
 def alone(name):
