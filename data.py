@@ -277,7 +277,7 @@ def cifar(name, root, split, cache_dir):
     if root.is_file() or (root / "train").is_dir() and not (root / dataset.base_folder).is_dir():
         root = (folders.holder(root, "train", cache_dir) or root) / split
         listing, own = folders.by_class(root, part=-2), CIFAR_CLASSES[name]
-        paths, labels = folders.labelled(listing, folders.match_classes(listing, own, own, root))
+        paths, labels = folders.labelled(listing, own, own, root)
         images = decoded(Stream(paths, 32, None), cache_dir, cores())
         return Split(images, torch.tensor(labels), list(own))
     try:
@@ -333,7 +333,7 @@ def image_folders(root, split, size, resize_to):
         ids = list(listing)
     words = folders.class_words(root, ids)
     names = [words.get(id, id.replace(",", " ")) for id in ids]
-    paths, labels = folders.labelled(listing, folders.match_classes(listing, ids, names, folder))
+    paths, labels = folders.labelled(listing, ids, names, folder)
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 
 def load_dataset(name, root, split, cache_dir=None):

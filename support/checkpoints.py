@@ -96,12 +96,10 @@ def read_safetensors(file):
     return tensors
 
 def read_checkpoint(path):
-    """The dict that a file by torch.save, of any version, a TorchScript archive or a .safetensors
-    file holds: tensors (on the CPU) and plain values in dicts and lists, whatever the file's name.
-    Nothing in it is executed. Raises OSError; ValueError, which tells what else a file is."""
+    """The dict in a file by torch.save, of any version, a TorchScript archive or a .safetensors
+    file, whatever its name: tensors, on the CPU, and plain values in dicts and lists."""
     with open(path, "rb") as file:
-        head = file.read(32)
-        file.seek(0)
+        head = file.peek()
         try:
             if head[8:9] == b"{":  # behind a length, which may be any bytes, those of a zip, too
                 content = read_safetensors(file)
@@ -141,10 +139,9 @@ def tensors(content, place="", depth=5):
             yield from tensors(value, f"{place}{name}\0", depth - 1)  # a pickle may hold itself
 
 def unwrapped(state, path):
-    """{name: tensor} of `tensors` without what wraps the network, in any order and depth: dicts,
-    `_orig_mod.` of torch.compile anywhere, `student.` beside any names, and what all names begin
-    with but those of no layers: `module.` of DataParallel, `model.`, `backbone.`, ... Of several
-    networks one is taken in the order of `KEYS`, and `note` says which."""
+    """{name: tensor} of `tensors` without what wraps the network, at any depth: dicts, `_orig_mod.`
+    of torch.compile, `student.` beside any, what all names but those of no layers begin with
+    (`module.`, `model.`, `backbone.`). Of several networks the first in `KEYS` is read, as said."""
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while True:
         nested = {name: tensor for name, tensor in state.items() if "\0" in name}
@@ -176,11 +173,6 @@ def read_state_dict(path):
             raise ValueError(f"{path}: {name!r} holds other than plain, finite numbers")
     return state
 
-def read_about(path):
-    """What our own student.pt says of itself, its tensors too; {} for another program's file."""
-    content = read_checkpoint(path)
-    return content if {"model_name", "format"} <= content.keys() else {}
-
 def match(wanted, state, problem):
     """The tensors `state` of a file under the names of a model's state dict, `wanted`. Raises
     ValueError, beginning with `problem`, where names or shapes differ."""
@@ -195,6 +187,6 @@ def match(wanted, state, problem):
     for key in (*wanted, *matched):
         expected, found = [[*one[key].shape] if key in one else None for one in (wanted, matched)]
         if expected != found:
-            raise ValueError(f"{problem}: tensor {key!r}: expected {expected}, found {found}; the "
-                             f"file's first of {len(state)} are {[*state][:3]}")
+            raise ValueError(f"{problem}: tensor {key!r}: expected {expected}, found {found}; it "
+                             f"begins with {[*state][:3]}")
     return matched

@@ -1,6 +1,4 @@
-"""A script as a command: settings, command line, errors; its device, CUDA graphs, its processes.
-
-What a user can mend is one line on stderr and exit status 2. torchrun starts a process a GPU."""
+"""A script as a command: settings, command line, errors; its device, CUDA graphs, its processes."""
 
 import argparse
 import dataclasses
@@ -113,16 +111,16 @@ def main(job):
             sys.stdout = sys.stderr = None  # Python would write the rest once more
             sys.exit(128 + 13)
         if caught:  # whatever came of it, a worker's end perhaps
-            files.say("interrupted; the same command goes on")
-            sys.exit(128 + caught[0])
-        if isinstance(error, (ValueError, OSError, FloatingPointError)):
-            files.say(f"error: {error}", every_rank=True)
-            sys.exit(2)
-        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+            status, text = 128 + caught[0], "interrupted; the same command goes on"
+        elif isinstance(error, (ValueError, OSError, FloatingPointError)):
+            status, text = 2, f"error: {error}"
+        elif isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            status, text = 1, (f"error: {str(error)[:200]}: out of memory? Less is needed "
+                               "by a smaller --batch-size, fewer --workers or --num-negatives")
+        else:
             raise
-        files.say(f"error: {str(error)[:200]}: memory ran out, perhaps; a smaller --batch-size, "
-                  "fewer --workers or --num-negatives need less", every_rank=True)
-        sys.exit(1)
+        files.say(text, every_rank=not caught)
+        sys.exit(status)
 
 def use_device(name, deterministic=False):
     """-> the torch.device, a GPU told how to compute. ValueError where torch cannot use it."""

@@ -1,6 +1,5 @@
 """Files: written whole, read with their damage named, downloaded and checked; notes, progress.
-
-Needs torch alone. Errors are `ValueError` and `OSError` of one line that names the file."""
+Errors are `ValueError` and `OSError` of one line that names the file."""
 
 import contextlib
 import functools

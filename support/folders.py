@@ -52,10 +52,9 @@ def holder(root, name, cache_dir=None):
     return next((path for path in found if path == root or is_data(path.name)), None)
 
 def list_files(root):
-    """Yield the posix names, relative to `root`, of the files that are data in a folder and, links
-    followed, below it, sorted by their parts. What links lead to again, or back to, what is no
-    file, and systems' own, but for names with a dot, are left out, which is said. OSError: a broken
-    link, a folder that cannot be read."""
+    """Yield the posix names, relative to `root`, of the data files below it, links followed, sorted
+    by their parts. Left out, which is said: what links lead to again, or back to, what is no file,
+    systems' own but for names with a dot. OSError: a broken link, a folder that cannot be read."""
     waiting, left = [f"{root}"] if os.path.isdir(root) else [], []
     met = {(above.st_dev, above.st_ino) for above in map(os.stat, Path(root).resolve().parents)}
     while waiting:
@@ -177,8 +176,9 @@ def match_classes(listing, class_ids, class_names, where, partial=False):
         say_absent(numbers, class_ids, where)
     return dict(zip(listing, numbers))
 
-def labelled(listing, matched):
-    """The paths of `by_class` one after another, and the number of each one's class."""
+def labelled(listing, class_ids, class_names, where, partial=False):
+    """The paths of `by_class` one after another, and each one's number by `match_classes`."""
+    matched = match_classes(listing, class_ids, class_names, where, partial)
     return ([path for paths in listing.values() for path in paths],
             [matched[name] for name, paths in listing.items() for _ in paths])
 

@@ -4,7 +4,6 @@ another place are no difference; others in the same place are one."""
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import os
 import torch
 from pathlib import Path
@@ -18,9 +17,8 @@ FILES = ("teacher_weights", "clip", "bpe", "prompts", "class_names")
 ANEW = "--overwrite, of a cached teacher removing its folder, starts it anew"
 
 def digest_files(paths):
-    """SHA-256 of files: of each the last two parts of its name and its size; of a JPEG or PNG the
-    last 256 bytes, in which the one ends its pixels and the other has its checksum; of any other
-    all of it. 100,000 JPEGs take a second or two."""
+    """SHA-256 of the last two parts of each file's name, its size and content: all or, of JPEG and
+    PNG, the last 256 bytes, the pixels' end or checksum, so that 100,000 take a second or two."""
     digest = hashlib.sha256()
     for path in map(str, paths):
         with open(path, "rb", buffering=0) as file:
@@ -48,14 +46,13 @@ def identity(split):
 
 def difference(there, here, name=""):
     """The first place where two JSON values differ, in words, or None; name: what they are."""
+    if type(there) is type(here) is list:
+        there, here = dict(enumerate(there)), dict(enumerate(here))
     if type(there) is type(here) is dict:
-        parts = [(there.get(key), here.get(key), f"{name} {key}") for key in {**there, **here}]
-    elif type(there) is type(here) is list:
-        pairs = enumerate(itertools.zip_longest(there, here))
-        parts = [(*pair, f"{name} {k}") for k, pair in pairs]
-    else:
-        return None if there == here else f"{name.strip()} is {there!r} there and {here!r} here"
-    return next(filter(None, itertools.starmap(difference, parts)), None)
+        parts = (difference(there.get(key), here.get(key), f"{name} {key}")
+                 for key in {**there, **here})
+        return next(filter(None, parts), None)
+    return None if there == here else f"{name.strip()} is {there!r} there and {here!r} here"
 
 def cached(path, key, make):
     """What make() returns, tensors in a tuple or dict, kept in PATH-DIGEST.pt, which is mapped into
@@ -81,7 +78,8 @@ def cached(path, key, make):
 def input_size(path, split, info, run=None):
     """The side of the images that a checkpoint says it reads, or None. ValueError: it says other
     classes than the split's, other mean and std than those of a data set's `info`, another run."""
-    about = checkpoints.read_about(path)
+    about = checkpoints.read_checkpoint(path)
+    about = about if {"model_name", "format"} <= about.keys() else {}  # another program's
     with files.undamaged(path, "expected what train.py leaves"):
         known = list(about.get("class_ids") or about.get("class_names") or split.ids)
         named = not about.get("class_ids") and known != split.ids
@@ -101,9 +99,8 @@ def settings(config):
             for name, value in dataclasses.asdict(config).items() if name not in PLACES}
 
 def key(about):
-    """All that decides a run's result: of each flag the value or, where it names a file, what is in
-    that, of each split its `identity`; class names only with CLIP, which alone is asked for them.
-    about: {"settings", "inputs"}, as config.json has them."""
+    """All in config.json, `about`, that decides a run's result: each flag's value or its file's
+    content, each split's `identity`; class names only with CLIP, which alone is asked for them."""
     flags = {**about["settings"], **dict.fromkeys(FILES), **about["inputs"]["files"]}
     unread = () if about["settings"]["clip"] else ("class_names",)
     splits = {f"{name} split": {part: split[part] for part in split if part not in unread}

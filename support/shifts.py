@@ -64,16 +64,14 @@ def list_classes(root, class_ids, class_names):
     that occur, ascending; labels count within them, so that logits[:, columns] choose among the
     set's own (200 for ImageNet-A and -R). Raises as `folders.match_classes` and `by_class`."""
     listing = folders.by_class(root)
-    matched = folders.match_classes(listing, class_ids, class_names, root, partial=True)
-    paths, classes = folders.labelled(listing, matched)
+    paths, classes = folders.labelled(listing, class_ids, class_names, root, partial=True)
     columns, labels = torch.tensor(classes).unique(return_inverse=True)
     return paths, labels, columns
 
 def load_shift(directory, dataset, class_ids, class_names):
-    """A shift set of the data set named `dataset` -> its images, a uint8 tensor (N,3,H,W) or a list
-    of paths, labels int64 (N,) that count within the columns, columns int64 (k,) of the logits to
-    choose among. The folder has CIFAR-10.1's or STL-10's files, or a folder of images a class,
-    named by the data set's own ids (WordNet's) or names, or by number (ImageNet-V2)."""
+    """A shift set of the data set named `dataset` -> images, a uint8 tensor (N,3,H,W) or paths,
+    labels and columns as of `list_classes`. The folder has CIFAR-10.1's or STL-10's files, or a
+    folder of images a class, named by its id (WordNet's), name or number (ImageNet-V2)."""
     root = Path(directory)
     for part in {"val", "test"} - {*class_ids, *class_names}:
         if (root / part).is_dir():

@@ -174,7 +174,7 @@ def test_rename_classes_in_order_or_by_id_or_refuses(ids, lines, expected):
 
 # Batches ------------------------------------------------------------------------------------------
 def test_epoch_is_what_draw_epoch_says_with_its_labels_and_rows():
-    split, table = coded_split(50), torch.arange(50.0).view(50, 1)
+    split, table = coded_split(50, side=32), torch.arange(50.0).view(50, 1)
     order, *crops = data.draw_epoch(50, 3)
     found = zip(*batches(split, 8, seed=3, tables=(table,)))
     images, labels, index, rows = (torch.cat(column) for column in found)
