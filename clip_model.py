@@ -228,9 +228,8 @@ def read_sizes(state):
             "transformer_layers": count("transformer.resblocks.")}
 
 def build_clip(state_dict: dict, said: dict | None = None) -> CLIP:
-    """CLIP from tensors in OpenAI's layout: float32, eval mode, copies throughout. Sizes are those
-    of the tensors; said: arguments of CLIP by name, heads and activation above all, which tensors
-    do not tell. Raises ValueError for a tensor that is missing, unknown or of a wrong shape."""
+    """CLIP from tensors in OpenAI's layout: float32, eval mode, copies. said: arguments that
+    they do not tell, heads and activation above all. ValueError: one is missing or does not fit."""
     integers = ("input_resolution", "context_length", "vocab_size")  # beside OpenAI's weights
     state = {name: tensor.clone() for name, tensor in state_dict.items() if name not in integers}
     try:
@@ -243,9 +242,8 @@ def build_clip(state_dict: dict, said: dict | None = None) -> CLIP:
     return clip.float().eval()
 
 def load_clip(name_or_path, cache_dir=None, activation=None) -> CLIP:
-    """`build_clip` of what `support.clip_files.find` takes, such as a public name or a file.
-    activation: one of ACTIVATIONS; None: what is known of the file, else QuickGELU, which is said.
-    Raises FileNotFoundError where nothing is found, ValueError for what is not wholly a CLIP."""
+    """`build_clip` of a public name, a file, what `support.clip_files.find` takes; else OSError or
+    ValueError. activation: of ACTIVATIONS; None: the file's own, else QuickGELU, which is said."""
     from support import clip_files
     path, state, said = clip_files.load(name_or_path, cache_dir, activation)
     try:
@@ -298,8 +296,7 @@ class Tokenizer:
         return ids
 
     def __call__(self, texts: str | list[str], context_length: int) -> torch.Tensor:
-        """One text or B of them to (B, context_length) int64: start, ids, end, zeros. Raises
-        ValueError for a text that is too long."""
+        """One text or B to (B, context_length) int64: start, ids, end, zeros; else ValueError."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts):
@@ -345,9 +342,8 @@ NO_NAME = regex.compile(r"^['\"`\u2018\u201c\u2022|*]|^-\s|^\d+\s*[.:)]\s|['\"]\
                         r"|\s#\s|[,;:=(]$|:\s+\d+$")
 
 def load_lines(path, holding="") -> list[str]:
-    """The names or templates, which hold "{}", of a file, one a line; empty lines and `#` comments
-    are skipped. ValueError: no UTF-8, no line, one that does not hold `holding` once, or names with
-    {}, a program or a numbered list."""
+    """The names or, holding "{}" once, templates of a file, one a line, but for empty ones and `#`
+    comments. ValueError: no UTF-8, no line, one without `holding`, a program, a numbered list."""
     try:
         text = Path(path).read_text("utf-8-sig")  # with or without the mark that Windows writes
     except UnicodeDecodeError:

@@ -20,7 +20,6 @@ from torchvision.transforms import v2
 from typing import NamedTuple
 
 class Split(NamedTuple):
-    """One split of a data set."""
     images: object        # uint8 tensor (N,3,H,W), or a Stream
     labels: torch.Tensor  # int64 (N,)
     class_names: list     # K strings, as the data set spells them
@@ -47,7 +46,6 @@ DATASETS = {
 }
 
 def check_images(images):
-    """ValueError unless they are uint8 (B,3,H,W)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images {images.dtype} {tuple(images.shape)}: expected uint8 (B,3,H,W)")
 
@@ -81,10 +79,9 @@ def to_input(images, mean, std):
 
 @dataclasses.dataclass
 class Stream(torch.utils.data.Dataset):
-    """Image files that do not fit in memory, decoded and brought to size by a loader's workers.
-    Item (index, seed) is (uint8 (3,size,size), index). With an epoch's seed: a random resized crop
-    and a flip (the ImageNet recipe), drawn from seed and index, so that workers change nothing.
-    None: shorter side to `resize_to`, centre crop; with resize_to None as it is, or ValueError."""
+    """Image files, decoded by a loader's workers; item (index, seed): (uint8 (3,size,size), index).
+    With a seed, random resized crop and flip (ImageNet's recipe) of both, so that workers change
+    nothing; None: shorter side to `resize_to`, centre crop; neither: as it is, or ValueError."""
     paths: list
     size: int = 224
     resize_to: int = 256
@@ -150,8 +147,7 @@ def decoded(images, cache_dir, workers):
     N, size = len(images), images.size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0
     if memory and N * 3 * size**2 > memory / 2:
-        files.note(f"{N} images of {size} x {size} would take more than half of the memory: they "
-                   "stream from their files, cropped as on ImageNet")
+        files.note(f"{N} images of {size} x {size} exceed half of RAM: streamed, ImageNet's crops")
         return images
     def decode():
         pixels = torch.empty(N, 3, size, size, dtype=torch.uint8)
@@ -254,7 +250,6 @@ def load(images, batches, seed, workers, device):
         raise ValueError(str(error).split("ValueError: ")[-1].strip()) from None
 
 def cores():
-    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 ELSEWHERE = "name the folder that has it by --data-dir"
@@ -337,11 +332,10 @@ def image_folders(root, split, size, resize_to):
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 
 def load_dataset(name, root, split, cache_dir=None):
-    """A split of one of DATASETS. root: where its files lie or are downloaded to (unused by
-    `shapes`); for tiny-imagenet and cifar also a zip of pictures. split: "train", "test" (the
-    public validation split where test labels are not published) or one of its shifts; their labels
-    are train's. What is unpacked or decoded is kept in `files.cache_folder(cache_dir)`. Raises
-    ValueError: unknown name or split, damaged files; FileNotFoundError: missing ones."""
+    """A split of one of DATASETS. root: where its files lie or are downloaded to, for tiny-imagenet
+    and cifar also a zip of pictures. split: "train", "test" (the public validation split where test
+    labels are not published) or one of its shifts; their labels are train's. The cache has what is
+    unpacked or decoded. ValueError: unknown name or split, damage; FileNotFoundError: missing."""
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     known = ("train", "test", *DATASETS[name].shifts)

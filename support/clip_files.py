@@ -141,15 +141,13 @@ def find(name, cache_dir=None):
     raise FileNotFoundError(message)
 
 def load(name_or_path, cache_dir=None, activation=None):
-    """-> (path, tensors in OpenAI's layout, what is said of them). Its activation is the one asked
-    for, else what the listing or the layout tells, else QuickGELU; a guess and a contradiction are
-    said. Raises as `find` and `checkpoints.read_state_dict`."""
+    """As `find`, with tensors in OpenAI's layout between. The activation is the one asked for, else
+    the listing's or layout's, else QuickGELU; a guess and a contradiction are said."""
     path, said = find(str(name_or_path), cache_dir)
     tensors = to_openai_layout(checkpoints.read_state_dict(path))
     known = said.get("activation", "quickgelu" if "input_resolution" in tensors else None)
     if activation and known not in (None, activation):
         files.note(f"{path} has the activation {known}; {activation} is used, as asked")
     if not activation and not known:
-        files.note(f"{path.name}: QuickGELU is assumed, as in OpenAI's; most models of open_clip "
-                   "need --clip-activation gelu")
+        files.note(f"{path.name}: QuickGELU assumed; most of open_clip need --clip-activation gelu")
     return path, tensors, {**said, "activation": activation or known or "quickgelu"}

@@ -139,15 +139,13 @@ def use_device(name, deterministic=False):
     return device
 
 def autocast(config):
-    """bfloat16 where config.amp asks for it."""
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.amp)
 
 class CudaGraph:
     """A function of one tensor on a GPU as a CUDA graph, which costs the CPU one launch a call, not
-    one a kernel. The first calls are plain ones, in which cuDNN chooses its kernels and everything
-    that lasts is allocated; then it is captured, and from then on replayed. What it returns is
-    overwritten by the next call. An argument of another shape, an epoch's last batch, is called.
-    The function must neither read from the device nor copy to it; a replay runs no Python."""
+    one a kernel. In the first calls, plain ones, cuDNN chooses kernels and what lasts is allocated;
+    then it is captured, and replayed without Python: it must not read from the device or copy to
+    it. The next call overwrites what it returned. Another shape, as of a last batch, is called."""
     def __init__(self, function, plain_calls=3):
         self.function, self.plain_calls = function, plain_calls
         self.argument = self.graph = None

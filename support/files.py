@@ -155,16 +155,15 @@ class Progress:
 
     def update(self, done, note="", keep=False):
         self.done, now, terminal = done, time.time(), sys.stderr.isatty()
-        late = terminal and now - self.shown > 0.2
-        if keep or late or done >= self.total:
-            self.shown, spent = now, now - self.began
-            rate = (done - self.start) / max(spent, 1e-9)
-            known = done < self.total and rate > 0 and spent > 2  # the first steps tell little
-            time_left = timedelta(0, round((self.total - done) / rate if known else spent))
-            parts = [f"{self.label} {done:.0f}/{self.total:.0f}", *filter(None, note.split(" | ")),
-                     f"{rate:.0f} {self.unit}/s", f"{time_left}{' left' * known}"]
-            width = shutil.get_terminal_size().columns - 1 if terminal else 10**6
-            for place in (-2, *[1] * len(parts)):
-                if len(" | ".join(parts)) > width and len(parts) > 2:
-                    del parts[place]
-            say(" | ".join(parts)[:width], end="" if terminal and done < self.total else "\n")
+        if not (keep or done >= self.total or terminal and now - self.shown > 0.2):
+            return
+        self.shown, spent = now, now - self.began
+        rate = (done - self.start) / max(spent, 1e-9)
+        known = done < self.total and rate > 0 and spent > 2  # the first steps tell little
+        time_left = timedelta(0, round((self.total - done) / rate if known else spent))
+        parts = [f"{self.label} {done:.0f}/{self.total:.0f}", *filter(None, note.split(" | ")),
+                 f"{rate:.0f} {self.unit}/s", f"{time_left}{' left' * known}"]
+        width = shutil.get_terminal_size().columns - 1 if terminal else 10**6
+        while len(" | ".join(parts)) > width and len(parts) > 2:
+            del parts[-2 if parts[-2].endswith("/s") else 1]
+        say(" | ".join(parts)[:width], end="" if terminal and done < self.total else "\n")

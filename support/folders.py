@@ -137,8 +137,7 @@ def by_class(root, part=0):
     if not listing:
         above = Path(root).parent
         beside = sorted(os.listdir(above))[:9] if above.is_dir() else "no folder; unpack it"
-        raise FileNotFoundError(f"{root} holds no <class>/<image>, of {', '.join(SUFFIXES)}; "
-                                f"{above} is {beside}")
+        raise FileNotFoundError(f"{root} holds no <class>/<image>; {above} is {beside}")
     return dict(sorted(listing.items()))
 
 def class_folders(root):

@@ -187,19 +187,17 @@ def keep_epoch(folder, log, stateful, run):
 def summary_table(finished):
     """Runs of one teacher, [(folder, summary)], as text: a row a model, a column a split; then, if
     so, that fusion does harm at the last one's alpha; where students and logs lie."""
-    rows = {}
+    rows = {"": "".join(f"{split:>10}" for split in finished[-1][1]["accuracies"]["student"])}
     for who in ("clip", "teacher", "fused", "student"):
         for _, summary in finished:
-            clip = summary["clip"] or ""
-            names = {"clip": f"CLIP zero-shot ({Path(clip).name if Path(clip).exists() else clip})",
+            clip, row = Path(summary["clip"] or ""), summary["accuracies"][who]
+            names = {"clip": f"CLIP zero-shot ({clip.name if clip.exists() else clip})",
                      "teacher": f"teacher {summary['teacher']}", "fused": "fused teacher",
                      "student": f"student {summary['student']} ({summary['method']})"}
-            rows[names[who]] = summary["accuracies"][who]
-    rows = {name: row for name, row in rows.items() if row}
+            if row:
+                rows[names[who]] = "".join(f"{value:10.1f}" for value in row.values())
     width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{split:>10}" for split in summary["accuracies"]["student"])]
-    for name, row in rows.items():
-        lines.append(f"{name:{width}}" + "".join(f"{value:10.1f}" for value in row.values()))
+    lines = [f"{name:{width}}{row}" for name, row in rows.items()]
     folder, of = finished[-1][0], {who: summary[f"{who}_accuracy"] for who in ("clip", "teacher")}
     if summary["fused_accuracy"] is not None and summary["fused_accuracy"] < max(of.values()):
         lines.append(f"The fused teacher is below {max(of, key=of.get)} alone; for other alphas: "

@@ -80,7 +80,6 @@ def refused(call, *arguments):
     assert not warned and "\n" not in str(error.value)
     return str(error.value)
 
-# Files and folders --------------------------------------------------------------------------------
 def encoded(colour=(9, 99, 199), size=(8, 8), form="PNG"):
     """The bytes of a picture of one colour."""
     buffer = io.BytesIO()
@@ -144,7 +143,6 @@ def web_server(content):
         thread.join()
         server.server_close()
 
-# CLIP ---------------------------------------------------------------------------------------------
 SMALL_CLIPS = {  # CLIP's arguments: embedding, resolution, image tower, context, vocabulary, text
     "vit": (32, 32, 2, 128, 8, 12, 514, 128, 2, 2),
     "resnet": (32, 64, (1, 2, 1, 1), 16, None, 12, 514, 128, 2, 2),

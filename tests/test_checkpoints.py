@@ -168,7 +168,6 @@ def test_read_safetensors_of_every_kind_of_tensor(tmp_path):
         found = read_checkpoint(path)
         assert list(found) == list(KINDS) and same(found, KINDS)
 
-# Nothing is executed ------------------------------------------------------------------------------
 class Call(tuple):
     """(function, its arguments), called when it is loaded as pickles are."""
     def __reduce__(self):
@@ -219,7 +218,6 @@ def test_unpickler_leaves_what_it_knows_as_it_is(tmp_path):
         assert str(path) in refused(read_checkpoint, path)
     assert dict(vars(checkpoints.Inert)) == before
 
-# Damaged, or something else -----------------------------------------------------------------------
 def repacked(content, change):
     """The bytes of an archive whose entries `change(name, data)` changed."""
     with zipfile.ZipFile(io.BytesIO(content)) as old:
@@ -268,7 +266,6 @@ def test_read_checkpoint_of_what_is_none(kind, tmp_path):
     message = refused(read_checkpoint, tmp_path / "file.pth")
     assert "file.pth" in message and word in message and len(message) < 400
 
-# Names --------------------------------------------------------------------------------------------
 def test_match_by_name_and_shape():
     one, two, three = torch.zeros(1), torch.zeros(2), torch.zeros(3)
     wanted = {"fc.weight": one, "a.downsample.0": two, "a.num_batches_tracked": torch.tensor(1)}

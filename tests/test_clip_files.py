@@ -28,11 +28,9 @@ def no_other_cache(monkeypatch, tmp_path):
 def attempts(monkeypatch):
     """(address, path, digest) of each file that files.fetch is asked for; it has nothing."""
     made = []
-
     def fetch(urls, path, digest, advice):
         made.extend((url, path, digest) for url in urls)
         raise FileNotFoundError(f"could not download {urls} to {path}; {advice}") from OSError("no")
-
     monkeypatch.setattr(files, "fetch", fetch)
     return made
 
@@ -47,7 +45,6 @@ def write_snapshot(folder, kind, listing=None, **tensors):
     torch.save(state, folder / f"{program}pytorch_model.bin")
     return folder / f"{program}pytorch_model.bin"
 
-# Addresses ----------------------------------------------------------------------------------------
 def test_find_of_public_names_leads_to_openai_then_to_hugging_face(attempts, tmp_path):
     for name in (*clip_files.PUBLIC_CLIPS, L14):
         message = refused(clip_files.find, name, tmp_path)
@@ -88,7 +85,6 @@ def test_load_clip_downloads_from_the_mirror_whole(monkeypatch, tmp_path, capsys
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [
         "clip-vit-large-patch14.safetensors"]
 
-# Files and folders --------------------------------------------------------------------------------
 def test_find_takes_a_folders_files_in_order(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
     assert str(tmp_path) in refused(clip_files.find, str(tmp_path))
@@ -129,7 +125,6 @@ def test_find_without_a_file_and_of_a_snapshot_without_weights(attempts, tmp_pat
         message = refused(clip_files.find, name)
         assert f"'{name}'" in message and "RN50x64, ViT-B/32" in message
 
-# Layouts ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [kind for kind in GOLDEN if "ViT" not in kind])
 def test_load_clip_of_a_snapshot_equals_the_program_that_wrote_it(kind, tmp_path, capsys):
     """Layouts, activations, heads of 16, 32 and 64 numbers: nothing has to be guessed."""
@@ -169,7 +164,6 @@ def test_load_clip_names_what_is_no_clip(kind, changed, value, named, tmp_path):
     message = refused(load_clip, path)
     assert message.startswith(f"{path}: ") and named in message
 
-# Activation ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("asked, kind", [(None, "open_clip"), ("quickgelu", "open_clip"),
                                          ("gelu", "open_clip, CustomTextCLIP")])
 def test_load_clip_of_a_bare_file_assumes_quickgelu_or_is_told(asked, kind, tmp_path, capsys):
@@ -189,7 +183,6 @@ def test_load_knows_the_activation_of_openais_archives(tmp_path, capsys):
     assert str(path) in line and "quickgelu" in line
     assert "'relu'" in refused(load_clip, path, None, "relu")
 
-# Listings -----------------------------------------------------------------------------------------
 def changed(kind, place, value):
     """The listing of a golden model with another value; place: "key" or "part/key"."""
     listing = json.loads(json.dumps(GOLDEN[kind]["listing"]))

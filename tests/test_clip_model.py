@@ -24,7 +24,6 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 
 GOLDEN = json.loads((ROOT / "tests/golden_clip.json").read_text())
 
-# Towers -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_CLIP_equals_open_clip(kind):
     assert_golden(build_clip(small_clip_state(kind)), GOLDEN[kind])
@@ -85,7 +84,6 @@ def test_encode_image_refuses_another_size():
     for shape in ((1, 3, 64, 64), (1, 3, 39, 39), (3, 32, 32)):  # of 39 pixels the ViT cuts 7
         assert "(B, 3, 32, 32)" in refused(clip.encode_image, torch.zeros(shape))
 
-# Weights ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_build_clip_copies_and_converts(kind):
     whole = small_clip_state(kind)
@@ -128,7 +126,6 @@ def test_load_clip_names_what_does_not_fit(missing, changed, name, tmp_path):
 def test_build_clip_refuses_what_a_listing_says_otherwise(said, name):
     assert name in refused(build_clip, small_clip_state("vit"), said)
 
-# Tokenizer ----------------------------------------------------------------------------------------
 def strings(count):
     """Strings that try a tokenizer: scripts, emoji, HTML, mojibake, contractions, digits,
     controls, empty, long."""
@@ -198,7 +195,6 @@ def test_load_merges_plain_and_packed(tmp_path):
     for name in ("bad", "cut.gz", "image", "absent"):
         assert name in refused(load_merges, tmp_path / name)
 
-# Images -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("H, W, resolution", [
     (64, 64, 64), (32, 32, 64), (32, 32, 224), (64, 64, 224), (300, 300, 224), (375, 500, 224),
     (97, 61, 96), (28, 224, 64), (225, 224, 224), (1, 3, 32), (90, 200, 96), (64, 64, 63)])
@@ -226,7 +222,6 @@ def test_preprocess_equals_pil(H, W, resolution):
 def test_preprocess_names_bad_images(images):
     assert "uint8 (B, 3, H, W)" in refused(clip_model.preprocess, images, 32)
 
-# Prompts ------------------------------------------------------------------------------------------
 def test_load_templates(tmp_path):
     templates = load_templates(ROOT / "prompts.txt")
     assert (len(templates), templates[0]) == (12, "a photo of a {}")
@@ -321,7 +316,6 @@ def test_class_features_are_unit_prompts():
     for names, templates in (("x", ["{}"]), ([], ["{}"]), (["x"], "a {}"), (["x"], ["a"])):
         refused(clip_model.class_features, clip, Tokenizer(), names, templates)
 
-# The real checkpoint ------------------------------------------------------------------------------
 @torch.no_grad()
 def test_load_clip_of_a_trained_checkpoint_equals_open_clip(shared):
     expected = json.loads((shared / "clip/clip-mini.json").read_text())
@@ -330,7 +324,6 @@ def test_load_clip_of_a_trained_checkpoint_equals_open_clip(shared):
     templates = load_templates(ROOT / "prompts.txt")
     assert templates == expected["templates"]
     assert clip.logit_scale.exp().item() == pytest.approx(expected["logit_scale"], abs=1e-4)
-
     top = "tiny-imagenet-200/"
     with zipfile.ZipFile(shared / "data/tiny-imagenet-20.zip") as archive:
         words, classes_of = (
@@ -343,7 +336,6 @@ def test_load_clip_of_a_trained_checkpoint_equals_open_clip(shared):
     labels = torch.tensor([expected["classes"].index(name) for name in names])
     features = torch.cat([clip.encode_image(clip_model.preprocess(part, 64))
                           for part in images.split(250)])
-
     rows = [list(classes_of).index(name) for name in expected["images"]]
     assert labels[rows].tolist() == expected["labels"]
     numbers = expected["image_features_unnormalised_first_16"]
@@ -357,7 +349,6 @@ def test_load_clip_of_a_trained_checkpoint_equals_open_clip(shared):
         top1 = (logits.argmax(dim=1) == labels).float().mean().item()
         assert top1 == pytest.approx(expected["zero_shot_top1"][key], abs=1e-6)
     assert (logits[rows] - torch.tensor(expected["logits_twelve_templates"])).abs().max() < 2e-4
-
     ids = {words[id].split(",")[0]: id for id in set(classes_of.values())}
     for form in ("{id}-{_}", "{id} {name}", "{_}_{id}", "{k:03}.{_}", "{k}_{_}", "{_}-{k}", "{-}",
                  "{id}.{Camel}", "({k}) {name}", "{id}-{-}", "{Camel}", "{+}", "{%20}", "{NAME}"):

@@ -83,35 +83,26 @@ def handlers():
     for number, handler in before.items():
         signal.signal(number, handler)
 
-@pytest.mark.parametrize("arguments, named", [
-    (["--dataset", "mnist"], "--dataset"), (["--alpha", "1.5"], "--alpha"),
-    (["--epochs", "many"], "--epochs"), (["--epoch", "3"], "--epoch")])
-def test_main_says_it_in_one_line_and_exits_with_2(arguments, named, tmp_path, monkeypatch, capsys,
-                                                   handlers):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        command.main(lambda: train.run(command.parse(train.Config, "", arguments)))
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and out == ""
-    assert err.startswith("error: ") and named in err and err.count("\n") == 1
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_main_ends_by_a_signal_with_its_status_and_one_line(number, capsys, handlers):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(lambda: os.kill(os.getpid(), number))
-    assert stopped.value.code == 128 + number
-    assert capsys.readouterr().err.startswith("interrupted")
-
-@pytest.mark.parametrize("error", [
+NO_MEMORY = [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
     RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"),
-    RuntimeError("unable to write to file </torch_7>: No space left on device (28)")])
-def test_main_says_that_memory_ran_out(error, capsys, handlers):
+    RuntimeError("unable to write to file </torch_7>: No space left on device (28)")]
+
+@pytest.mark.parametrize("job, status, named", [
+    *((lambda flags=flags: train.run(command.parse(train.Config, "", flags.split())), 2, flags[:7])
+      for flags in ("--dataset mnist", "--alpha 1.5", "--epochs many", "--epoch 3")),
+    *((lambda number=number: os.kill(os.getpid(), number), 128 + number, "")
+      for number in (signal.SIGINT, signal.SIGTERM)),
+    *((Mock(side_effect=error), 1, "--batch-size, fewer --workers") for error in NO_MEMORY)])
+def test_main_says_it_in_one_line_and_exits(job, status, named, tmp_path, monkeypatch, capsys,
+                                            handlers):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        command.main(Mock(side_effect=error))
-    [line] = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 1 and "--batch-size" in line and "--workers" in line
+        command.main(job)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == status and out == "" and named in err and err.count("\n") == 1
+    assert err.startswith("interrupted" if status > 2 else "error: ")
 
 def test_main_in_a_thread_prints_to_any_stream(monkeypatch, handlers):
     """Where no signals can be handled. A stream that lacks a character, none, another program's; at

@@ -9,7 +9,7 @@ import time
 import torch
 from helpers import refused, web_server
 from pathlib import Path
-from support import checkpoints, files
+from support import files
 from support.files import fetch, write_atomically
 
 def new(file):
@@ -37,10 +37,7 @@ def test_write_atomically_keeps_the_old_content(tmp_path, write, function, kind,
 
 def test_save_streams(tmp_path, monkeypatch):
     """torch turns the second, a full disk in the middle of a tensor, into a RuntimeError."""
-    files.save(tmp_path / "a.pt", {"model": torch.arange(3.0), "mean": [0.5]})
-    content = checkpoints.read_checkpoint(tmp_path / "a.pt")
-    assert content.pop("model").tolist() == [0, 1, 2]
-    assert content == {"mean": [0.5], "format": files.FORMAT}
+    files.save(tmp_path / "a.pt", {"model": torch.arange(3.0)})
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     before, real = (tmp_path / "a.pt").read_bytes(), open
@@ -137,11 +134,9 @@ def test_fetch_goes_on_where_the_connection_ended(server, tmp_path):
 def test_fetch_beside_another_process(server, tmp_path, monkeypatch):
     """The other one, which began later, has renamed the partial file when this one ends."""
     receive = files.receive
-
     def late(*arguments):
         receive(*arguments)
         os.replace(tmp_path / "file.part", tmp_path / "file")
-
     monkeypatch.setattr(files, "receive", late)
     assert fetch([f"{server.url}/good/file"] * 2, tmp_path / "file", DIGEST, "-").is_file()
     assert len(server.asked) == 1

@@ -136,7 +136,7 @@ def test_match_classes(listing, expected, line, capsys):
     (["1", "2"], NAMES),                    # is 0 absent, or are they from 1 on?
     (["0", "1", "n03"], NAMES),             # two ways at once
     (["Crane"], ["crane", "dog", "crane"]),  # of which?
-    (["n01", "tench"], NAMES),              # twice the same class
+    (["n01", "tench"], NAMES), (["n01", "N01"], NAMES),  # twice the same class
 ])
 def test_match_classes_refuses_what_is_not_certain(listing, names):
     message = refused(folders.match_classes, listing, IDS, names, "val")

@@ -41,7 +41,6 @@ def test_identity_of_a_stream_is_its_pictures(tmp_path):
     """Pictures of one size in bytes, too, as plain PNGs have; but not where they lie."""
     def identity():
         return runs.identity(some_split(labels=torch.arange(6) % 2, images=data.Stream(paths)))
-
     class_folders(tmp_path / "here", n=3, parts=["train"])
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     paths = sorted(map(str, tmp_path.glob("there/**/*.png")))
@@ -81,13 +80,11 @@ def test_digest_files_of_names_that_are_no_utf8(tmp_path):
 
 def test_cached_is_made_once_and_anew_for_another_key_or_damage(tmp_path, capsys):
     made = []
-
     def read(key):
         numbers, ones = runs.cached(tmp_path / "deep/numbers", key, lambda: made.append(1) or (
             torch.arange(6).view(3, 2).half(), torch.ones(3)))
         assert numbers.tolist() == [[0, 1], [2, 3], [4, 5]] and ones.tolist() == [1, 1, 1]
         return len(made)
-
     assert [read({"a": 1}), read({"a": 1}), read({"a": 2}), read({"a": 1})] == [1, 1, 2, 2]
     assert not capsys.readouterr().err
     one, two = sorted((tmp_path / "deep").iterdir())
@@ -179,7 +176,6 @@ def test_open_run_refuses_other_files_of_the_same_name(rich, place):
     with open(place / "given/prompts.txt", "a") as file:
         file.write("\n# no template\n")
     assert train.run(rich) == summary
-
     with open(place / "given/prompts.txt", "a") as file:
         file.write("a sketch of a {}\n")
     assert "--prompts" in refused(train.run, rich)
@@ -200,7 +196,6 @@ def test_inputs_are_those_that_a_method_reads(rich):
     def names(**changes):
         config = train.resolve(with_(rich, **changes))
         return train.about_run(config, {})["inputs"]["files"].keys()
-
     assert names() == {"teacher_weights", "clip", "prompts", "bpe"}
     assert names(alpha=0.0, lam=0.0) == {"clip", "prompts", "bpe"}
     assert names(teacher_weights=None) == {"clip", "prompts", "bpe"}
