@@ -90,8 +90,7 @@ NAMES = (  # parts of transformers' names, and what OpenAI's have
 
 def to_openai_layout(state):
     """A state dict of OpenAI, transformers (behind any prefix) or open_clip (whose CustomTextCLIP
-    has "text.") under OpenAI's names. Of transformers', both projections are transposed, and query,
-    key and value joined; where one is missing, what is joined is too short for any CLIP."""
+    has "text.") under OpenAI's names. Query, key and value are joined; too short if one lacks."""
     mark = "vision_model.embeddings.class_embedding"
     prefix = next((name.removesuffix(mark) for name in state if name.endswith(mark)), "text.")
     renamed = {}

@@ -110,8 +110,8 @@ def fetch(urls, path, digest, advice):
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, Damaged) or getattr(error, "code", 0) == 416:
                 part.unlink(missing_ok=True)  # no beginning of that file
-            failures.append(f"{url} ({error})")
             reason = str(error)
+            failures.append(f"{url} ({reason})")
     if not path.is_file():
         raise FileNotFoundError(f"could not download {' or '.join(failures)}; put it at {path}, "
                                 f"or {advice}") from OSError(reason)

@@ -92,8 +92,7 @@ def words_by_id(lines, ids, behind=True):
     return rows
 
 def class_words(root, ids):
-    """{class id: its words} from words.txt or synset_words.txt (`id<tab>name`) or ILSVRC's
-    LOC_synset_mapping.txt, in `root` or, of WordNet's ids, three folders above, as Kaggle's."""
+    """{class id: its words} by a list in `root` or, of WordNet's ids, to three folders above."""
     names = ("words.txt", "LOC_synset_mapping.txt", "synset_words.txt")
     above = root.resolve().parents[:3] if any(map(WORDNET.fullmatch, ids)) else ()
     for path in filter(Path.is_file, [where / name for where in (root, *above) for name in names]):

@@ -1,5 +1,4 @@
-"""Test sets from elsewhere: CIFAR-C, CIFAR-10.1, STL-10, ImageNet-C, any class folders. Errors are
-ValueError and OSError of one line that names the file.
+"""Test sets from elsewhere: CIFAR-C, CIFAR-10.1, STL-10, ImageNet-C, any class folders.
 
     images, labels, columns = load_shift(directory, "imagenet", ids, names)  # paths; 200 of 1000"""
 
