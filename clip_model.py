@@ -191,8 +191,7 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
 
     def encode_image(self, images):
-        """Images (B, 3, H, W) of `preprocess` to features (B, D), not of unit length. Raises
-        ValueError unless H and W are `visual.input_resolution`."""
+        """Images of `preprocess`, else ValueError, to features (B, D), not of unit length."""
         side = self.visual.input_resolution
         if images.shape[2:] != (side, side):  # a few pixels more would pass the convolutions
             raise ValueError(f"expected (B, 3, {side}, {side}), found {tuple(images.shape)}")

@@ -128,8 +128,7 @@ def resize(images, size):
     return dataclasses.replace(images, size=size, resize_to=resize_to)
 
 def clip_images(images, resolution):
-    """What CLIP is to see of images of either kind: of a Stream, CLIP's own bicubic crop of the
-    files; a tensor as it is (`clip_model.preprocess` follows)."""
+    """What CLIP is to see: of a Stream its own bicubic crop of the files, a tensor as it is."""
     bicubic = v2.InterpolationMode.BICUBIC
     return images if is_in_memory(images) else Stream(images.paths, resolution, resolution, bicubic)
 
@@ -142,8 +141,7 @@ def at_size(split, size, cache_dir=None, workers=0, device="cpu"):
     return split._replace(images=images.to(device) if is_in_memory(images) else images)
 
 def decoded(images, cache_dir, workers):
-    """A Stream's images as one uint8 tensor, decoded once and kept in the cache folder. What would
-    take more than half of the machine's memory stays a Stream, which is said."""
+    """A Stream's images as one uint8 tensor, kept in the cache; above half of the memory as is."""
     N, size = len(images), images.size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0
     if memory and N * 3 * size**2 > memory / 2:

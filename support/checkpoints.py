@@ -160,8 +160,7 @@ def unwrapped(state, path):
                  if name.startswith(taken + mark)}
 
 def read_state_dict(path):
-    """{name: tensor} of a checkpoint, as `unwrapped` tells. Raises as `read_checkpoint`, and
-    ValueError where there is none, or not of plain and finite numbers."""
+    """{name: tensor} of a checkpoint, `unwrapped`. ValueError: none, or not of finite numbers."""
     content = read_checkpoint(path)
     state = unwrapped(dict(tensors(content)), path)
     if not state:

@@ -111,7 +111,7 @@ def run_folder(config, about):
     """Where a run lies: --out, or a folder whose name changes with all that decides its result."""
     name = (config.dataset, config.method, "+".join(config.teacher) or "none", config.student,
             f"s{config.seed}", files.json_digest(key(about))[:8])
-    return Path(config.out or Path("runs", "-".join(name)))
+    return Path(config.out or f"runs/{'-'.join(name)}")
 
 @contextlib.contextmanager
 def alone(folder):

@@ -30,8 +30,7 @@ def read_cifar_c(directory, name, severity):
     return images[part].contiguous(), labels[part]
 
 def read_cifar10_1(folder):
-    """CIFAR-10.1 (Recht et al. 2018), the latest version in the folder: images uint8 (N,3,32,32),
-    labels int64 (N,) of CIFAR-10's classes. Raises as `read_arrays`."""
+    """The latest version of CIFAR-10.1 (Recht et al. 2018) in the folder, as `read_arrays`."""
     path = max(folder.glob("cifar10.1_v*_data.npy"), default=folder / "cifar10.1_v6_data.npy")
     images, labels = read_arrays(path, path.with_name(path.name.replace("data", "labels")))
     if set(labels.tolist()) - set(range(10)):
