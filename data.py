@@ -49,6 +49,10 @@ def check_images(images):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images {images.dtype} {tuple(images.shape)}: expected uint8 (B,3,H,W)")
 
+def padding_of(side):
+    """Of CIFAR's crop: RepDistiller's 4 pixels; of images below 32 x 32 an eighth of their side."""
+    return min(4, side // 8)
+
 def draw_epoch(N, seed, padding=4):
     """All that an epoch of N images draws, from one seed: (order, top, left, flip), each int64 (N,)
     on the CPU. The image at place i of the order gets top[i], left[i], flip[i]; see `augment`."""
@@ -202,7 +206,9 @@ def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="c
     of a Stream the batch itself. Rank r of `world` gets every world-th image of one process's
     batches, as many as the others, and two at least, which BatchNorm needs."""
     in_memory = is_in_memory(split.images)
-    drawn = torch.stack(draw_epoch(len(split.labels), seed)).to(device if in_memory else "cpu")
+    padding = padding_of(split.images.shape[-1] if in_memory else split.images.size)
+    drawn = torch.stack(draw_epoch(len(split.labels), seed, padding))
+    drawn = drawn.to(device if in_memory else "cpu")
     batches = [batch[:, rank : batch.shape[1] // world * world : world]
                for batch in drawn.split(batch_size, dim=1) if batch.shape[1] >= 2 * world]
     if in_memory:
@@ -221,7 +227,8 @@ def look_up(split, tables, drawn):
     index, top, left, flip = drawn
     images = split.images.index_select(0, index)  # on a CPU ten times as fast as images[index]
     rows = (table[index] for table in tables)
-    return augment(images, top, left, flip), split.labels[index], index, *rows
+    images = augment(images, top, left, flip, padding_of(images.shape[-1]))
+    return images, split.labels[index], index, *rows
 
 def blocks(images, size=None, workers=0, device="cpu"):
     """The images, of either kind, in order and unchanged: uint8 (b,3,H,W) a block of `size`, on

@@ -1,16 +1,16 @@
 """Train a student: alone, by a baseline of distillation, or by RichKD (arXiv 2511.09286).
 
     python train.py                    # rendered shapes and a tiny CLIP: a CPU, no download
-    python train.py --method kd        # plain distillation from the same teacher
     python train.py --dataset cifar100 --teacher resnet110 --student resnet20    # as in the paper
 
-What a run needs and does not find (the teacher, the tiny CLIP, CLIP's targets) is made first, and
-cached. The same command goes on with an unfinished run from its last finished epoch, however it
-ended, on a CPU to the same bits. Accuracies are top-1 in percent, of the last epoch."""
+What a run needs and does not find (the teacher, CLIP's targets) is made first, and cached. The same
+command goes on with an unfinished run from its last finished epoch, on a CPU to the same bits.
+Accuracies are top-1 in percent, of the last epoch."""
 
 import clip_model
 import data
 import dataclasses
+import difflib
 import functools
 import hashlib
 import metrics
@@ -43,9 +43,9 @@ METHODS = {
 CIFAR = dict(teacher=("resnet110",), student="resnet20", clip="ViT-L/14", num_negatives=16384,
              epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4)
 RECIPES = {
-    # A quarter of its 1,000 images as negatives, where the paper's 16384 are a third of CIFAR's.
-    "shapes": {**CIFAR, "teacher": ("resnet20",), "student": "resnet8", "clip": "tiny",
-               "num_negatives": 256, "epochs": 30},
+    # A third of its images as negatives, as the paper's 16384 are of CIFAR's; CLIP sees 32 x 32.
+    "shapes": {**CIFAR, "teacher": ("resnet14",), "student": "resnet8", "clip": "tiny",
+               "image_size": 16, "num_negatives": 64, "epochs": 150, "batch_size": 16, "lr": 0.027},
     "cifar10": CIFAR, "cifar100": CIFAR, "tiny-imagenet": CIFAR, "folder": CIFAR,
     "imagenet": {**CIFAR, "teacher": ("resnet34",), "student": "resnet18", "epochs": 100,
                  "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4}}
@@ -147,15 +147,17 @@ def resolve(config):
         changes |= {"teacher": (), "teacher_weights": None}
     elif not config.teacher_weights:  # else the file has what it has
         changes["teacher"] = tuple(for_size(name, config.image_size) for name in config.teacher)
+        if len({*config.teacher}) < len(config.teacher):
+            raise ValueError(f"--teacher {config.teacher}: one trained here is the same one twice")
     elif len(config.teacher_weights) != len(config.teacher):
         raise ValueError(f"--teacher-weights: expected one for each of {config.teacher}")
     if "clip" in without:
         changes |= dict.fromkeys(("clip", "clip_activation", "bpe", "prompts"))
     device = command.use_device(config.device, config.deterministic)
     config = dataclasses.replace(config, device=device, **changes)
-    with torch.device("meta"):  # an unknown name raises; no weights are made for that
-        for name in (config.student, *config.teacher):
-            models.build_model(name, 2)
+    for name in {config.student, *config.teacher} - models.ZOO.keys():
+        alike = difflib.get_close_matches(name, models.ZOO, 5, 0)
+        raise ValueError(f"--teacher, --student: no {name!r} in models.py; like it: {alike}")
     return config
 
 def load_split(config, name):
@@ -176,6 +178,7 @@ def load_splits(config):
     names = ("train", "test", *data.DATASETS[config.dataset].shifts)
     splits = {name: load_split(config, name) for name in names}
     if config.holdout:
+        files.note("--holdout: the data set's own test images are not read")
         folders.say_absent(splits["test"].labels.tolist(), splits["train"].ids, "--holdout")
     sizes = {name: len(split.labels) for name, split in splits.items()}
     if min(sizes["train"], config.batch_size) < 2 * world() or sizes["test"] < 2:
@@ -240,10 +243,9 @@ def trained_teacher(config, name, splits):
     cache, kind = files.cache_folder(config.cache_dir), f"teacher-{config.dataset}-{name}-"
     folder = cache / (kind + files.json_digest(runs.key(about))[:16])
     if not (folder / "summary.json").is_file():
-        kept = [path.with_name("config.json") for path in cache.glob(f"{kind}*/summary.json")]
-        for path in sorted(kept, key=os.path.getmtime)[-1:]:
+        for path in sorted(cache.glob(f"{kind}*/config.json"), key=os.path.getmtime)[-1:]:
             differ = runs.difference(runs.key(files.read_json(path, runs.ANEW)), runs.key(about))
-            files.note(f"teacher {name} is trained anew; of the one that is kept {differ}")
+            files.note(f"teacher {name} is trained: {differ or 'the kept one is unfinished'}")
         fit(own, folder, splits, about, f"teacher {name}")
     return folder / "student.pt"
 
@@ -254,8 +256,9 @@ def tiny_clip(config):
             torch.manual_seed(0)
             clip = clip_model.CLIP(**shapes.TINY_CLIP).to(config.device)
         shapes.train_tiny_clip(
-            clip, clip_model.Tokenizer(), clip_model.preprocess, *shapes.render_captions(24000),
-            shapes.CAPTIONS, progress=files.Progress("tiny CLIP", 1000, "steps").update)
+            clip, clip_model.Tokenizer(shapes.MERGES), clip_model.preprocess,
+            *shapes.render_captions(12000), shapes.CAPTIONS,
+            progress=files.Progress("tiny CLIP", 500, "steps").update)
         return {name: tensor.cpu() for name, tensor in clip.state_dict().items()}
     path = files.cache_folder(config.cache_dir) / "clip-tiny"
     return runs.cached(path, {"version": shapes.VERSION}, train)
@@ -268,7 +271,7 @@ def load_clip(config):
         clip = clip_model.build_clip(tiny_clip(config))
     else:
         clip = clip_model.load_clip(config.clip, config.cache_dir, config.clip_activation)
-    tokenizer = clip_model.Tokenizer()  # bytes alone, as the tiny one has it
+    tokenizer = clip_model.Tokenizer(shapes.MERGES if config.clip == "tiny" else ())
     if config.bpe or clip.vocab_size != tokenizer.vocab_size:
         merges = clip_model.load_merges(config.bpe or clip_files.fetch_bpe(config.cache_dir))
         tokenizer = clip_model.Tokenizer(merges)
@@ -389,7 +392,10 @@ def step_of(run):
 
 def learning_rate(config, epoch):
     """The rate of an epoch, counted from 0: a tenth after epochs 150, 180, 210 of 240 (Tian 2020),
-    on ImageNet after 30, 60, 90 of 100, and after the same shares of other numbers of epochs."""
+    on ImageNet after 30, 60, 90 of 100, and after the same shares of other numbers of epochs. Of
+    the embedded example, whose steps are few, up for a fifteenth of them, then down to 0."""
+    if config.dataset == "shapes":
+        return config.lr * min(15 * (epoch + 1) / config.epochs, 1 - epoch / config.epochs)
     decays = (30, 60, 90) if config.dataset == "imagenet" else (62.5, 75, 87.5)
     return config.lr * 0.1 ** sum(100 * epoch >= percent * config.epochs for percent in decays)
 
@@ -454,12 +460,10 @@ def accuracies(run, splits, targets):
     """{"clip", "teacher", "fused", "student": {split: top-1 in percent}} on splits at the
     classifiers' size; without a teacher, or without CLIP's targets, what needs it is empty."""
     config, table = run.config, {"clip": {}, "teacher": {}, "fused": {}, "student": {}}
-    networks = {"teacher": run.teachers, "student": run.student.eval()}
-    subjects = {who: classifier(network, config, config.image_size)
-                for who, network in networks.items() if network}
+    networks = ("teacher", run.teachers), ("student", run.student.eval())
+    subjects = {who: classifier(net, config, config.image_size) for who, net in networks if net}
     for name, split in splits.items():
-        blocks = data.blocks(split.images, None, config.workers, config.device)
-        logits = predict(subjects, blocks)
+        logits = predict(subjects, data.blocks(split.images, None, config.workers, config.device))
         if name in targets:
             logits["clip"] = run.scale * targets[name][0].float()
         if {"clip", "teacher"} <= logits.keys():
@@ -524,8 +528,8 @@ def fit(config, folder, splits, about, label):
                         "test_accuracy": alone["student"]["test"],
                         "images_per_second": N / seconds, "seconds": seconds})
             runs.keep_epoch(folder, log, stateful, own)
-            text = f"epoch {epoch + 1}/{config.epochs} | train {means['train_accuracy']:.1f} % | test "
-            text += f"{log[-1]['test_accuracy']:.1f} % | {told(config, means)}"
+            text = f"{told(config, means)} | epoch {epoch + 1}/{config.epochs} | train "
+            text += f"{means['train_accuracy']:.1f} % | test {log[-1]['test_accuracy']:.1f} %"
             progress.update((epoch + 1) * N, text, keep=True)
     if rank() == 0:
         info, state = data.DATASETS[config.dataset], run.student.state_dict()
@@ -549,8 +553,9 @@ def fit(config, folder, splits, about, label):
     return files.read_json(folder / "summary.json", runs.ANEW)
 
 def finished(config):
-    """Train, unless the run folder holds the finished run. -> the folder, the summary."""
+    """Train, unless the run folder holds the finished run. -> the folder, the summary, a dict."""
     config = command.join_ranks(resolve(config))
+    about_run(config, {})  # a file that is not there is said before images are read
     splits = rank_zero_first(lambda: load_splits(config))
     about = rank_zero_first(lambda: about_run(config, splits))
     folder = runs.run_folder(config, about)
@@ -562,12 +567,10 @@ def finished(config):
         return folder, summary or fit(config, folder, splits, about, label)
 
 def run(config):
-    """Train, unless the run folder holds the finished run. -> the summary, a dict."""
     return finished(config)[1]
 
 def job(config):
-    """The table of a run, and where it lies. Of the embedded example that of KD, too: what the same
-    student is with the teacher alone."""
+    """A run's table; of the embedded example KD's, too: the student of the teacher alone."""
     example = config.dataset == "shapes" and config.method == "richkd" and not config.out
     methods = ("kd", "richkd") if example else (config.method,)
     return runs.summary_table([finished(dataclasses.replace(config, method=name, **METHODS[name]))

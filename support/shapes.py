@@ -7,18 +7,19 @@ captions tell of a wider world: more colours, more shapes, every style. A mirror
 that shape again, so a flip keeps the label."""
 
 import math
+import re
 import torch
 import torch.nn.functional as F
 
 SIDE = 32
-SIZES = {"train": 1000, "test": 1000, "shift": 1000}  # images of each split
+SIZES = {"train": 200, "test": 500, "shift": 500}  # images of each split
 COLOURS = {"red": (0.86, 0.16, 0.16), "yellow": (0.93, 0.87, 0.15), "green": (0.15, 0.70, 0.22),
            "blue": (0.18, 0.32, 0.90), "purple": (0.55, 0.18, 0.78), "cyan": (0.15, 0.83, 0.86),
            "white": (0.95, 0.95, 0.95)}
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
+SHAPES = ("circle", "triangle", "heart", "cross", "ring", "star", "crescent")
 CLASSES = [f"{colour} {shape}" for colour in list(COLOURS)[:5] for shape in SHAPES[:5]]
 # No caption says these two words together. The first four are classes. No word is in two of them.
-HELD_OUT = ("red star", "yellow circle", "green heart", "blue triangle", "white ring", "cyan cross")
+HELD_OUT = ("red cross", "yellow circle", "green heart", "blue triangle", "white ring", "cyan star")
 PHRASES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES
            if f"{colour} {shape}" not in HELD_OUT]
 CAPTIONS = [f"a {manner}{medium} of a {{}}{place}"
@@ -44,8 +45,6 @@ def distance(shape, x, y):
     ax, ay = x.abs(), y.abs()
     if shape == "circle":
         return torch.hypot(x, y) - 0.88
-    if shape == "square":
-        return torch.maximum(ax, ay) - 0.8
     if shape == "triangle":
         return star_distance(x, y - 0.15, 3, 0.5)
     if shape == "star":
@@ -112,46 +111,45 @@ def render_shapes(split, seed=0):
 
 def render_captions(n, seed=0):
     """-> images uint8 (n,3,32,32) of the wider world and what each shows, n of PHRASES. A caption
-    is one of CAPTIONS with that phrase ("white ring"), or with its shape alone, put in."""
+    is one of CAPTIONS with that phrase ("white star") put in."""
     generator = torch.Generator().manual_seed(10 * seed + 9)
     phrases = [PHRASES[i] for i in torch.randint(len(PHRASES), (n,), generator=generator)]
-    style = (1.3 * torch.rand(n, generator=generator) - 0.3).clamp(min=0)  # a quarter of them plain
+    style = (2 * torch.rand(n, generator=generator) - 1).clamp(min=0)  # half of them plain
     images = [render(phrases[i : i + 1000], style[i : i + 1000], generator)
               for i in range(0, n, 1000)]  # blocks bound the memory
     return torch.cat(images), phrases
 
-TINY_CLIP = {  # the arguments of clip_model.CLIP: 514 token ids are those of bytes alone
+WORDS = sorted(set(re.findall("[a-z]+", " ".join((*CAPTIONS, *COLOURS, *SHAPES)))))
+# Byte pairs, joined from a word's last letter on: each of WORDS is one token, other words are more.
+MERGES = list(dict.fromkeys((word[i - 1], word[i:] + "</w>")
+                            for word in WORDS for i in range(len(word) - 1, 0, -1)))
+TINY_CLIP = {  # the arguments of clip_model.CLIP; 514 ids are those of bytes alone
     "embed_dim": 64, "image_resolution": SIDE, "vision_layers": (1, 1, 1, 1), "vision_width": 16,
-    "vision_patch_size": None, "context_length": 56, "vocab_size": 514, "transformer_width": 64,
-    "transformer_heads": 1, "transformer_layers": 2}
-VERSION = 1  # of the tiny CLIP: raised when its pictures, captions, sizes or training change
+    "vision_patch_size": None, "context_length": 56, "vocab_size": 514 + len(MERGES),
+    "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 2}
+VERSION = 2  # of the tiny CLIP: raised when its pictures, captions, sizes or training change
 
-def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, seed=0, steps=1000,
+def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, seed=0, steps=500,
                     batch_size=128, progress=lambda done: None):
-    """Trains a small CLIP on pictures uint8 (N,3,H,W) and N phrases of two words, "red star", that
-    templates make captions of. -> the same CLIP in eval mode, on its device. Tokenizer and
-    preprocess are clip_model's; progress(steps done) follows every step.
-    Contrastive both ways (Radford 2021, section 2.3), but for two things. Captions of a step share
-    their template and repeat, so a distinct one is encoded once and stands for all its images: no
-    caption is its own negative. And two captions that say the same in other words are positives,
-    too: else the text tower, whose captions look alike at first, does not tell second words apart
-    within so few steps. Every second step's captions have that word alone."""
+    """Trains a small CLIP on pictures uint8 (N,3,H,W) and N phrases that templates make captions
+    of. -> the same CLIP in eval mode, on its device. Tokenizer and preprocess are clip_model's;
+    progress(steps done) follows every step. Contrastive both ways (Radford 2021, section 2.3), but
+    for two things. Captions of a step share their template and repeat, so a distinct one is encoded
+    once and stands for all its images: no caption is its own negative. And two captions that say
+    the same by other templates are positives, too, or the text tower, whose captions look alike at
+    first, does not tell them apart within so few steps."""
     generator, device = torch.Generator().manual_seed(seed), clip.logit_scale.device
-    captions = []  # of phrases and of their second words: which text an image has; texts as tokens
-    for names in (phrases, [phrase.split()[1] for phrase in phrases]):
-        texts = sorted(set(names))
-        text_of = torch.tensor([texts.index(name) for name in names])  # (N,)
-        tokens = [tokenizer([template.format(text) for text in texts], clip.context_length)
-                  for template in templates]
-        captions.append((text_of, torch.stack(tokens).to(device)))  # (templates, texts, L)
+    texts = sorted(set(phrases))
+    text_of = torch.tensor([texts.index(phrase) for phrase in phrases])  # (N,)
+    tokens = torch.stack([tokenizer([template.format(text) for text in texts], clip.context_length)
+                          for template in templates]).to(device)  # (templates, texts, L)
     optimizer = torch.optim.AdamW(clip.parameters(), betas=(.9, .98), weight_decay=.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, steps, pct_start=0.15,
                                                    cycle_momentum=False)
     for step in range(steps):
         shown = torch.randint(len(images), (batch_size,), generator=generator)
-        text_of, tokens = captions[step % 2]
-        present, column = text_of[shown].to(device).unique(return_inverse=True)  # (T,), (B,)
         two = torch.randint(len(tokens), (2,), generator=generator)  # templates
+        present, column = text_of[shown].to(device).unique(return_inverse=True)  # (T,), (B,)
         pixels = preprocess(images[shown].to(device), clip.visual.input_resolution)
         image = F.normalize(clip.encode_image(pixels), dim=1)  # (B,D)
         text = clip.encode_text(tokens[two][:, present].flatten(0, 1))

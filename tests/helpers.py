@@ -50,8 +50,10 @@ def logits_of(folder, images, name="shapes"):
     """What the resnet8 that a run has left says of images, uint8, of a data set."""
     import data
     import models
-    model = models.load_weights("resnet8", Path(folder) / "student.pt").eval()
-    return model(data.to_input(images, data.DATASETS[name].mean, data.DATASETS[name].std))[0]
+    path, info = Path(folder) / "student.pt", data.DATASETS[name]
+    images = data.resize(images, torch.load(path, weights_only=True)["image_size"])
+    model = models.load_weights("resnet8", path).eval()
+    return model(data.to_input(images, info.mean, info.std))[0]
 
 def equal(a, b):
     """Whether two state dicts are the same to the bit."""
@@ -131,7 +133,6 @@ def web_server(content):
 
         def log_message(self, *_):
             pass
-
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.url, server.asked = f"http://127.0.0.1:{server.server_port}", []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
