@@ -189,17 +189,14 @@ def prepare(config):
     if config.fused and all(len(student.subjects) == 1 for student in students):
         raise ValueError("--fused: no run here has a teacher or CLIP")
     size = config.image_size or students[0].about["image_size"]
-    kinds = {(size, own.holdout), *((student.about["image_size"], source[0].holdout)
-                                    for student, source in zip(students, sources))}
-    if len(kinds) > 1:  # their test images are not the same
-        raise ValueError(f"--run: --image-size and --holdout {kinds}: evaluate one after another")
-    here = {**runs.identity(splits["test"]), "class_names": None}  # which --class-names changes
-    for source, run, *_ in sources if own.dataset != "shapes" and not asked["data_dir"] else ():
-        there = run and {**run["inputs"]["data"]["test"], "class_names": None}
-        differ = source.dataset == own.dataset and runs.difference(there or here, here, "test")
-        if differ:
-            raise ValueError(f"{source.data_dir} is not what this run had: {differ}; --data-dir "
-                             "names where that is, or another test set")
+    for student, (source, run, *_) in zip(students, sources):
+        kind = student.about["image_size"], source.holdout
+        if kind != (size, own.holdout):
+            raise ValueError(f"{student.path}: of --image-size, --holdout {kind}: evaluate it alone")
+        if run and source.dataset == own.dataset != "shapes" and not asked["data_dir"]:
+            if run["inputs"]["data"]["test"]["content"] != student.about["test"]:
+                raise ValueError(f"{source.data_dir} has not the test images of this run: "
+                                 "--data-dir names where they are, or others")
     return dataclasses.replace(config, image_size=size), splits, students
 
 class Images(NamedTuple):
@@ -320,17 +317,15 @@ def zero_shot(config):
     clip, tokenizer, scale = train.load_clip(own)
     names = clip_model.prompt_names(test.class_names, tokenizer)
     changed, K = sum(map(str.__ne__, names, test.ids)), len(names)
-    files.note(f"{own.dataset}: {len(test.labels)} images of {K} classes, chance {100 / K:.3g} %")
-    files.note(f"CLIP is asked for {', '.join(names[:5])}{', ...' * (K > 5)}; {changed} of {K} "
-               "names are not as in the data set")
+    files.note(f"{len(test.labels)} images; chance {100 / K:.3g} %; {changed} of {K} names are not "
+               f"as in the data set: CLIP is asked for {', '.join(names[:5])}{', ...' * (K > 5)}")
     _, features = train.clip_targets(own, clip, tokenizer, {"test": test})["test"]          # (N,D)
     text = clip_model.class_features(clip, tokenizer, test.class_names, templates).cpu()  # (K,M,D)
-    classes = {f"all {len(templates)} templates": richkd.ensemble_text_features(text),
-               **dict(zip(templates, text.unbind(1)))}                                      # (K,D)
-    logits = {name: richkd.zero_shot_logits(features.float(), rows, scale)
-              for name, rows in classes.items()}
-    return {name: (measures if name in templates else calibrated)(z, test.labels)
-            for name, z in logits.items()}, names
+    def row(tell, classes):                                                                 # (K,D)
+        return tell(richkd.zero_shot_logits(features.float(), classes, scale), test.labels)
+    together = row(calibrated, richkd.ensemble_text_features(text))
+    alone = {template: row(measures, text[:, m]) for m, template in enumerate(templates)}
+    return {f"all {len(templates)} templates": together, **alone}, names
 
 COLUMNS = {"top1": "  top-1 %", "nll": "      NLL", "ece": "    ECE %",
            "confident_right 0.7": "  sure, right", "confident_wrong 0.7": "  sure, wrong"}
@@ -357,25 +352,22 @@ def aligned(rows, names):
 
 def table(student):
     """A report as text: `aligned`, a row a set (with the number of classes to choose among, if not
-    all) and subject; the student's top-1 under each corruption; where fusing does harm, a hint."""
-    rows, sets, names = {}, student.sets, student.names
-    for name, of in sets.items():
+    all) and subject; the student's top-1 under each corruption; where the report lies."""
+    rows = {}
+    for name, of in student.sets.items():
         if name not in CORRUPTED:
-            classes = len(of["key"].get("columns", names))
-            among = f" ({classes} classes)" if classes < len(names) else ""
+            columns = of["key"].get("columns")
+            among = f" ({len(columns)} classes)" if columns else ""
             rows |= {f"{name}{among}, {who}": row for who, row in of.items() if who != "key"}
-    lines, test = [student.path.parent.name, *aligned(rows, names)], sets["test"]
-    if "corruptions" in sets:
-        key, row = (sets["corruptions"][name] for name in ("key", "student"))
-        lines += [f"clean: the images of the {key['source']} corruptions without any; by name, the",
-                  "student's top-1 %, mean of five severities:"]
+    lines = [student.path.parent.name, *aligned(rows, student.names)]
+    if "corruptions" in student.sets:
+        source, row = student.sets["corruptions"]["key"]["source"], rows["corruptions, student"]
+        lines.append(f"Student's top-1 %, mean of five severities, {source} (clean: without any):")
         cells = [f"{name:18}{sum(top1) / 5:6.2f}" for name, top1 in row["by_severity"].items()]
         cells += [f"{x:18}{row[x]:6.2f}" for x in ("mce", "relative_mce") if x in row]
         lines += [" ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
-    of = {who: test[who]["top1"] for who in ("teacher", "CLIP") if "fused" in test}
-    if of and test["fused"]["top1"] < max(of.values()):
-        lines += [f"The fused teacher is below {max(of, key=of.get)} alone; for other alphas:",
-                  f"python study/fusion.py {student.path.parent}"]
+    if student.path.is_file():
+        lines.append(f"{student.path} has all of it")
     return "\n".join(lines)
 
 def unread(config):
@@ -394,9 +386,7 @@ def job(config):
     command.check(config)
     if config.zero_shot:
         return "\n".join(aligned(*zero_shot(config)))
-    students = evaluate(config)
-    kept = [f"{student.path} has all of it" for student in students if student.path.is_file()]
-    return "\n\n".join([*map(table, students), "\n".join(kept)])
+    return "\n\n".join(map(table, evaluate(config)))
 
 if __name__ == "__main__":
     command.main(lambda: job(command.parse(Config, __doc__, unread=unread)))
