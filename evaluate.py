@@ -192,7 +192,7 @@ def prepare(config):
     for student, (source, run, *_) in zip(students, sources):
         kind = student.about["image_size"], source.holdout
         if kind != (size, own.holdout):
-            raise ValueError(f"{student.path}: of --image-size, --holdout {kind}: evaluate it alone")
+            raise ValueError(f"{student.path}: --image-size, --holdout {kind}: evaluate it alone")
         if run and source.dataset == own.dataset != "shapes" and not asked["data_dir"]:
             if run["inputs"]["data"]["test"]["content"] != student.about["test"]:
                 raise ValueError(f"{source.data_dir} has not the test images of this run: "

@@ -206,8 +206,9 @@ class ShuffleV1Block(nn.Module):
         out = shuffle(F.relu_(self.bn1(self.conv1(x))), self.first_groups)
         out = F.relu_(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        pooled = self.stride == 2
-        return F.relu_(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1) if pooled else out + x)
+        if self.stride == 2:
+            return F.relu_(torch.cat([out, F.avg_pool2d(x, 3, 2, 1)], 1))
+        return F.relu_(out + x)
 
 class ShuffleV2Block(nn.Module):
     """Half of the channels pass through (at stride 2: all of them, through two convolutions), the
@@ -305,9 +306,8 @@ def load_weights(model_name: str, path: str | Path, num_classes: int | None = No
     path: a checkpoint of the public RepDistiller / mdistiller / kuangliu/pytorch-cifar /
     akamaster/pytorch_resnet_cifar10 / torchvision code or this project's student.pt; or the word
     "imagenet", which downloads torchvision's. num_classes: None reads it from the file. CIFAR
-    ResNets may have either shortcut: a file with no tensors for them means zero-padding. Raises
-    OSError where there is no file and it cannot be had; ValueError for what is no checkpoint, an
-    unknown name, a tensor that does not fit, so that of other classes."""
+    ResNets may have either shortcut: a file with no tensors for them means zero-padding. OSError:
+    there is no file, nor can it be had; ValueError: no checkpoint, tensors that do not fit."""
     from support import checkpoints, files  # here, since all else in this file stands alone
     if str(path) == "imagenet":
         url, path, digest = imagenet_file(model_name)

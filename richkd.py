@@ -355,7 +355,6 @@ class RichKD(torch.nn.Module):
                 loss = kd_loss(student_logits, fused, self.temperature)
             losses["logit"] = self.logit_weight * loss
         if self.feature_weight:
-            expect("index", index, (B,), dtype=torch.int64)
             pairs = (self.teacher_embed, teacher_features), (self.clip_embed, clip_features)
             teacher, clip = (embed and embed(x if x is None else x.detach()) for embed, x in pairs)
             # One alone has unit length already: lam = 1 is CRD, to the bit.

@@ -84,7 +84,6 @@ def quick(monkeypatch):
     def predict(subjects, blocks, progress=None, note=""):
         logits = torch.cat([images.flatten(1)[:, :25].float() for images in blocks])
         return dict.fromkeys(subjects, logits)
-
     monkeypatch.setattr(train, "predict", predict)
     monkeypatch.setattr(evaluate, "corrupt",
                         lambda images, name, severity, generator: images // severity)
@@ -93,12 +92,10 @@ def quick(monkeypatch):
 def counted(monkeypatch):
     """Which set a subject saw, each time."""
     seen, predict = [], train.predict
-
     def counting(subjects, blocks, progress=None, note=""):
         if isinstance(next(iter(subjects)), tuple):  # else it is train.py that asks
             seen.extend([note] * len(subjects))
         return predict(subjects, blocks, progress, note)
-
     monkeypatch.setattr(train, "predict", counting)
     return seen
 
@@ -140,12 +137,10 @@ def test_evaluate_reports_what_the_weights_say(copy):
 
 def test_evaluate_goes_on_where_it_was_interrupted(copy, monkeypatch, quick, counted):
     everything, add = {"shift": [], "corruptions": "generated"}, evaluate.Student.add
-
     def until_snow(student, name, *rows):
         if name == "snow 3":
             raise KeyboardInterrupt
         add(student, name, *rows)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluate.Student, "add", until_snow)
         evaluated(copy, **everything)
@@ -372,8 +367,7 @@ def test_evaluate_fused_under_corruptions(rich, clip_file, teacher_file, tmp_pat
     text = clip_model.class_features(clip, clip_model.Tokenizer(), test.class_names,
                                      clip_model.load_templates(train.PROMPTS))
     with torch.no_grad():
-        seen = data.resize(test.images // 2, files.read_json(folder / "config.json", "")[
-            "settings"]["image_size"])
+        seen = data.resize(test.images // 2, train.RECIPES["shapes"]["image_size"])
         z_t = teacher(data.to_input(seen, info.mean, info.std))[0]
         x = F.normalize(clip.encode_image(clip_model.preprocess(test.images // 2, 32)), dim=1)
     z_c = clip.logit_scale.exp().item() * x @ F.normalize(text.mean(dim=1), dim=1).T

@@ -141,7 +141,6 @@ def test_freeze_leaves_other_networks_layers_alone():
     class Other(models.BasicBlock):
         def forward(self, x):
             return self.conv1(self.bn1(x))
-
     conv, bn, relu = torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU()
     bare = torch.nn.BatchNorm2d(4, track_running_stats=False)
     normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(4, 4, 1))

@@ -397,7 +397,6 @@ def test_richkd_step_is_of_few_operations_and_reads_nothing_from_the_device(monk
             if not function.is_view:
                 names.append(function.name())
             return function(*arguments, **named or {})
-
     counts = []
     for weight in (0.0, 0.8):
         method, names = make(feature_weight=weight, labels=torch.arange(N) % K), []

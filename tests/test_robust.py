@@ -68,7 +68,6 @@ def wait(pid):
 def at_call(module, name, number, action):
     """`action(*arguments)` before the call of that number of a function."""
     original, calls = getattr(module, name), []
-
     def wrapper(*arguments, **named):
         calls.append(1)
         if len(calls) == number:
@@ -92,18 +91,15 @@ def main(folder):
     began = time.time()
     assert wait(start(folder / "whole")) == 0, (folder / "whole/stderr").read_text()
     seconds, whole = time.time() - began, result(folder / "whole")
-
     def after_a_while(number):
         pid = start(folder / "times")
         if number < 5:  # what is left takes less and less time
             time.sleep(draw.uniform(0, 0.8) * seconds / (1 + number))
             os.kill(pid, signal.SIGKILL)
         return wait(pid)
-
     def while_writing(number):
         return wait(start(folder / "writes", lambda: at_call(os, "fsync", 1 + number,
                                                              die_in_the_middle)))
-
     def by_a_signal(number):
         """At a step, at the last one of an epoch; outside of training; in the epoch's test."""
         function = [(train, "train_step", 3), (train, "train_step", 7), (train, "clip_targets", 1),
@@ -117,7 +113,6 @@ def main(folder):
             assert status == 128 + caught and lines[-1].startswith("interrupted"), lines
             assert not any("Traceback" in line for line in lines)
         return status
-
     for name, attempt in (("times", after_a_while), ("writes", while_writing),
                           ("signals", by_a_signal)):
         counts[name] = []
@@ -144,12 +139,10 @@ def test_write_atomically_on_a_full_disk_leaves_the_last_epoch(clip_file, tmp_pa
     train.run(asked)
     whole = result(tmp_path)
     shutil.rmtree(tmp_path / "run")
-
     def full(descriptor):
         calls.append(1)
         if len(calls) > 3:  # config.json, log.csv and last.pt of one epoch
             raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch, pytest.raises(OSError) as error:
         patch.setattr(os, "fsync", full)
         train.run(asked)

@@ -61,7 +61,6 @@ def on_fake_gpu(run):
     """The same within a FakeTensorMode, of tensors that say they are on a GPU."""
     def fake(value):
         return torch.empty(value.shape, dtype=value.dtype, device="cuda")
-
     for module in filter(None, (run.student, run.criterion, run.teachers)):
         module._apply(fake)
     parameters = [*run.student.parameters(), *run.criterion.parameters()]
@@ -142,12 +141,10 @@ def test_cuda_graph_calls_thrice_captures_and_replays(monkeypatch):
     seen = []
     recorded = Recorded(lambda argument: seen.append(argument.tolist()))
     monkeypatch.setattr(torch, "cuda", recorded)
-
     def function(argument):
         recorded.argument = argument
         if recorded.calls[-1:] != ["capture"]:  # which runs nothing
             seen.append(argument.tolist())
-
     graph, arguments = command.CudaGraph(function), [[i, i + 1] for i in range(6)]
     arguments.insert(2, [7])
     for argument in arguments:

@@ -263,7 +263,6 @@ def test_published_has_ours_beside_theirs():
                     "method": "kd", "teacher": ["resnet110"], "student": "resnet20",
                     **published.METHODS["kd"], **change}
         return compare.Run({}, "resnet110", "kd", 0, settings, {}, {"test top-1 %": top1}, {}, {})
-
     _, _, *rows = published.as_markdown([
         run(70.0), run(71.0), run(9.0, epochs=60), run(9.0, fraction=0.5), run(9.0, ce_weight=1.0),
         run(69.0, method="scratch", teacher=[])]).splitlines()
