@@ -36,9 +36,7 @@ METHODS = {
     "mlkd": {"alpha": 1.0, "feature_weight": 0.0, "logit_loss": "mlkd"},
     "kd-ls": {"alpha": 1.0, "feature_weight": 0.0, "standardize": True},
     "crd": {"lam": 1.0, "logit_weight": 0.0},
-    "richkd-l": {"feature_weight": 0.0},
-    "richkd-f": {"logit_weight": 0.0},
-    "richkd": {}}
+    "richkd-l": {"feature_weight": 0.0}, "richkd-f": {"logit_weight": 0.0}, "richkd": {}}
 # What depends on the data set. The schedule is that of CRD (Tian 2020), which the paper follows.
 CIFAR = dict(teacher=("resnet110",), student="resnet20", clip="ViT-L/14", num_negatives=16384,
              epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4)
@@ -115,13 +113,10 @@ def unread(config):
     clip = logit and config.alpha < 1 or feature and config.lam < 1
     tiny = (config.clip or RECIPES[config.dataset]["clip"]) == "tiny"
     reads = {
-        ("logit_loss", "standardize"): logit,
+        ("logit_loss", "standardize"): logit, ("lam", "num_negatives", "negatives"): feature,
         ("temperature",): logit and config.logit_loss != "mlkd",
-        ("alpha",): logit or teacher and clip,
-        ("lam", "num_negatives", "negatives"): feature,
-        ("teacher", "teacher_weights"): teacher,
-        ("clip", "clip_scale", "prompts"): clip,
-        ("clip_activation", "bpe"): clip and not tiny,
+        ("alpha",): logit or teacher and clip, ("teacher", "teacher_weights"): teacher,
+        ("clip", "clip_scale", "prompts"): clip, ("clip_activation", "bpe"): clip and not tiny,
         ("data_dir",): config.dataset != "shapes"}
     return overruled + [name for names, read in reads.items() if not read for name in names]
 
@@ -147,17 +142,16 @@ def resolve(config):
         changes |= {"teacher": (), "teacher_weights": None}
     elif not config.teacher_weights:  # else the file has what it has
         changes["teacher"] = tuple(for_size(name, config.image_size) for name in config.teacher)
-        if len({*config.teacher}) < len(config.teacher):
-            raise ValueError(f"--teacher {config.teacher}: one trained here is the same one twice")
-    elif len(config.teacher_weights) != len(config.teacher):
-        raise ValueError(f"--teacher-weights: expected one for each of {config.teacher}")
+    if len(config.teacher_weights or {*config.teacher}) != len(config.teacher):
+        raise ValueError(f"--teacher {config.teacher}: expected one --teacher-weights for each, or "
+                         "none and each once, since it is trained here")
     if "clip" in without:
         changes |= dict.fromkeys(("clip", "clip_activation", "bpe", "prompts"))
     device = command.use_device(config.device, config.deterministic)
     config = dataclasses.replace(config, device=device, **changes)
     for name in {config.student, *config.teacher} - models.ZOO.keys():
-        alike = difflib.get_close_matches(name, models.ZOO, 5, 0)
-        raise ValueError(f"--teacher, --student: no {name!r} in models.py; like it: {alike}")
+        near = difflib.get_close_matches(name, models.ZOO, 5, 0)
+        raise ValueError(f"--teacher, --student: no {name!r} in models.py; nearest are {near}")
     return config
 
 def load_split(config, name):
