@@ -348,9 +348,8 @@ def test_evaluate_fused_agrees_with_the_run(rich, tmp_path, counted):
     counted.clear()
     sets, summary = evaluated(folder, fused=True, **own), summary_of(folder)
     assert counted == ["test"] * 2 + ["shift"] * 2  # student, teacher; CLIP's view is cached
-    for who, name in (("student", "student"), ("teacher", "teacher"), ("CLIP", "clip"),
-                      ("fused", "fused")):
-        for split, accuracy in summary["accuracies"][name].items():
+    for who in ("student", "teacher", "CLIP", "fused"):
+        for split, accuracy in summary["accuracies"][who.lower()].items():
             assert sets[split][who]["top1"] == pytest.approx(accuracy)
     counted.clear()
     assert evaluated(folder, fused=True, **own) == sets and not counted

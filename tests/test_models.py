@@ -235,8 +235,7 @@ def test_imagenet_file_is_downloaded_by_the_digest_in_its_name(tmp_path, monkeyp
     for name in ("mobilenet_v1", "resnet20"):
         assert name in refused(models.imagenet_file, name)
     path.parent.mkdir()
-    state = save_filled(path, "resnet18", 1000)
-    fetched = []
+    state, fetched = save_filled(path, "resnet18", 1000), []
     monkeypatch.setattr(files, "fetch", lambda urls, *how: fetched.append((*urls, *how)))
     assert torch.equal(models.load_weights("resnet18", "imagenet").fc.bias, state["fc.bias"])
     assert fetched == [(*asked, fetched[0][3])] and "--teacher-weights PATH" in fetched[0][3]

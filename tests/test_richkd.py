@@ -487,7 +487,7 @@ def test_richkd_names_what_is_wrong_and_leaves_the_memory_alone(place, named, wr
     ("v:", lambda x: scores(S, x, ROWS, J), [BANK.expand(2, 9, 6), BANK[:, :1]]),
     ("index", lambda x: scores(S, BANK, x, J), [Y[0], ROWS[:1], ROWS.double(), ROWS + 6]),
     ("negatives", lambda x: scores(S, BANK, ROWS, x), [J + 3, J - 1, J.double(), J[None]]),
-    ("tau", lambda x: scores(S, BANK, ROWS, J, x), [0, -0.07, ONE(4, 1)]),
+    ("tau", lambda x: scores(S, BANK, ROWS, J, x), [0, -0.07, math.nan, ONE(4, 1)]),
     ("own", lambda x: nce_loss(x, DRAWN, ONE(()), 9), [OWN[:, None], OWN[:1]]),
     ("Z", lambda x: nce_loss(OWN, DRAWN, x, 9), [ONE(1), ONE(4)]),
     ("same", lambda x: richkd.sum_kept(DRAWN.clone(), x),
@@ -505,7 +505,6 @@ def test_richkd_names_what_is_wrong_and_leaves_the_memory_alone(place, named, wr
     ("num_negatives", lambda x: make(**x), [{"num_negatives": 0}, {"num_negatives": 1.5}]),
     ("float32", lambda x: make().to(x)(*batch()), [torch.half, torch.bfloat16]),
     ("temperature", lambda x: make(temperature=x)(*batch()), [0, -1, math.nan]),
-    ("tau", lambda x: make(nce_temperature=x)(*batch()), [0, -1, math.nan]),
     ("labels", lambda x: make(labels=x), [J, WHOLE(N)[:, None], ONE(N), [0] * N, WHOLE(N) - 1]),
     ("kd, dkd, mlkd", lambda x: make(logit_loss=x), ["kl"]),
     ("shared, per-image", lambda x: make(negatives=x), ["all"])])
