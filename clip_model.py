@@ -262,8 +262,7 @@ class Tokenizer:
     merges (left, right) in order of priority, start and end: without merges, 514.
     >>> Tokenizer()(["ab", "a b"], 5)
     tensor([[512,  64, 321, 513,   0],
-            [512, 320, 321, 513,   0]])
-    """
+            [512, 320, 321, 513,   0]])"""
     def __init__(self, merges=()):
         letters, merges = list(LETTERS.values()), list(merges)
         tokens = letters + [letter + "</w>" for letter in letters] + list(map("".join, merges))
@@ -322,8 +321,7 @@ def preprocess(images: torch.Tensor, resolution: int) -> torch.Tensor:
     """RGB uint8 (B, 3, H, W), else ValueError, to normalised float32 (B, 3, resolution, resolution)
     on the same device, as CLIP does: the shorter side is resized, the centre cropped.
     >>> preprocess(torch.zeros(2, 3, 32, 48, dtype=torch.uint8), 224).shape
-    torch.Size([2, 3, 224, 224])
-    """
+    torch.Size([2, 3, 224, 224])"""
     shape = tuple(images.shape)
     if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3 or 0 in shape[2:]:
         raise ValueError(f"preprocess takes uint8 (B, 3, H, W), found {images.dtype} {shape}")

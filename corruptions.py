@@ -2,9 +2,8 @@
 hendrycks/robustness, ImageNet-C/create_c/make_*.py.
 
 Each function takes images uint8 (N, 3, H, W), a severity 1-5 and a torch.Generator (None: torch's
-own) and returns new uint8 images on the same device; every image has its own draws.
-The first line is the published table: CIFAR-C, Tiny-ImageNet-C, ImageNet-C. Needs torch and
-torchvision alone; a function can be copied together with the few helpers that it names."""
+own) and returns new uint8 images on the same device; every image has its own draws. Its first line
+is the published table: CIFAR-C, Tiny-ImageNet-C, ImageNet-C. Copy it with the helpers it names."""
 
 import math
 import torch
@@ -311,8 +310,7 @@ def corrupt(images: Tensor, name: str, severity: int, generator: Generator | Non
     otherwise, and so does a generator of another kind of device. ValueError: see `published`.
     >>> images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
     >>> corrupt(images, "fog", severity=3, generator=torch.Generator().manual_seed(0)).shape
-    torch.Size([2, 3, 32, 32])
-    """
+    torch.Size([2, 3, 32, 32])"""
     if name not in COMMON:
         raise ValueError(f"unknown corruption {name!r}; known are {', '.join(COMMON)}")
     pixels = 2 ** 21 if images.is_cuda else 2 ** 18

@@ -42,16 +42,15 @@ DATASETS = {
     "cifar100": Info((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), 32),  # as RepDistiller's
     "tiny-imagenet": Info((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), 64),
     "imagenet": Info((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224),
-    "folder": Info((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32),  # any class folders
-}
+    "folder": Info((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 32)}  # any class folders
 
 def check_images(images):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images {images.dtype} {tuple(images.shape)}: expected uint8 (B,3,H,W)")
 
-def padding_of(side):
+def padding_of(images):
     """Of CIFAR's crop: RepDistiller's 4 pixels; of images below 32 x 32 an eighth of their side."""
-    return min(4, side // 8)
+    return min(4, (images.shape[-1] if is_in_memory(images) else images.size) // 8)
 
 def draw_epoch(N, seed, padding=4):
     """All that an epoch of N images draws, from one seed: (order, top, left, flip), each int64 (N,)
@@ -206,8 +205,7 @@ def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="c
     of a Stream the batch itself. Rank r of `world` gets every world-th image of one process's
     batches, as many as the others, and two at least, which BatchNorm needs."""
     in_memory = is_in_memory(split.images)
-    padding = padding_of(split.images.shape[-1] if in_memory else split.images.size)
-    drawn = torch.stack(draw_epoch(len(split.labels), seed, padding))
+    drawn = torch.stack(draw_epoch(len(split.labels), seed, padding_of(split.images)))
     drawn = drawn.to(device if in_memory else "cpu")
     batches = [batch[:, rank : batch.shape[1] // world * world : world]
                for batch in drawn.split(batch_size, dim=1) if batch.shape[1] >= 2 * world]
@@ -227,7 +225,7 @@ def look_up(split, tables, drawn):
     index, top, left, flip = drawn
     images = split.images.index_select(0, index)  # on a CPU ten times as fast as images[index]
     rows = (table[index] for table in tables)
-    images = augment(images, top, left, flip, padding_of(images.shape[-1]))
+    images = augment(images, top, left, flip, padding_of(images))
     return images, split.labels[index], index, *rows
 
 def blocks(images, size=None, workers=0, device="cpu"):
@@ -360,6 +358,6 @@ def load_dataset(name, root, split, cache_dir=None):
     classes = len(read.labels.unique()) if split == "train" else len(read.ids)
     if classes < 2 or len(read.labels) < 2:
         below = sorted({Path(path).parent.name for path in getattr(read.images, "paths", ())})
-        raise ValueError(f"{root}, {split}: {len(read.labels)} images of {classes} classes, in "
-                         f"{below[:5]}; expected two of both, at least")
+        found = f"{len(read.labels)} images of {classes} classes, in {below[:5]}"
+        raise ValueError(f"{root}, {split}: {found}; expected two of both, at least")
     return read

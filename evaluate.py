@@ -195,8 +195,7 @@ def prepare(config):
             raise ValueError(f"{student.path}: --image-size, --holdout {kind}: evaluate it alone")
         if run and source.dataset == own.dataset != "shapes" and not asked["data_dir"]:
             if run["inputs"]["data"]["test"]["content"] != student.about["test"]:
-                raise ValueError(f"{source.data_dir} has not the test images of this run: "
-                                 "--data-dir names where they are, or others")
+                raise ValueError(f"{source.data_dir}: not this run's test images; see --data-dir")
     return dataclasses.replace(config, image_size=size), splits, students
 
 class Images(NamedTuple):
@@ -317,8 +316,8 @@ def zero_shot(config):
     clip, tokenizer, scale = train.load_clip(own)
     names = clip_model.prompt_names(test.class_names, tokenizer)
     changed, K = sum(map(str.__ne__, names, test.ids)), len(names)
-    files.note(f"{len(test.labels)} images; chance {100 / K:.3g} %; {changed} of {K} names are not "
-               f"as in the data set: CLIP is asked for {', '.join(names[:5])}{', ...' * (K > 5)}")
+    asked = f"{', '.join(names[:5])}{', ...' * (K > 5)}; {changed} of {K} not as in the data set"
+    files.note(f"{len(test.labels)} images, chance {100 / K:.3g} %; CLIP is asked for {asked}")
     _, features = train.clip_targets(own, clip, tokenizer, {"test": test})["test"]          # (N,D)
     text = clip_model.class_features(clip, tokenizer, test.class_names, templates).cpu()  # (K,M,D)
     def row(tell, classes):                                                                 # (K,D)
@@ -331,8 +330,7 @@ COLUMNS = {"top1": "  top-1 %", "nll": "      NLL", "ece": "    ECE %",
            "confident_right 0.7": "  sure, right", "confident_wrong 0.7": "  sure, wrong"}
 
 def aligned(rows, names):
-    """{label: `measures`} as lines; of the first row's classes the mean and the worst. An ECE of
-    fewer than 100 images is left out."""
+    """{label: `measures`} as lines; mean and worst of the first row's classes; no ECE of few."""
     width = max(map(len, rows))
     lines = [" " * width + "  images" + "".join(COLUMNS.values())]
     for label, row in rows.items():
@@ -376,8 +374,7 @@ def unread(config):
     reads = {
         ("clip", "clip_activation", "bpe", "prompts"): zero_shot,
         ("checkpoint", "image_size", "shift", "corruptions"): not zero_shot,
-        ("run", "fused"): not (zero_shot or config.checkpoint),
-        ("model",): config.checkpoint,
+        ("run", "fused"): not (zero_shot or config.checkpoint), ("model",): config.checkpoint,
         ("corrupted_share", "seed"): generated and not zero_shot}
     names = [name for names, read in reads.items() if not read for name in names]
     return names + train.unread(training(config)) if zero_shot else names

@@ -159,8 +159,7 @@ class InvertedResidual(nn.Module):
         mid = in_channels * (6 if out_channels > 8 else 1)  # the first block, to 8, does not widen
         self.residual = stride == 1 and in_channels == out_channels
         self.conv = nn.Sequential(
-            *conv_bn_relu(in_channels, mid, 1),
-            *conv_bn_relu(mid, mid, 3, stride, groups=mid),
+            *conv_bn_relu(in_channels, mid, 1), *conv_bn_relu(mid, mid, 3, stride, groups=mid),
             *conv_bn(mid, out_channels, 1))
 
     def forward(self, x):
@@ -171,8 +170,7 @@ def mobilenetv2(num_classes):
     widths = (16, 8, 12, 16, 32, 48, 80, 160)
     groups = stages("", InvertedResidual, widths, (1, 2, 3, 4, 3, 3, 1), (1, 1, 2, 2, 1, 2, 1))
     return init_head(init_convs(chain(
-        conv1=nn.Sequential(*conv_bn_relu(3, 16, 3, 2)),
-        blocks=nn.Sequential(*groups.values()),
+        conv1=nn.Sequential(*conv_bn_relu(3, 16, 3, 2)), blocks=nn.Sequential(*groups.values()),
         conv2=nn.Sequential(*conv_bn_relu(160, 1280, 1)),
         pool=global_pool(), classifier=nn.Sequential(Head(1280, num_classes)))), std=.01)
 
@@ -181,9 +179,8 @@ def mobilenet_v1(num_classes):
     widths = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
     pairs = [nn.Sequential(*conv_bn_relu(3, 32, 3, 2))]
     for before, width, stride in zip(widths, widths[1:], (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)):
-        pairs.append(nn.Sequential(
-            *conv_bn_relu(before, before, 3, stride, groups=before),
-            *conv_bn_relu(before, width, 1)))
+        alone = conv_bn_relu(before, before, 3, stride, groups=before)
+        pairs.append(nn.Sequential(*alone, *conv_bn_relu(before, width, 1)))
     return chain(model=nn.Sequential(*pairs), pool=global_pool(), fc=Head(1024, num_classes))
 
 def shuffle(x, groups):
@@ -303,11 +300,10 @@ def use_option_a(model):
 
 def load_weights(model_name: str, path: str | Path, num_classes: int | None = None) -> nn.Module:
     """The network `model_name` with the weights of a file, in eval mode, float32, on the CPU.
-    path: a checkpoint of the public RepDistiller / mdistiller / kuangliu/pytorch-cifar /
-    akamaster/pytorch_resnet_cifar10 / torchvision code or this project's student.pt; or the word
-    "imagenet", which downloads torchvision's. num_classes: None reads it from the file. CIFAR
-    ResNets may have either shortcut: a file with no tensors for them means zero-padding. OSError:
-    there is no file, nor can it be had; ValueError: no checkpoint, tensors that do not fit."""
+    path: a checkpoint of RepDistiller, mdistiller, kuangliu/pytorch-cifar, torchvision, akamaster/
+    pytorch_resnet_cifar10 or this project; or "imagenet", which downloads torchvision's.
+    num_classes: None reads it from the file. CIFAR ResNets without tensors for their shortcuts pad
+    with zeros. OSError: no file is there, or to be had; ValueError: its tensors do not fit."""
     from support import checkpoints, files  # here, since all else in this file stands alone
     if str(path) == "imagenet":
         url, path, digest = imagenet_file(model_name)

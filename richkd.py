@@ -19,8 +19,7 @@ its place in this table; the paper numbers its own otherwise.
 
   a alpha .7   l lam .7   T temperature 3   w_ce 1   w_log logit_weight 3   w_fea feature_weight .8
   J num_negatives 16384   tau nce_temperature .07    s scale: CLIP's exp(logit_scale), about 100
-  B batch, K classes, M templates, N images; widths: D CLIP's, C a classifier's, d (128) both mapped
-"""
+  B batch, K classes, M templates, N images; widths: D CLIP's, C a classifier's, d (128) mapped"""
 
 import math
 import torch
@@ -57,8 +56,7 @@ def ensemble_text_features(text_features: torch.Tensor) -> torch.Tensor:
     """Equation (1): the text feature of each class, unit length. (K, M, D) -> (K, D).
     The paper's multi-prompt guidance; Radford et al. (CLIP), arXiv 2103.00020, section 3.1.4.
     >>> ensemble_text_features(torch.tensor([[[3.0, 0.0], [0.0, 0.5]]]))
-    tensor([[0.7071, 0.7071]])
-    """
+    tensor([[0.7071, 0.7071]])"""
     expect("(K, M, D)", text_features, (*text_features.shape[:2], text_features.shape[-1]))
     return unit(unit(text_features).mean(1))
 
@@ -66,8 +64,7 @@ def zero_shot_logits(image_features: torch.Tensor, class_features: torch.Tensor,
                      scale: float) -> torch.Tensor:
     """Equation (2): CLIP's logits, scale * cosine. (B, D), (K, D) -> (B, K).
     >>> zero_shot_logits(torch.tensor([[0.0, 9.0]]), torch.tensor([[5.0, 0.0], [0.0, 5.0]]), 100)
-    tensor([[  0., 100.]])
-    """
+    tensor([[  0., 100.]])"""
     expect("class_features", class_features, (len(class_features), image_features.shape[-1]))
     with torch.autocast(image_features.device.type, enabled=False):  # the product, too, in float32
         return expect("scale", scale, (), 1e-9, 1e9) * unit(image_features) @ unit(class_features).T
@@ -76,8 +73,7 @@ def fuse_teachers(logits: list[torch.Tensor], weights: list[float] | None = None
     """Several teachers as one: the mean of n logits (B, K), by n weights >= 0 of any sum above 0.
     One of weight 0 may be None; one that is left alone is itself, to the bit.
     >>> fuse_teachers([torch.tensor([[1.0, 2.0]]), torch.tensor([[5.0, -2.0]])], [3, 1])
-    tensor([[2., 1.]])
-    """
+    tensor([[2., 1.]])"""
     weights = [1.0] * len(logits) if weights is None else weights
     if not (min(weights, default=0) >= 0 and 0 < sum(weights) < math.inf):
         raise ValueError(f"teachers' weights {weights}: expected none below 0, and one above")
@@ -89,15 +85,13 @@ def fuse_logits(teacher_logits: torch.Tensor | None, clip_logits: torch.Tensor |
                 alpha: float = 0.7) -> torch.Tensor:
     """Equation (3): alpha * teacher + (1 - alpha) * CLIP. (B, K), (B, K) -> (B, K).
     >>> fuse_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[11.0, -8.0]]), alpha=0.7)
-    tensor([[ 4.0000, -1.0000]])
-    """
+    tensor([[ 4.0000, -1.0000]])"""
     return fuse_teachers([teacher_logits, clip_logits], [alpha, 1 - alpha])
 
 def fuse_features(teacher: torch.Tensor, clip: torch.Tensor, lam: float = 0.7) -> torch.Tensor:
     """Equation (4): lam * teacher + (1 - lam) * CLIP, unit length. (B, d), (B, d) -> (B, d).
     >>> fuse_features(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), lam=0.5)
-    tensor([[0.7071, 0.7071]])
-    """
+    tensor([[0.7071, 0.7071]])"""
     return unit(fuse_logits(teacher, clip, lam))
 
 class Embed(torch.nn.Module):
@@ -121,8 +115,7 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
     """Equation (5): T^2 KL(teacher || student), batch mean. Logits (B, K) -> ().
     Hinton et al., arXiv 1503.02531, section 2; its T^2 keeps the scale of the gradient.
     >>> round(kd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), temperature=1.0).item(), 4)
-    0.3278
-    """
+    0.3278"""
     expect("temperature", temperature, (), 1e-9, 1e9)
     student, teacher = same_shape(student_logits, teacher_logits)
     log_q, p = (student / temperature).log_softmax(1), (teacher.detach() / temperature).softmax(1)
@@ -132,8 +125,7 @@ def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
     """Equation (8): (z - mean z) / (1e-7 + std z) by rows, std the unbiased one. (B, K) -> (B, K).
     Sun et al., CVPR 2024: student's and teacher's logits, before the softmax.
     >>> standardize_logits(torch.tensor([[1.0, 3.0]]))
-    tensor([[-0.7071,  0.7071]])
-    """
+    tensor([[-0.7071,  0.7071]])"""
     logits, = same_shape(logits)
     return (logits - logits.mean(1, keepdim=True)) / (1e-7 + logits.std(1, keepdim=True))
 
@@ -144,8 +136,7 @@ def dkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, target:
     Zhao et al., CVPR 2022, equation 7; mdistiller's defaults (it ramps the weight up at first).
     >>> student, teacher = torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])
     >>> round(dkd_loss(student, teacher, target=torch.tensor([0])).item(), 3)
-    1.248
-    """
+    1.248"""
     expect("temperature", temperature, (), 1e-9, 1e9)
     student, teacher = same_shape(student_logits, teacher_logits)
     y = expect("target", target, student.shape[:1], 0, student.shape[1] - 1, torch.int64)[:, None]
@@ -164,8 +155,7 @@ def mlkd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor,
            batch mean         between images, (B, B)     between classes, (K, K)
     Jin et al., CVPR 2023; its public code's temperatures and norms, one view, no confidence masks.
     >>> round(mlkd_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])).item(), 4)
-    2.5195
-    """
+    2.5195"""
     student, teacher = same_shape(student_logits, teacher_logits)
     B, K = student.shape
     loss = 0.0
@@ -193,8 +183,7 @@ def scores(v: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, negatives: 
     (..., B, J). v (..., B, d), bank (..., N, d), where `...` is nothing for one v and 2 for both;
     index (B,) int64, negatives (J,) for the whole batch or (B, J), both from 0 to N - 1.
     >>> scores(torch.eye(3)[:1], torch.eye(3), torch.tensor([0]), torch.tensor([1, 0]), tau=0.5)
-    (tensor([2.]), tensor([[0., 2.]]))
-    """
+    (tensor([2.]), tensor([[0., 2.]]))"""
     B, N, J = v.shape[-2], bank.shape[-2], negatives.shape[-1]
     expect("v", v, (*bank.shape[:-2], B, bank.shape[-1]))
     expect("bank, float32 or float64 as v,", bank, bank.shape, dtype=v.dtype)
@@ -223,8 +212,7 @@ def nce_loss(own: torch.Tensor, drawn: torch.Tensor, Z: torch.Tensor, N: int,
     `crd/criterion.py`. same: see `sum_kept`; the negatives that are kept stand for all J.
     >>> own, drawn = torch.tensor([2.0]), torch.tensor([[0.0, 1.0]])
     >>> round(nce_loss(own, drawn, Z=torch.tensor(2.0), N=4).item(), 4)
-    2.1333
-    """
+    2.1333"""
     expect("own", own, drawn.shape[:-1])
     expect("Z", Z, own.shape[:-1])
     J = drawn.shape[-1]
@@ -273,9 +261,8 @@ class ContrastiveMemory(torch.nn.Module):
 
     def forward(self, student, fused, index, negatives=None):
         """Embeddings (B, d), (B, d), image numbers (B,) int64 -> (). In training mode the first
-        batch then sets Z, and each updates both banks at `index`, by rows without NaN and inf (of
-        which, unless compiled, no Z comes, either); in eval mode nothing changes. negatives (J,) or
-        (B, J) int64 replaces the draw. The banks have no gradient."""
+        batch sets Z, each updates both banks, without gradient, at `index`; NaN and inf change
+        neither, but Z when compiled. negatives (J,) or (B, J) int64 replaces the draw."""
         v = torch.stack(same_shape(student, fused))                             # (2, B, d)
         B, N, Z, same = v.shape[1], self.bank.shape[1], self.Z, None
         if negatives is None:
@@ -303,8 +290,7 @@ class ContrastiveMemory(torch.nn.Module):
             last = (order * (index == index[:, None])).amax(1)                  # (B,)
             old = self.bank[:, index]
             new = unit(torch.lerp(v[:, last], old, self.momentum))  # of NaN and of inf: with NaN
-            new = torch.where(new.isnan().any(-1, keepdim=True), old, new)
-            self.bank.index_copy_(1, index, new)
+            self.bank.index_copy_(1, index, torch.where(new.isnan().any(-1, True), old, new))
         return loss
 
 class RichKD(torch.nn.Module):

@@ -3,9 +3,8 @@
     python train.py                    # rendered shapes and a tiny CLIP: a CPU, no download
     python train.py --dataset cifar100 --teacher resnet110 --student resnet20    # as in the paper
 
-What a run needs and does not find (the teacher, CLIP's targets) is made first, and cached. The same
-command goes on with an unfinished run from its last finished epoch, on a CPU to the same bits.
-Accuracies are top-1 in percent, of the last epoch."""
+What a run needs (the teacher, CLIP's targets) is made first, and cached. The same command goes on
+after its last finished epoch, on a CPU to the same bits. Accuracies are top-1 %, the last ones."""
 
 import clip_model
 import data
@@ -30,13 +29,12 @@ from typing import NamedTuple
 PROMPTS = Path(__file__).resolve().parent / "prompts.txt"  # the authors' templates
 # What a method fixes. All else is shared, so that methods differ in their loss alone.
 METHODS = {
-    "scratch": {"logit_weight": 0.0, "feature_weight": 0.0},
-    "kd": {"alpha": 1.0, "feature_weight": 0.0},
+    "kd": {"alpha": 1.0, "feature_weight": 0.0}, "crd": {"lam": 1.0, "logit_weight": 0.0},
     "dkd": {"alpha": 1.0, "feature_weight": 0.0, "logit_loss": "dkd"},
     "mlkd": {"alpha": 1.0, "feature_weight": 0.0, "logit_loss": "mlkd"},
     "kd-ls": {"alpha": 1.0, "feature_weight": 0.0, "standardize": True},
-    "crd": {"lam": 1.0, "logit_weight": 0.0},
-    "richkd-l": {"feature_weight": 0.0}, "richkd-f": {"logit_weight": 0.0}, "richkd": {}}
+    "richkd-l": {"feature_weight": 0.0}, "richkd-f": {"logit_weight": 0.0}, "richkd": {},
+    "scratch": {"logit_weight": 0.0, "feature_weight": 0.0}}
 # What depends on the data set. The schedule is that of CRD (Tian 2020), which the paper follows.
 CIFAR = dict(teacher=("resnet110",), student="resnet20", clip="ViT-L/14", num_negatives=16384,
              epochs=240, batch_size=64, lr=0.05, weight_decay=5e-4)
@@ -121,14 +119,12 @@ def unread(config):
     return overruled + [name for names, read in reads.items() if not read for name in names]
 
 def resolve(config):
-    """Fill in what depends on the data set and the method; the device becomes a torch.device.
-    Raises ValueError, naming the valid values, for a wrong one."""
+    """Fill in what data set and method decide; -> with a torch.device. ValueError: a wrong one."""
     command.check(config)
     fixed, default = METHODS[config.method], Config()
     for name, value in fixed.items():
         if getattr(config, name) not in (value, getattr(default, name)):
-            raise ValueError(f"{flag(name)} {getattr(config, name)} does not go with --method "
-                             f"{config.method}, which fixes it at {value}")
+            raise ValueError(f"{flag(name)}: --method {config.method} fixes it at {value}")
     recipe = {"image_size": data.DATASETS[config.dataset].image_size, **RECIPES[config.dataset]}
     student = config.student or recipe["student"]
     if student.startswith(("mobilenet", "shufflenet")) and config.dataset != "imagenet":
@@ -143,8 +139,7 @@ def resolve(config):
     elif not config.teacher_weights:  # else the file has what it has
         changes["teacher"] = tuple(for_size(name, config.image_size) for name in config.teacher)
     if len(config.teacher_weights or {*config.teacher}) != len(config.teacher):
-        raise ValueError(f"--teacher {config.teacher}: expected one --teacher-weights for each, or "
-                         "none and each once, since it is trained here")
+        raise ValueError("--teacher, --teacher-weights: expected a file for each, or no name twice")
     if "clip" in without:
         changes |= dict.fromkeys(("clip", "clip_activation", "bpe", "prompts"))
     device = command.use_device(config.device, config.deterministic)
@@ -176,8 +171,7 @@ def load_splits(config):
         folders.say_absent(splits["test"].labels.tolist(), splits["train"].ids, "--holdout")
     sizes = {name: len(split.labels) for name, split in splits.items()}
     if min(sizes["train"], config.batch_size) < 2 * world() or sizes["test"] < 2:
-        raise ValueError(f"{config.data_dir}, --batch-size {config.batch_size}: {sizes} images: "
-                         "expected two a process, which BatchNorm needs, and two to test")
+        raise ValueError(f"--batch-size {config.batch_size}, {sizes} images: too few for BatchNorm")
     return splits
 
 def about_run(config, splits):
@@ -285,8 +279,7 @@ def class_embeddings(config, clip, tokenizer, class_names):
 
 @torch.inference_mode()
 def clip_view(clip, classes, images):
-    """What CLIP says of uint8 images (B,3,H,W): cosines (B,K) with `class_embeddings`, equation (2)
-    at scale 1, and unit-length features (B,D)."""
+    """uint8 images (B,3,H,W) -> CLIP's cosines (B,K) with `class_embeddings`, features (B,D)."""
     images = clip_model.preprocess(images, clip.visual.input_resolution).to(classes.device)
     dtype = next(clip.visual.parameters()).dtype
     features = clip.encode_image(images.to(dtype)).float()
@@ -563,12 +556,6 @@ def finished(config):
 def run(config):
     return finished(config)[1]
 
-def job(config):
-    """A run's table; of the embedded example KD's, too: the student of the teacher alone."""
-    example = config.dataset == "shapes" and config.method == "richkd" and not config.out
-    methods = ("kd", "richkd") if example else (config.method,)
-    return runs.summary_table([finished(dataclasses.replace(config, method=name, **METHODS[name]))
-                               for name in methods])
-
 if __name__ == "__main__":
-    command.main(lambda: job(command.parse(Config, __doc__, unread=unread)))
+    command.main(lambda: runs.summary_table(
+        *finished(command.parse(Config, __doc__, unread=unread))))

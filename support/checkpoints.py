@@ -31,8 +31,7 @@ def rebuild_tensor(storage, offset, size, stride, *_):
     return storage.as_strided(size, stride, offset)
 
 KNOWN = {
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "collections.OrderedDict": OrderedDict, "torch._utils._rebuild_tensor_v2": rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8,  # stand for their dtype
     **{f"torch.{name}Storage": getattr(torch, name.lower())
@@ -186,6 +185,6 @@ def match(wanted, state, problem):
     for key in (*wanted, *matched):
         expected, found = [[*one[key].shape] if key in one else None for one in (wanted, matched)]
         if expected != found:
-            raise ValueError(f"{problem}: tensor {key!r}: expected {expected}, found {found}; it "
-                             f"begins with {[*state][:3]}")
+            given = f"{found}, with {[*state][:3]}"
+            raise ValueError(f"{problem}: tensor {key!r}: expected {expected}, found {given}")
     return matched

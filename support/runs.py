@@ -184,22 +184,17 @@ def keep_epoch(folder, log, stateful, run):
     files.save(folder / "last.pt", {"run": run, "log": log, **{
         name: part.state_dict() for name, part in stateful.items()}})
 
-def summary_table(finished):
-    """Runs of one teacher, [(folder, summary)], as text: a row a model, a column a split; then, if
-    so, that fusion does harm at the last one's alpha; where students and logs lie."""
-    rows = {"": "".join(f"{split:>10}" for split in finished[-1][1]["accuracies"]["student"])}
-    for who in ("clip", "teacher", "fused", "student"):
-        for _, summary in finished:
-            clip, row = Path(summary["clip"] or ""), summary["accuracies"][who]
-            names = {"clip": f"CLIP zero-shot ({clip.name if clip.exists() else clip})",
-                     "teacher": f"teacher {summary['teacher']}", "fused": "fused teacher",
-                     "student": f"student {summary['student']} ({summary['method']})"}
-            if row:
-                rows[names[who]] = "".join(f"{value:10.1f}" for value in row.values())
-    width = max(map(len, rows))
-    lines = [f"{name:{width}}{row}" for name, row in rows.items()]
-    folder, of = finished[-1][0], {who: summary[f"{who}_accuracy"] for who in ("clip", "teacher")}
+def summary_table(folder, summary):
+    """A run as text: accuracies, a row a model; whether fusion does harm; where the student is."""
+    table, clip = summary["accuracies"], Path(summary["clip"] or "")
+    names = {"clip": f"CLIP zero-shot ({clip.name if clip.exists() else clip})",
+             "teacher": f"teacher {summary['teacher']}", "fused": "fused teacher",
+             "student": f"student {summary['student']} ({summary['method']})"}
+    lines = [" " * 28 + "".join(f"{split:>10}" for split in table["student"])]
+    lines += [f"{names[who]:28}" + "".join(f"{value:10.1f}" for value in row.values())
+              for who, row in table.items() if row]
+    of = {who: summary[f"{who}_accuracy"] for who in ("clip", "teacher")}
     if summary["fused_accuracy"] is not None and summary["fused_accuracy"] < max(of.values()):
         lines.append(f"The fused teacher is below {max(of, key=of.get)} alone; for other alphas: "
                      f"python study/fusion.py {folder}")
-    return "\n".join([*lines, *(f"{folder}/ has student.pt, log.csv" for folder, _ in finished)])
+    return "\n".join([*lines, f"{folder}/ has student.pt, log.csv"])

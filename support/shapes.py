@@ -2,9 +2,8 @@
 
 A picture shows one shape, in a style between plain (0: dark background, middle size, roughly
 upright, in the middle) and wild (1: any rotation, size and place, bright and textured backgrounds,
-clutter, uneven paint). The train and test splits are plain, the shift split is wild; CLIP's
-captions tell of a wider world: more colours, more shapes, every style. A mirror image of a shape is
-that shape again, so a flip keeps the label."""
+clutter, uneven paint). Train and test are plain, the shift split is wild; CLIP's captions tell of
+more colours, more shapes, every style. Mirrored, a shape is itself: a flip keeps the label."""
 
 import math
 import re
@@ -100,8 +99,7 @@ def render(phrases, style, generator):
     return canvas.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 def render_shapes(split, seed=0):
-    """-> images uint8 (N,3,32,32), labels int64 (N,), class names; "train" and "test" in the plain
-    style, "shift" wild. Classes are of equal size as far as N allows, images fixed by the seed."""
+    """-> images uint8 (N,3,32,32), labels int64 (N,), class names; "shift" is wild."""
     generator = torch.Generator().manual_seed(10 * seed + list(SIZES).index(split))
     labels = torch.arange(SIZES[split]) % len(CLASSES)
     style = torch.zeros(len(labels))
@@ -110,8 +108,7 @@ def render_shapes(split, seed=0):
     return render([CLASSES[label] for label in labels], style, generator), labels, list(CLASSES)
 
 def render_captions(n, seed=0):
-    """-> images uint8 (n,3,32,32) of the wider world and what each shows, n of PHRASES. A caption
-    is one of CAPTIONS with that phrase ("white star") put in."""
+    """-> images uint8 (n,3,32,32) of the wider world and what each shows, n of PHRASES."""
     generator = torch.Generator().manual_seed(10 * seed + 9)
     phrases = [PHRASES[i] for i in torch.randint(len(PHRASES), (n,), generator=generator)]
     style = (2 * torch.rand(n, generator=generator) - 1).clamp(min=0)  # half of them plain
@@ -134,10 +131,9 @@ def train_tiny_clip(clip, tokenizer, preprocess, images, phrases, templates, see
     """Trains a small CLIP on pictures uint8 (N,3,H,W) and N phrases that templates make captions
     of. -> the same CLIP in eval mode, on its device. Tokenizer and preprocess are clip_model's;
     progress(steps done) follows every step. Contrastive both ways (Radford 2021, section 2.3), but
-    for two things. Captions of a step share their template and repeat, so a distinct one is encoded
-    once and stands for all its images: no caption is its own negative. And two captions that say
-    the same by other templates are positives, too, or the text tower, whose captions look alike at
-    first, does not tell them apart within so few steps."""
+    for two things. Captions of a step share their template, and equal ones are encoded once: none
+    is its own negative. And captions that differ in their templates alone are positives, or the
+    text tower, to which all look alike at first, does not tell them apart within so few steps."""
     generator, device = torch.Generator().manual_seed(seed), clip.logit_scale.device
     texts = sorted(set(phrases))
     text_of = torch.tensor([texts.index(phrase) for phrase in phrases])  # (N,)

@@ -66,7 +66,7 @@ def test_run_leaves_its_folder_complete(config, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert train.run(config) == summary and config.out in capsys.readouterr().err
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    table = runs.summary_table([(out, summary)]).splitlines()
+    table = runs.summary_table(out, summary).splitlines()
     assert len(table) == 6 and table[1].startswith("CLIP zero-shot (clip.pt) ")
     assert str(out) in table[-1]
 
