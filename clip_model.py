@@ -367,8 +367,7 @@ CODE = r"(?:[a-z]|(?i:class)\W?)?\d+"  # a number, or an id such as WordNet's n0
 
 def in_words(class_names: list[str]) -> list[str]:
     """K class names of folders as words: `_`, `+` and %20 are spaces; where all K stay different,
-    codes before all of them, or behind all, come off, and all are parted at JOINT if none has a
-    space then. What is done beside `_` is said, with an example."""
+    codes before or behind all come off, and all are parted at JOINT if none has a space then."""
     plain = [" ".join(name.replace("_", " ").split()) for name in class_names]
     names = [regex.sub(r"%20|(?<=\w)\+(?=\w)", " ", name) for name in plain]
     places = "|".join(map(str, range(len(names) + 1)))  # not the number of a Boeing 747

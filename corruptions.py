@@ -38,9 +38,8 @@ def gaussian(taps, sigma):
     return (-taps ** 2 / (2 * max(sigma, 1e-6) ** 2)).softmax(dim=0)
 
 def blur(x, sigma, truncate=4, mirror=False):
-    """scipy's gaussian_filter over the last two axes of x float (..., H, W). Beyond the border the
-    edge pixel repeats, or (mirror) the image is mirrored with the edge pixel twice. A matrix for
-    each axis takes any border, and a sigma wider than the image."""
+    """scipy's gaussian_filter over the last two axes of x float (..., H, W), by a matrix an axis.
+    Beyond the border the edge pixel repeats, or (mirror) all pixels do, from the edge's own on."""
     reach = int(truncate * sigma + 0.5)
     taps = torch.arange(-reach, reach + 1)
     weight = gaussian(taps, sigma)
@@ -65,9 +64,8 @@ def clipped_zoom(x, factor):
     return crop_centre(x, height, width)
 
 def motion(x, radius, sigma, angle):
-    """ImageMagick's motion blur of x float (N, C, H, W) in grey levels, at angle (N,) in degrees:
-    one side of a Gaussian, taps 0 ... 2 radius at the nearest pixels of the line. Edge pixels
-    repeat; the result is truncated to whole levels."""
+    """ImageMagick's motion blur of x float (N, C, H, W), grey levels, at angle (N,) in degrees: one
+    side of a Gaussian along a line, at nearest pixels. Edge pixels repeat; levels are truncated."""
     height, width = x.shape[-2:]
     taps = torch.arange(2 * radius + 1, device=x.device)
     angle = angle.deg2rad()[:, None]
@@ -122,9 +120,8 @@ def defocus_blur(images: Tensor, severity: int, generator: Generator | None = No
 
 def glass_blur(images: Tensor, severity: int, generator: Generator | None = None) -> Tensor:
     """Blurs, gives every pixel the value of one at most `reach` away, blurs again. The published
-    loop runs from the last pixel to the first and means to swap; NumPy's views make it a copy.
-    Offsets go from -reach to reach - 1, so that a pixel may read one that the same pass has
-    overwritten: such chains are followed to their end, twice as far at each step."""
+    loop, from the last pixel to the first, means to swap; NumPy's views make it a copy. So a pixel
+    may read one overwritten in the same pass: such chains are followed, twice as far each step."""
     sigma, reach, passes = published(
         images, severity, [(.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)],
         [(.1, 1, 1), (.5, 1, 1), (.6, 1, 2), (.7, 2, 1), (.9, 2, 2)],

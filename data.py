@@ -200,10 +200,9 @@ def subset(split, low, high):
     return split._replace(images=take(split.images, index), labels=split.labels[index])
 
 def epoch(split, tables, batch_size, seed, rank=0, world=1, workers=0, device="cpu"):
-    """Yield what `look_up` makes each batch of an epoch of training from, drawn from the seed: of a
-    split in memory, all of which lies on `device`, int64 (4,B), the images' index, top, left, flip;
-    of a Stream the batch itself. Rank r of `world` gets every world-th image of one process's
-    batches, as many as the others, and two at least, which BatchNorm needs."""
+    """Yield what `look_up` makes each batch of an epoch from, drawn from the seed: of a split in
+    memory, on `device`, int64 (4,B), the images' index, top, left, flip; of a Stream the batch. A
+    rank gets every world-th image of one process's batches, at least two, for BatchNorm's sake."""
     in_memory = is_in_memory(split.images)
     drawn = torch.stack(draw_epoch(len(split.labels), seed, padding_of(split.images)))
     drawn = drawn.to(device if in_memory else "cpu")
@@ -269,8 +268,7 @@ CIFAR_CLASSES = {
     tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()}
 
 def cifar(name, root, split, cache_dir):
-    """CIFAR-10 or CIFAR-100: torchvision's files in `root`, where need be downloaded; or pictures,
-    <split>/[superclass/]<class>/*, in the folder or zip `root`."""
+    """CIFAR: torchvision's files, or <split>/[superclass/]<class>/* in the folder or zip `root`."""
     dataset, train = getattr(torchvision.datasets, name.upper()), split == "train"
     if root.is_file() or (root / "train").is_dir() and not (root / dataset.base_folder).is_dir():
         root = (folders.holder(root, "train", cache_dir) or root) / split
@@ -335,10 +333,9 @@ def image_folders(root, split, size, resize_to):
     return Split(Stream(paths, size, resize_to), torch.tensor(labels), names, ids)
 
 def load_dataset(name, root, split, cache_dir=None):
-    """A split of one of DATASETS. root: where its files lie or are downloaded to, for tiny-imagenet
-    and cifar also a zip of pictures. split: "train", "test" (the public validation split where test
-    labels are not published) or one of its shifts; their labels are train's. The cache has what is
-    unpacked or decoded. ValueError: unknown name or split, damage; FileNotFoundError: missing."""
+    """A split of one of DATASETS. root: where its files lie or are downloaded to, or of cifar and
+    tiny-imagenet a zip of pictures. split: "train", "test" (the public validation split where test
+    labels are not published) or a shift; labels are train's. ValueError: unknown, or damaged."""
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     known = ("train", "test", *DATASETS[name].shifts)

@@ -64,9 +64,8 @@ def calibrated(logits, labels):
     "calibration": a temperature, fitted on a random half of the images, always the same; `measures`
     and `metrics.calibration_bins` of the others before and after it."""
     row = {**measures(logits, labels), "brier": metrics.brier(logits, labels)}
-    right = labels.bincount((logits.argmax(1) == labels).double())
-    by_class = (100 * right / labels.bincount()).tolist()  # NaN, which is below nothing
-    row["by_class"] = [x if x >= 0 else None for x in by_class]
+    right, N = labels.bincount((logits.argmax(1) == labels).double()), labels.bincount()
+    row["by_class"] = [100 * x / n if n else None for x, n in zip(right.tolist(), N.tolist())]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     rest, half = order.tensor_split(2)
     temperature = metrics.fit_temperature(logits[half], labels[half])
@@ -90,9 +89,8 @@ def over_corruptions(sets, who, alexnet):
     return row
 
 class Student:
-    """A classifier, with --fused what taught it, and the report of them, a JSON file: {"about":
-    whose numbers these are, "sets": {name: {"key": which images they are of, subject: numbers}}}.
-    A report about something else is begun anew, and so is a set with another key."""
+    """A classifier, with --fused what taught it, and their report, JSON: {"about": whose numbers,
+    "sets": {name: {"key": of which images, subject: numbers}}}; begun anew where these differ."""
     def __init__(self, config, test, own, run, weights, report, about):
         """`own` and on: as `read_run`. Raises ValueError for weights of other classes or images."""
         info = data.DATASETS[config.dataset]

@@ -4,7 +4,6 @@ One convention: `forward(images)` takes float32 images (B, 3, H, W) and returns 
 features (B, C))`, the features being what the last linear layer reads; `num_features` is C. Names
 and shapes of the tensors are those of the public RepDistiller / mdistiller code, whose CIFAR-100
 teachers load as they are, and torchvision's in the networks for ImageNet.
-
 >>> logits, features = build_model("resnet8x4", num_classes=100)(torch.zeros(2, 3, 32, 32))
 >>> logits.shape, features.shape
 (torch.Size([2, 100]), torch.Size([2, 256]))

@@ -233,10 +233,9 @@ def gather(rows: torch.Tensor, dim: int = 0) -> torch.Tensor:
 class ContrastiveMemory(torch.nn.Module):
     """CRD's two memory banks and its loss: equation (6), both ways. Tian et al., ICLR 2020.
     Negatives are drawn from the N images, with replacement, by torch's own generator: "shared", one
-    draw of J for the batch, makes the scores one matrix product; "per-image", J for every image, is
-    a (B, J, d) block. Both estimate one expectation. labels (N,) int64 masks those of an image's
-    own class; RepDistiller draws J of the other classes instead, without replacement. `seed` draws
-    the first banks. Ranks of torch.distributed, not DataParallel's devices, use the rows of all."""
+    draw of J a batch, is one matrix product; "per-image", J for each image, a (B, J, d) block. Both
+    estimate one expectation. labels (N,) int64 masks an image's own class; RepDistiller draws J of
+    the others, without replacement. `seed` draws the first banks. torch.distributed joins ranks."""
     def __init__(self, num_images, d=128, num_negatives=16384, temperature=0.07, momentum=0.5, *,
                  labels=None, negatives="shared", seed=0):
         super().__init__()
@@ -298,9 +297,8 @@ class RichKD(torch.nn.Module):
     Here, student_features, teacher_features, clip_features are widths; num_images: N. RichKD (L) is
     feature_weight=0, (F) logit_weight=0: a part of weight 0 is neither computed nor allocated.
     alpha = lam = 1 is the teacher alone (KD, DKD, CRD, ...), 0 is CLIP alone; what has no weight
-    (but student_logits) may be None. Several teachers: `fuse_teachers`, features concatenated.
-    logit_loss: "kd", "dkd", "mlkd" (with its own temperatures); standardize: equation (8); all from
-    d on: see `ContrastiveMemory`. The parameters are the maps g: give them to the optimiser."""
+    may be None. Several teachers: `fuse_teachers`, features concatenated. logit_loss: "kd", "dkd",
+    "mlkd"; standardize: equation (8); from d on: the memory's. Its parameters, g, are trained."""
     def __init__(self, student_features, teacher_features, clip_features, num_images, *, alpha=0.7,
                  lam=0.7, temperature=3.0, ce_weight=1.0, logit_weight=3.0, feature_weight=0.8,
                  logit_loss="kd", standardize=False, d=128, num_negatives=16384,

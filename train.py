@@ -41,7 +41,7 @@ CIFAR = dict(teacher=("resnet110",), student="resnet20", clip="ViT-L/14", num_ne
 RECIPES = {
     # A third of its images as negatives, as the paper's 16384 are of CIFAR's; CLIP sees 32 x 32.
     "shapes": {**CIFAR, "teacher": ("resnet14",), "student": "resnet8", "clip": "tiny",
-               "image_size": 16, "num_negatives": 64, "epochs": 150, "batch_size": 16, "lr": 0.027},
+               "image_size": 16, "num_negatives": 50, "epochs": 200, "batch_size": 16, "lr": 0.027},
     "cifar10": CIFAR, "cifar100": CIFAR, "tiny-imagenet": CIFAR, "folder": CIFAR,
     "imagenet": {**CIFAR, "teacher": ("resnet34",), "student": "resnet18", "epochs": 100,
                  "batch_size": 256, "lr": 0.1, "weight_decay": 1e-4}}
@@ -123,8 +123,9 @@ def resolve(config):
     command.check(config)
     fixed, default = METHODS[config.method], Config()
     for name, value in fixed.items():
-        if getattr(config, name) not in (value, getattr(default, name)):
-            raise ValueError(f"{flag(name)}: --method {config.method} fixes it at {value}")
+        given = getattr(config, name)
+        if given not in (value, getattr(default, name)):
+            raise ValueError(f"{flag(name)} {given} does not go with --method {config.method}")
     recipe = {"image_size": data.DATASETS[config.dataset].image_size, **RECIPES[config.dataset]}
     student = config.student or recipe["student"]
     if student.startswith(("mobilenet", "shufflenet")) and config.dataset != "imagenet":
@@ -379,8 +380,7 @@ def step_of(run):
 
 def learning_rate(config, epoch):
     """The rate of an epoch, counted from 0: a tenth after epochs 150, 180, 210 of 240 (Tian 2020),
-    on ImageNet after 30, 60, 90 of 100, and after the same shares of other numbers of epochs. Of
-    the embedded example, whose steps are few, up for a fifteenth of them, then down to 0."""
+    on ImageNet after 30, 60, 90 of 100, or such shares. Shapes: up for a fifteenth, down to 0."""
     if config.dataset == "shapes":
         return config.lr * min(15 * (epoch + 1) / config.epochs, 1 - epoch / config.epochs)
     decays = (30, 60, 90) if config.dataset == "imagenet" else (62.5, 75, 87.5)
@@ -433,8 +433,7 @@ def classifier(model, config, size):
 
 @torch.inference_mode()
 def predict(subjects, blocks, progress=None, note=""):
-    """Blocks of uint8 images (b,3,H,W) go once through all subjects, {name: function of images to
-    logits (b,K)} -> {name: logits (N,K), float32 on the CPU}."""
+    """Blocks of uint8 images through {name: function to logits (b,K)} -> {name: logits (N,K)}."""
     rows = {name: [] for name in subjects}
     for images in blocks:
         for name, subject in subjects.items():
@@ -460,8 +459,7 @@ def accuracies(run, splits, targets):
     return table
 
 def begin(config, split, teachers, tables, scale):
-    """The `Run` of a new student. split: the training images, as the classifiers see them; tables,
-    scale: CLIP's targets of them and their scale, or () and None."""
+    """The `Run` of a new student. tables, scale: CLIP's targets of the split, or () and None."""
     info, device = data.DATASETS[config.dataset], config.device
     if data.is_in_memory(split.images):  # the images are on the device, so can these be
         tables = tuple(table.to(device) for table in tables)

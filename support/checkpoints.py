@@ -129,8 +129,7 @@ KEYS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "
 BESIDE = ("teacher", "criterion", "loss", "ema", "model_ema", "n_averaged")  # are no layers
 
 def tensors(content, place="", depth=5):
-    """(name, tensor) of each in a dict, or in dicts there that have one of `KEYS` in their name,
-    which then stands before the tensor's, with "\\0" behind it."""
+    """(name, tensor) of each in a dict or, behind key and "\\0", in one there named by `KEYS`."""
     for name, value in content.items():
         if isinstance(name, str) and torch.is_tensor(value):
             yield place + name, value.detach()

@@ -68,7 +68,7 @@ def parse(config_class, text, arguments=None, unread=lambda config: ()):
             extra["action"] = "store_true"
         elif field.type is not tuple:
             extra["type"] = field.type
-        told = f" ({field.default})" if field.default else ""
+        told = f" ({field.default})" * bool(field.default)
         extra["help"] = extra["help"].replace("%", "%%") + told
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, **extra)
     given = vars(parser.parse_args(arguments))
@@ -142,10 +142,9 @@ def autocast(config):
     return torch.autocast(config.device.type, torch.bfloat16, enabled=config.amp)
 
 class CudaGraph:
-    """A function of one tensor on a GPU as a CUDA graph, which costs the CPU one launch a call, not
-    one a kernel. In the first calls, plain ones, cuDNN chooses kernels and what lasts is allocated;
-    then it is captured, and replayed without Python: it must not read from the device or copy to
-    it. The next call overwrites what it returned. Another shape, as of a last batch, is called."""
+    """A function of one tensor on a GPU as a CUDA graph: one launch a call, not one a kernel. First
+    it is called, so that cuDNN chooses kernels, then captured, and replayed without Python: it must
+    neither read from the device nor copy to it. The next call overwrites what it returned."""
     def __init__(self, function, plain_calls=3):
         self.function, self.plain_calls = function, plain_calls
         self.argument = self.graph = None

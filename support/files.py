@@ -36,8 +36,7 @@ def cache_folder(cache_dir=None):
     return Path(folder)
 
 def write_atomically(path, write):
-    """A file by write(open file). Whatever happens, kill -9 and a full disk included, `path` holds
-    all of it or what it held before. OSError names the file."""
+    """A file by write(open file). Whatever happens, path holds all of it or what it held before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")

@@ -151,9 +151,9 @@ def alike(name):
 
 def match_classes(listing, class_ids, class_names, where, partial=False):
     """{name: its class's number} of the names that a second listing, `where`, has for the classes.
-    A name is a class's id or name; or it is `alike` to just one class's; or, where all others are
-    numbers, a place in class_ids. The last two are said; so are, unless `partial`, classes that
-    lack, and places are then all from 0 on. ValueError: no certain class, or two names of one."""
+    A name is a class's id or name, or `alike` to just one's, or, where all others are numbers, a
+    place in class_ids: all, unless `partial`. What is guessed or lacks is said. ValueError: no
+    certain class, or two names of one."""
     K, known, spelled = len(class_ids), {id: k for k, id in enumerate(class_ids)}, {}
     for k, name in [*enumerate(class_ids), *enumerate(class_names)]:
         spelled[alike(name)] = k if spelled.get(alike(name), k) == k else None

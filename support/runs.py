@@ -138,8 +138,7 @@ def alone(folder):
                 folder.rmdir()
 
 def open_run(folder, about, overwrite):
-    """-> the summary of the run that the folder holds, None where it is not finished. ValueError:
-    there is something else than a run of these settings, data and files."""
+    """-> the summary of a folder's run, None if unfinished. ValueError: the folder is another's."""
     names = [name for name in os.listdir(folder) if name[0] != "."]
     if names and "config.json" not in names:
         raise ValueError(f"{folder} is not empty and holds no run (no config.json); see --out")
@@ -165,8 +164,7 @@ def begin_run(config, folder, about):
         **about, "torch": torch.__version__, "places": places})
 
 def restore(path, stateful, run):
-    """Read last.pt into modules and optimiser, `stateful`; -> its log, [] where there is no file.
-    Raises files.Damaged where it is damaged, or of another run than the one of this digest."""
+    """Read last.pt into `stateful` -> its log, or []. files.Damaged, as for another run's file."""
     if not path.is_file():
         return []
     with files.undamaged(path, ANEW):
