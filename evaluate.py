@@ -347,8 +347,7 @@ def aligned(rows, names):
     return lines
 
 def table(student):
-    """A report as text: `aligned`, a row a set (with the number of classes to choose among, if not
-    all) and subject; the student's top-1 under each corruption; where the report lies."""
+    """A report as text: a row a set and subject, the student by corruption, where the file lies."""
     rows = {}
     for name, of in student.sets.items():
         if name not in CORRUPTED:

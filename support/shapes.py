@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 SIDE = 32
-SIZES = {"train": 150, "test": 500, "shift": 500}  # images of each split
+SIZES = {"train": 250, "test": 1000, "shift": 1000}  # images of each split
 COLOURS = {"red": (0.86, 0.16, 0.16), "yellow": (0.93, 0.87, 0.15), "green": (0.15, 0.70, 0.22),
            "blue": (0.18, 0.32, 0.90), "purple": (0.55, 0.18, 0.78), "cyan": (0.15, 0.83, 0.86),
            "white": (0.95, 0.95, 0.95)}

@@ -37,7 +37,7 @@ def named_colours(images):
     return [list(shapes.COLOURS)[i] for i in nearest]
 
 @pytest.mark.parametrize("split, total", [
-    ("train", 24110050), ("test", 80054518), ("shift", 159252091)])
+    ("train", 40392710), ("test", 157087371), ("shift", 320678754)])
 def test_render_shapes_draws_what_it_always_did(split, total):
     """total: of all pixels; one that is rounded otherwise is no matter."""
     state = torch.get_rng_state()
