@@ -7,6 +7,7 @@ What a run needs (the teacher, CLIP's targets) is made first, and cached. The sa
 after its last finished epoch, on a CPU to the same bits. Accuracies are top-1 %, the last ones."""
 
 import clip_model
+import contextlib
 import data
 import dataclasses
 import difflib
@@ -233,8 +234,9 @@ def trained_teacher(config, name, splits):
     folder = cache / (kind + files.json_digest(runs.key(about))[:16])
     if not (folder / "summary.json").is_file():
         for path in sorted(cache.glob(f"{kind}*/config.json"), key=os.path.getmtime)[-1:]:
-            differ = runs.difference(runs.key(files.read_json(path, runs.ANEW)), runs.key(about))
-            files.note(f"teacher {name} is trained: {differ or 'the kept one is unfinished'}")
+            with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one tells nothing
+                differ = runs.difference(runs.key(files.read_json(path, "")), runs.key(about))
+                files.note(f"teacher {name} is trained: {differ or 'the kept one is unfinished'}")
         fit(own, folder, splits, about, f"teacher {name}")
     return folder / "student.pt"
 
@@ -538,7 +540,7 @@ def fit(config, folder, splits, about, label):
 def finished(config):
     """Train, unless the run folder holds the finished run. -> the folder, the summary, a dict."""
     config = command.join_ranks(resolve(config))
-    about_run(config, {})  # a file that is not there is said before images are read
+    rank_zero_first(lambda: about_run(config, {}))  # a missing file is said before images are read
     splits = rank_zero_first(lambda: load_splits(config))
     about = rank_zero_first(lambda: about_run(config, splits))
     folder = runs.run_folder(config, about)
