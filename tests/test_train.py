@@ -134,7 +134,7 @@ def test_learning_rate_is_the_papers_schedule():
 
 # Another value of every flag that may change a result; OTHER: a file that the test writes.
 OTHERS = {
-    "image_size": "16", "fraction": "0.5", "holdout": "0.3", "student": "resnet14", "lr": "0.01",
+    "image_size": "24", "fraction": "0.5", "holdout": "0.3", "student": "resnet14", "lr": "0.01",
     "epochs": "2", "batch_size": "32", "weight_decay": "0.1", "seed": "1", "amp": None,
     "ce_weight": "0.5", "logit_weight": "2", "feature_weight": "2", "temperature": "2",
     "alpha": "0.4", "lam": "0.4", "logit_loss": "mlkd", "standardize": None, "clip_scale": "3",
