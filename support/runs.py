@@ -193,6 +193,6 @@ def summary_table(folder, summary):
               for who, row in table.items() if row]
     of = {who: summary[f"{who}_accuracy"] for who in ("clip", "teacher")}
     if summary["fused_accuracy"] is not None and summary["fused_accuracy"] < max(of.values()):
-        lines.append(f"The fused teacher is below {max(of, key=of.get)} alone; for other alphas: "
-                     f"python study/fusion.py {folder}")
+        lines += [f"The fused teacher is below {names[max(of, key=of.get)]}; for other alphas:",
+                  f"python study/fusion.py {folder}"]
     return "\n".join([*lines, f"{folder}/ has student.pt, log.csv"])

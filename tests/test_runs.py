@@ -349,3 +349,13 @@ def test_run_whose_whole_process_group_is_told_to_stop(tmp_path):
     for name in ("group", "whole"):
         subprocess.run(stream_command(tmp_path, tmp_path / name), capture_output=True, check=True)
     assert equal(weights(out), weights(tmp_path / "whole"))
+
+def test_summary_table_says_where_fusing_does_harm():
+    top1 = {"clip": 80.0, "teacher": 40.0, "fused": 70.0, "student": 50.0}
+    summary = {"clip": "ViT-L/14", "teacher": "resnet8", "student": "resnet8", "method": "richkd",
+               "accuracies": {who: {"test": x} for who, x in top1.items()},
+               **{f"{who}_accuracy": x for who, x in top1.items()}}
+    *_, harm, command, where = runs.summary_table("here", summary).splitlines()
+    assert "ViT-L/14" in harm and command == "python study/fusion.py here" and "here/" in where
+    summary["fused_accuracy"] = 81.0
+    assert "fusion.py" not in runs.summary_table("here", summary)
