@@ -246,7 +246,7 @@ def test_load_teachers_compares_what_a_checkpoint_says_of_itself(place):
     *(({name: file}, file) for name in ("prompts", "class_names") for file in (
         "missing.txt", "empty.txt")),
     ({"bpe": "missing.gz"}, "missing.gz"), ({"out": "empty.txt/run"}, "empty.txt"),
-    ({"out": "a"}, "a is not empty")])
+    ({"out": "a"}, "a is not empty"), ({"teacher": ("resnet14",) * 2}, "--teacher")])
 def test_begin_run_is_after_all_that_can_be_refused(place, clip_file, monkeypatch, changes, named):
     """No run folder, and with --overwrite nothing of the run that is there is lost."""
     monkeypatch.chdir(place)
