@@ -319,7 +319,9 @@ def image_folders(root, split, size, resize_to):
         files.note(f"{root} has val/ and test/: val/ is the test split")
     folder = train if split == "train" else (tests or [root / "val"])[0]
     listing = folders.by_class(folder)
-    empty = sorted({*ids} - {*(folders.by_class(train) if ids else ())})
+    held = listing if split == "train" else {id for id in ids if any(  # all would be slow
+        name.lower().endswith(folders.SUFFIXES) for name in folders.list_files(train / id))}
+    empty = sorted({*ids} - {*held})
     if empty:
         raise ValueError(f"{train}: no picture of its own in {empty[:5]}, so they are no classes")
     if split == "test" and folder.resolve() == train.resolve():

@@ -60,9 +60,8 @@ def measures(logits, labels):
     return row
 
 def calibrated(logits, labels):
-    """`measures`, Brier score, "by_class": top-1 of each in percent, None where it has no images;
-    "calibration": a temperature, fitted on a random half of the images, always the same; `measures`
-    and `metrics.calibration_bins` of the others before and after it."""
+    """`measures`, Brier score, "by_class": each one's top-1 in percent, or None; "calibration": a
+    temperature fitted on a fixed random half, `measures` and bins of the rest before and after."""
     row = {**measures(logits, labels), "brier": metrics.brier(logits, labels)}
     right, N = labels.bincount((logits.argmax(1) == labels).double()), labels.bincount()
     row["by_class"] = [100 * x / n if n else None for x, n in zip(right.tolist(), N.tolist())]
@@ -306,8 +305,7 @@ def training(config):
                            if value is not None and hasattr(train.Config, name)})
 
 def zero_shot(config):
-    """CLIP itself on a test split -> {"all M templates": `calibrated`, then a template: `measures`}
-    and the names that it is asked for, which are said before it looks at the images."""
+    """CLIP on a test split -> {"all M templates": `calibrated`, one: `measures`}, names asked."""
     own = train.resolve(training(config))
     test = train.load_split(own, "test")
     templates = clip_model.load_templates(own.prompts or train.PROMPTS)

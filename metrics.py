@@ -117,7 +117,7 @@ def mean_corruption_error(errors: dict[str, float], clean_error: float | None = 
                           alexnet: bool = False) -> float:
     """mCE: the mean over the fifteen corruptions c of E_c, the error averaged over severities; on
     ImageNet-C (alexnet=True) of E_c / E_c(AlexNet). With clean_error the relative mCE, of E_c -
-    E_clean (Hendrycks and Dietterich 2019, section 4). errors {name: E_c}: shares; ValueError."""
+    E_clean (Hendrycks, Dietterich 2019, section 4). errors {name: E_c}: shares, else ValueError."""
     given = {**errors, "clean_error": clean_error or 0}
     wrong = [x for x in (*ALEXNET_ERRORS, "clean_error") if not 0 <= given.get(x, math.nan) <= 1]
     if wrong:

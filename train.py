@@ -540,9 +540,9 @@ def fit(config, folder, splits, about, label):
 def finished(config):
     """Train, unless the run folder holds the finished run. -> the folder, the summary, a dict."""
     config = command.join_ranks(resolve(config))
-    rank_zero_first(lambda: about_run(config, {}))  # a missing file is said before images are read
+    about = rank_zero_first(lambda: about_run(config, {}))  # of a missing file before images
     splits = rank_zero_first(lambda: load_splits(config))
-    about = rank_zero_first(lambda: about_run(config, splits))
+    about["inputs"]["data"] = {name: runs.identity(split) for name, split in splits.items()}
     folder = runs.run_folder(config, about)
     with runs.alone(folder):
         summary = rank_zero_first(lambda: runs.open_run(folder, about, config.overwrite))

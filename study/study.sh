@@ -78,7 +78,7 @@ folders=$(cut -d " " -f 1 <<< "$list" | sed "s|^|$root/|")
 finished=$(for folder in $folders; do ls "$folder/summary.json" 2> /dev/null || true; done | wc -l)
 echo "$part: $finished of $(wc -l <<< "$list") runs are finished"
 ROOT=$root xargs -P "${JOBS:-1}" -L 1 bash -c \
-    'python train.py --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && tail -n 1 "$ROOT/$0.txt"' \
+    'python train.py --out "$ROOT/$0" "$@" > "$ROOT/$0.txt" && grep "^student" "$ROOT/$0.txt"' \
     <<< "$list"
 flags=${EVALUATE---corruptions}
 if [ "$dataset" = shapes ]; then flags="--shift $flags"; fi
